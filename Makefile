@@ -1,0 +1,38 @@
+# Two commands do everything from a bare machine with Python 3.11 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+SHARED_TYPES := build/types/uniter
+
+.PHONY: setup demo test test-slow lint clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+# Made again only when what it depends on changed; `PYTHON=python3.12 make setup` chooses the interpreter.
+$(STAMP): pyproject.toml constraints.txt extract/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; name another with PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	$(BIN)/python -m uniter.extract.install
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/python demo/demo.py --out demo-output
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+# mypy cannot see through the editable finder, so it is shown the mapping of pyproject.toml as folders.
+lint: setup
+	@mkdir -p $(SHARED_TYPES) && ln -sfn $(CURDIR)/extract $(CURDIR)/datasets $(CURDIR)/model $(CURDIR)/cli $(SHARED_TYPES)/
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist demo-output *.egg-info

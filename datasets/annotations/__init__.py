@@ -1,0 +1,1 @@
+"""Raw annotations of the down-stream tasks to Iterator[Example]."""

@@ -1,0 +1,24 @@
+"""The errors that a user is meant to read: one sentence saying what was got, what was expected and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UniterError(Exception):
+    """Anything the user can mend. Commands print its text as one line and end with exit code 1."""
+
+
+class BadInput(UniterError):
+    """A file or record that is not what it should be (damaged, of another format, hostile)."""
+
+
+class SettingsDiffer(UniterError):
+    """An unfinished or finished output was made with other settings than the ones now asked for."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for a name that is not in a table: what was got, the nearest known one, all known ones."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})"

@@ -1,0 +1,1 @@
+"""Images to RegionFeatures: decoding, detectors, selection, the extraction run."""

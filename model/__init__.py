@@ -1,0 +1,1 @@
+"""The paper: model, heads, losses, transport, tasks, training."""

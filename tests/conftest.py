@@ -1,0 +1,43 @@
+"""Where the golden arrays and the material beside the project are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent.parent / "shared"
+
+
+def _golden(variable: str, name: str) -> Path:
+    folder = Path(os.environ.get(variable, HERE / "golden" / name))
+    assert folder.is_dir(), f"{variable} names {folder}, which is no folder"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def butd_golden() -> Path:
+    return _golden("BUTD_GOLDEN", "butd")
+
+
+@pytest.fixture(scope="session")
+def uniter_golden() -> Path:
+    return _golden("UNITER_GOLDEN", "uniter")
+
+
+@pytest.fixture(scope="session")
+def uniter_data_golden() -> Path:
+    return _golden("UNITER_DATA_GOLDEN", "uniter-data")
+
+
+@pytest.fixture(scope="session")
+def uniter_tasks_golden() -> Path:
+    return _golden("UNITER_TASKS_GOLDEN", "uniter-tasks")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The real photographs and features beside the project; tests that need them are skipped, visibly, where they are absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: the real photographs and features are not part of the project")
+    return SHARED
