@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
-SHARED_TYPES := build/types/uniter
+TYPES := build/types/uniter
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow lint types clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -27,11 +27,13 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-# mypy cannot see through the editable finder, so it is shown the mapping of pyproject.toml as folders.
-lint: setup
-	@mkdir -p $(SHARED_TYPES) && ln -sfn $(CURDIR)/extract $(CURDIR)/datasets $(CURDIR)/model $(CURDIR)/cli $(SHARED_TYPES)/
+lint: setup types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# mypy cannot see through the editable finder, so it is shown the mapping of pyproject.toml as folders.
+types: setup
+	@mkdir -p $(TYPES) && ln -sfn $(CURDIR)/extract $(CURDIR)/datasets $(CURDIR)/model $(CURDIR)/cli $(TYPES)/
 	$(BIN)/mypy
 
 clean:
