@@ -4,9 +4,16 @@ Legend of shape suffixes: B sequences, T text tokens of all sequences, R regions
 Sequence b is its text tokens followed by its regions; the texts of all sequences stand together and so do the regions.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.samples import Sample
 
 
 @dataclass(slots=True)
@@ -38,3 +45,96 @@ class PackedBatch:
     masked_regions_R: Tensor | None = None
     targets: dict[str, Tensor] = field(default_factory=dict)
     example_ids: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """The number of examples (an example may be several sequences)."""
+        return len(self.example_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Word pieces and regions, all of them real."""
+        return len(self.input_ids_T) + len(self.features_RD)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
+        """The same batch on `device`; the lengths stay on the host, where the model plans its attention by them without waiting."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same batch in page-locked memory (called by the data loader)."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        return replace(
+            self,
+            input_ids_T=change(self.input_ids_T),
+            text_positions_T=change(self.text_positions_T),
+            text_types_T=change(self.text_types_T),
+            features_RD=change(self.features_RD),
+            positions_R7=change(self.positions_R7),
+            region_types_R=change(self.region_types_R),
+            masked_regions_R=None if self.masked_regions_R is None else change(self.masked_regions_R),
+            targets={name: change(target) for name, target in self.targets.items()},
+        )
+
+
+def collate(samples: Sequence[Sample]) -> PackedBatch:
+    """Put samples end to end. Each feature is copied once, straight into the batch, in the precision of the database.
+
+    Args:
+        samples: at least one; all with the same targets and the same feature width.
+
+    Returns:
+        The batch; targets are concatenated along their first axis, int64 or the float type they came in.
+
+    Raises:
+        BadInput: widths or numbers of rows do not fit, naming the example.
+    """
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    text_lengths = np.fromiter((len(sequence.input_ids) for sequence in sequences), dtype=np.int64, count=len(sequences))
+    region_counts = np.fromiter((len(sequence.features) for sequence in sequences), dtype=np.int64, count=len(sequences))
+    first = sequences[0].features
+    regions, width = int(region_counts.sum()), first.shape[1]
+    features = torch.empty((regions, width), dtype=torch.float16 if first.dtype == np.float16 else torch.float32)
+    rows, boxes = features.numpy(), np.empty((regions, 6), dtype=np.float32)
+    any_masked = any(sequence.masked is not None for sequence in sequences)
+    masked = np.zeros(regions, dtype=np.bool_) if any_masked else None
+    end = 0
+    for sample in samples:
+        for sequence in sample.sequences:
+            start, end = end, end + len(sequence.features)
+            if sequence.features.shape[1] != width or len(sequence.norm_bb) != end - start:
+                raise BadInput(
+                    f"example {sample.id!r}: features of shape {sequence.features.shape} and {len(sequence.norm_bb)} boxes beside features "
+                    f"{width} wide; were the region databases made with different detectors?"
+                )
+            rows[start:end] = sequence.features
+            boxes[start:end] = sequence.norm_bb
+            if masked is not None and sequence.masked is not None:
+                masked[start:end] = sequence.masked
+    if masked is not None:
+        rows[masked] = 0
+    # The area in float32, after the cast: as UNITER's reader does.
+    positions = np.concatenate([boxes, boxes[:, 4:5] * boxes[:, 5:6]], axis=1)
+    text_types = np.zeros(int(text_lengths.sum()), dtype=np.int64)
+    if any(sequence.text_types is not None for sequence in sequences):
+        text_types = np.concatenate([np.asarray(s.text_types or [0] * len(s.input_ids), dtype=np.int64) for s in sequences])
+    region_types = np.repeat(np.fromiter((s.region_type for s in sequences), dtype=np.int64, count=len(sequences)), region_counts)
+    return PackedBatch(
+        input_ids_T=torch.tensor([word for sequence in sequences for word in sequence.input_ids], dtype=torch.int64),
+        text_positions_T=torch.from_numpy(_count_up(text_lengths)),
+        text_types_T=torch.from_numpy(text_types),
+        features_RD=features,
+        positions_R7=torch.from_numpy(positions),
+        region_types_R=torch.from_numpy(region_types),
+        text_lengths_B=torch.from_numpy(text_lengths),
+        region_counts_B=torch.from_numpy(region_counts),
+        masked_regions_R=None if masked is None else torch.from_numpy(masked),
+        targets={name: torch.from_numpy(np.concatenate([sample.targets[name] for sample in samples])) for name in samples[0].targets},
+        example_ids=[sample.id for sample in samples],
+    )
+
+
+def _count_up(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts, lengths)

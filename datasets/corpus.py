@@ -1,0 +1,192 @@
+"""A corpus: the examples of one or several text databases together with the pictures they speak of.
+
+An example here is a number 0..N-1 in the order of the databases; what is too long, empty or without a picture has no number.
+Text lengths are word pieces without [CLS] and [SEP], as the databases count them; `lengths` counts what a batch holds.
+"""
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db import ImageDB, open_image_dbs
+from uniter.datasets.regions import RegionFeatures
+from uniter.datasets.text_db import TextDB
+
+SPECIAL_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Corpus:
+    """Examples with their pictures. Picklable; opens its databases in each process by itself.
+
+    Attributes:
+        name: what the log calls it.
+        texts: the text databases.
+        images: the region databases, as one.
+        database_N: (N,) int16, the text database of each example.
+        row_N: (N,) int32, its row there.
+        text_lengths_N: (N,) int32, word pieces without [CLS] and [SEP].
+        image_rows_NK: (N, K) int32, the rows of its K pictures in `images` (1, or 2 for NLVR2 and VCR).
+        left_out: how many examples were left out, by reason.
+    """
+
+    name: str
+    texts: Sequence[TextDB]
+    images: ImageDB
+    database_N: NDArray[np.int16]
+    row_N: NDArray[np.int32]
+    text_lengths_N: NDArray[np.int32]
+    image_rows_NK: NDArray[np.int32]
+    left_out: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+    @property
+    def has_soft_labels(self) -> bool:
+        return self.images.label_classes > 0
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(N,) tokens of each example with its own pictures, [CLS] and [SEP] counted."""
+        return self.lengths_with(self.image_rows_NK)
+
+    def lengths_with(self, image_rows_NK: NDArray[np.int32]) -> NDArray[np.int64]:
+        """(N,) tokens of each example if it is shown the pictures `image_rows_NK`, (N, K)."""
+        regions = np.asarray(self.images.region_counts, dtype=np.int64)[image_rows_NK].sum(axis=1)
+        return regions + self.text_lengths_N + SPECIAL_TOKENS
+
+    def record(self, example: int) -> dict[str, Any]:
+        return self.texts[self.database_N[example]].record(int(self.row_N[example]))
+
+    def example_id(self, example: int) -> str:
+        return str(self.texts[self.database_N[example]].ids[int(self.row_N[example])])
+
+    def regions(
+        self, image_row: int, *, fields: Sequence[str] = ("features", "norm_bb"), soft_label_rows: NDArray[np.intp] | None = None
+    ) -> RegionFeatures:
+        """One picture's regions; arrays may be views of the database and must be copied before they are changed."""
+        return self.images.read(self.images.keys_list[image_row], fields=tuple(fields), soft_label_rows=soft_label_rows)
+
+    def take(self, examples: NDArray[np.integer]) -> "Corpus":
+        """The corpus of these examples only, (M,) numbers, in their order."""
+        return replace(
+            self,
+            database_N=self.database_N[examples],
+            row_N=self.row_N[examples],
+            text_lengths_N=self.text_lengths_N[examples],
+            image_rows_NK=self.image_rows_NK[examples],
+        )
+
+    def hold_out(self, images: int, *, seed: int) -> tuple["Corpus", "Corpus"]:
+        """Split by picture, so that no held-out picture was seen with another text: (the rest, the part of `images` pictures)."""
+        rows = np.unique(self.image_rows_NK)
+        if not 0 < images < len(rows):
+            raise BadInput(f"corpus {self.name!r} has {len(rows)} pictures, so {images} cannot be held out; give a validation database")
+        keys = self.images.keys_list
+        by_hash = sorted(rows.tolist(), key=lambda row: hashlib.sha256(f"{seed}/{keys[row]}".encode()).digest())
+        held_out = np.isin(self.image_rows_NK, np.array(by_hash[:images])).any(axis=1)
+        return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out))
+
+    def sample_of(self, count: int, *, seed: int) -> "Corpus":
+        """At most `count` examples, drawn by `seed`, in corpus order."""
+        if count >= len(self):
+            return self
+        return self.take(np.array(sorted(random.Random(seed).sample(range(len(self)), count)), dtype=np.int64))
+
+
+def open_corpus(
+    name: str,
+    texts: Sequence[str | Path],
+    images: Sequence[str | Path],
+    *,
+    max_text_length: int = 60,
+    image_options: Mapping[str, Any] | None = None,
+) -> Corpus:
+    """Open databases and choose the examples.
+
+    Args:
+        name: what the log calls it.
+        texts, images: paths of text and region databases; any text may speak of any image.
+        max_text_length: longer texts (word pieces without [CLS] and [SEP]) are left out; -1 keeps all.
+        image_options: which regions to take from published databases (`conf_th`, `min_bb`, `max_bb`, `num_bb`), `allow_partial`, `readahead`.
+
+    Raises:
+        BadInput: no example is left; the sentence says why.
+    """
+    if not texts or not images:
+        raise BadInput(f"corpus {name!r} needs at least one text database (--text) and one region database (--images)")
+    options = dict(image_options or {})
+    partial = bool(options.get("allow_partial", False))
+    return gather([TextDB(path, allow_partial=partial) for path in texts], open_image_dbs(list(images), **options), name, max_text_length)
+
+
+def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length: int = 60) -> Corpus:
+    """The corpus of opened databases; see `open_corpus`."""
+    known: dict[str, int] = {}
+    left_out = {"too long": 0, "empty": 0, "without image": 0, "image without regions": 0}
+    database_parts: list[NDArray[np.int16]] = []
+    row_parts: list[NDArray[np.int32]] = []
+    length_parts: list[NDArray[np.int32]] = []
+    image_parts: list[NDArray[np.int32]] = []
+    width = 1
+    counts = np.asarray(images.region_counts)
+    for number, text in enumerate(texts):
+        lengths = np.asarray(text.lengths, dtype=np.int32)
+        keep = lengths > 0
+        left_out["empty"] += int((~keep).sum())
+        if max_text_length >= 0:
+            left_out["too long"] += int((lengths > max_text_length).sum())
+            keep &= lengths <= max_text_length
+        rows, pictures = [], []
+        for row in np.flatnonzero(keep).tolist():
+            key = text.image_key(row)
+            keys = (key,) if isinstance(key, str) else tuple(key)
+            numbers = [_row_of(images, one, known) for one in keys]
+            if min(numbers) < 0:
+                left_out["without image"] += 1
+            elif min(counts[n] for n in numbers) < 1:
+                left_out["image without regions"] += 1
+            else:
+                rows.append(row)
+                pictures.append(numbers)
+        if not rows:
+            continue
+        width = max(width, len(pictures[0]))
+        database_parts.append(np.full(len(rows), number, dtype=np.int16))
+        row_parts.append(np.array(rows, dtype=np.int32))
+        length_parts.append(lengths[rows])
+        image_parts.append(np.array(pictures, dtype=np.int32))
+    if not row_parts:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count) or "the text databases are empty"
+        raise BadInput(
+            f"corpus {name!r} has no example to train on ({reasons}); were the texts built for these images (uniter-build-db --images)?"
+        )
+    if any(part.shape[1] != width for part in image_parts):
+        raise BadInput(f"corpus {name!r} mixes texts about one picture with texts about {width}; make them two corpora")
+    return Corpus(
+        name=name,
+        texts=tuple(texts),
+        images=images,
+        database_N=np.concatenate(database_parts),
+        row_N=np.concatenate(row_parts),
+        text_lengths_N=np.concatenate(length_parts),
+        image_rows_NK=np.concatenate(image_parts),
+        left_out={reason: count for reason, count in left_out.items() if count},
+    )
+
+
+def _row_of(images: ImageDB, key: str, known: dict[str, int]) -> int:
+    """The row of `key`, -1 where the databases do not have it; remembers, since captions come several to a picture."""
+    row = known.get(key)
+    if row is None:
+        row = images.index_of(key) if key in images else -1
+        known[key] = row
+    return row

@@ -1,0 +1,129 @@
+"""One example -> what its task shows the model and what the model shall answer. One function a task.
+
+Text is masked only where the picture is whole, regions only where the text is whole ("conditional masking").
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uniter.datasets.corpus import Corpus
+from uniter.datasets.errors import BadInput
+from uniter.datasets.masking import NOT_PREDICTED, mask_regions, mask_words
+from uniter.datasets.regions import RegionFeatures
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example of a corpus, shown with these pictures (rows of the region database), its own ones if `matched`."""
+
+    corpus: Corpus
+    number: int
+    images: tuple[int, ...]
+    matched: bool = True
+
+    @property
+    def id(self) -> str:
+        return self.corpus.example_id(self.number)
+
+    def words(self) -> list[int]:
+        """Its word pieces without [CLS] and [SEP]."""
+        return list(self.corpus.record(self.number)["input_ids"])
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """Chances of a word and of a region to be hidden."""
+
+    words: float = 0.15
+    regions: float = 0.15
+
+
+@dataclass(slots=True)
+class TokenSequence:
+    """One sequence of the encoder: text, then regions.
+
+    Attributes:
+        input_ids: word pieces with [CLS] and [SEP].
+        features: (N, D) float16 or float32, not yet zeroed where masked; may be a view of the database.
+        norm_bb: (N, 6) float16 or float32.
+        masked: (N,) bool, True where the features shall be zeroed; None where the task masks no regions.
+        text_types: token type of each word piece, None for all 0.
+        region_type: token type of the regions.
+    """
+
+    input_ids: list[int]
+    features: NDArray[np.floating]
+    norm_bb: NDArray[np.floating]
+    masked: NDArray[np.bool_] | None = None
+    text_types: Sequence[int] | None = None
+    region_type: int = 1
+
+
+@dataclass(slots=True)
+class Sample:
+    """One example ready for a batch: its sequences (one for most tasks) and its targets, joined along their first axis."""
+
+    id: str
+    sequences: list[TokenSequence]
+    targets: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+
+
+SampleFunction = Callable[[Example, random.Random, Masking], Sample]
+
+
+def masked_text(example: Example, rng: random.Random, masking: Masking) -> Sample:
+    """MLM: words hidden, the picture whole. Targets: `words` (T,) int64, -1 where nothing is predicted, [CLS] and [SEP] included."""
+    text = example.corpus.texts[example.corpus.database_N[example.number]]
+    read, wanted = mask_words(example.words(), rng, mask_id=text.mask_id, v_range=text.v_range, probability=masking.words)
+    labels = np.array([NOT_PREDICTED, *wanted, NOT_PREDICTED], dtype=np.int64)
+    return Sample(example.id, [_sequence(example, read, _regions(example))], {"words": labels})
+
+
+def masked_regions(example: Example, rng: random.Random, masking: Masking) -> Sample:
+    """MRFR: regions hidden, the text whole. Targets: `features` (S, D), what the S hidden regions held."""
+    masked = mask_regions(_count(example), rng, probability=masking.regions)
+    regions = _regions(example)
+    sample = Sample(example.id, [_sequence(example, example.words(), regions, masked)])
+    sample.targets["features"] = regions.features[masked]
+    return sample
+
+
+def masked_regions_with_classes(example: Example, rng: random.Random, masking: Masking) -> Sample:
+    """MRC and MRC-KL: as MRFR, but the targets are the detector's distributions, `soft_labels` (S, C), background in column 0.
+
+    Only the hidden regions' distributions are read: they are nearly half of a record.
+    """
+    masked = mask_regions(_count(example), rng, probability=masking.regions)
+    regions = example.corpus.regions(
+        example.images[0], fields=("features", "norm_bb", "soft_labels"), soft_label_rows=np.flatnonzero(masked)
+    )
+    if regions.soft_labels is None:
+        key = example.corpus.images.keys_list[example.images[0]]
+        raise BadInput(f"image {key!r} has no soft labels, which MRC needs; leave mrc and mrc-kl out of the tasks")
+    return Sample(example.id, [_sequence(example, example.words(), regions, masked)], {"soft_labels": regions.soft_labels})
+
+
+def matched_pair(example: Example, rng: random.Random, masking: Masking) -> Sample:
+    """ITM: nothing hidden; the picture may be another one. Targets: `matched` (1,) int64, 1 where it is the text's own."""
+    return Sample(
+        example.id,
+        [_sequence(example, example.words(), _regions(example))],
+        {"matched": np.array([int(example.matched)], dtype=np.int64)},
+    )
+
+
+def _count(example: Example) -> int:
+    return int(example.corpus.images.region_counts[example.images[0]])
+
+
+def _regions(example: Example) -> RegionFeatures:
+    return example.corpus.regions(example.images[0])
+
+
+def _sequence(example: Example, words: list[int], regions: RegionFeatures, masked: NDArray[np.bool_] | None = None) -> TokenSequence:
+    text = example.corpus.texts[example.corpus.database_N[example.number]]
+    return TokenSequence([text.cls_id, *words, text.sep_id], regions.features, regions.norm_bb, masked)
