@@ -1,0 +1,165 @@
+"""Raw detections to kept regions: Bottom-Up-Attention's rule, by which a proposal stays as it was pooled.
+
+The confidence of a region is not its best class probability: it is the best among the classes in whose non-maximum suppression the
+region survives, and 0 for a region suppressed everywhere. Column 0 of the probabilities is the background.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uniter.datasets.regions import RegionFeatures, normalised_boxes
+
+Float32Array = NDArray[np.float32]
+CLASS_NMS_THRESHOLD = 0.3
+SELECTION_RULE = "caffe: class-wise NMS at 0.3 with +1 areas; by confidence, counted after the float16 cast, strictly above the threshold"
+GIVEN_RULE = "given: all, in the caller's order; the confidence is the best class probability"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawRegions:
+    """What a detector says about the P boxes it pooled from, before any is left out; the detector's order.
+
+    Attributes:
+        boxes: (P, 4) float32, pixels of the upright image, x0 y0 x1 y1: the region the feature was pooled from.
+        features: (P, D) float32, what the box predictor sees.
+        probabilities: (P, C + 1) float32, background FIRST.
+        attributes: (P, A + 1) float32 with "no attribute" first; None unless asked for.
+    """
+
+    boxes: Float32Array
+    features: Float32Array
+    probabilities: Float32Array
+    attributes: Float32Array | None = None
+
+
+def select_regions(
+    raw: RawRegions, *, size: tuple[int, int], min_boxes: int = 10, max_boxes: int = 100, conf_threshold: float = 0.2
+) -> RegionFeatures:
+    """Keep the most confident regions, between `min_boxes` and `max_boxes` of them where the detector proposed so many.
+
+    Args:
+        raw: the detector's answer for one image.
+        size: (height, width) of the upright image in pixels.
+        min_boxes, max_boxes: how many regions stay at least and at most.
+        conf_threshold: regions above it stay; compared in float16, strictly, as UNITER's converter does.
+
+    Returns:
+        The kept regions by decreasing confidence (equal ones in the detector's order), arrays in float32.
+
+    Raises:
+        ValueError: `min_boxes` is above `max_boxes`, or one is negative.
+
+    Source: bottom-up-attention's `generate_tsv.py`, then UNITER's `convert_imgdir.py`.
+    """
+    if not 0 <= min_boxes <= max_boxes:
+        raise ValueError(f"min_boxes {min_boxes} and max_boxes {max_boxes}: expected 0 <= min_boxes <= max_boxes")
+    foreground = raw.probabilities[:, 1:]
+    confidence = _confidences_of_the_best(raw.boxes, foreground, wanted=min_boxes, threshold=conf_threshold)
+    order = np.argsort(-confidence, kind="stable")
+    passing = int(np.count_nonzero(confidence.astype(np.float16) > np.float16(conf_threshold)))
+    return _record(raw, order[: min(max(passing, min_boxes), max_boxes)], confidence, size)
+
+
+def keep_given(raw: RawRegions, *, size: tuple[int, int]) -> RegionFeatures:
+    """All regions in the caller's order, for boxes that were given; the confidence is the best class probability."""
+    foreground = raw.probabilities[:, 1:]
+    confidence = foreground.max(axis=1) if foreground.size else np.zeros(len(foreground), dtype=np.float32)
+    return _record(raw, np.arange(len(raw.boxes)), confidence, size)
+
+
+def _record(raw: RawRegions, kept: NDArray[np.integer], confidence: Float32Array, size: tuple[int, int]) -> RegionFeatures:
+    boxes = raw.boxes[kept]
+    return RegionFeatures(
+        features=raw.features[kept],
+        norm_bb=normalised_boxes(boxes, size),
+        conf=confidence[kept],
+        boxes=boxes,
+        soft_labels=raw.probabilities[kept],
+        size=size,
+        attributes=None if raw.attributes is None else raw.attributes[kept],
+    )
+
+
+def _confidences_of_the_best(boxes: Float32Array, foreground: Float32Array, *, wanted: int, threshold: float) -> Float32Array:
+    """Confidences, exact wherever they decide: all above the threshold and at least the `wanted` highest.
+
+    A class whose best probability is below a floor cannot give a confidence above it, nor can a lower probability suppress a higher
+    one. So the floor starts at the threshold and sinks only while fewer regions than wanted stand above it; most images end at once.
+    """
+    overlaps = overlapping(boxes)
+    # A half-precision step below the threshold, since confidences are compared after rounding to half precision.
+    floor = float(np.nextafter(np.float16(threshold), np.float16(-1)))
+    best_first = np.sort(foreground.max(axis=1))[::-1] if foreground.size else np.zeros(0, dtype=np.float32)
+    wanted = min(wanted, len(boxes))
+    # No confidence exceeds its region's best probability: below the floor chosen here fewer than `wanted` can be found.
+    if wanted and best_first[wanted - 1] < floor:
+        floor = float(best_first[wanted - 1])
+    while True:
+        confidence = class_confidences(boxes, foreground, floor=floor, overlaps=overlaps)
+        if floor <= 0 or np.count_nonzero(confidence) >= wanted:
+            return confidence
+        floor = floor / 4 if floor > 1e-4 else 0.0
+
+
+def class_confidences(
+    boxes: Float32Array, foreground: Float32Array, *, floor: float = 0.0, overlaps: NDArray[np.bool_] | None = None
+) -> Float32Array:
+    """The best probability of each region among the classes in which it survives non-maximum suppression.
+
+    All classes run at once: step r looks at the r-th best region of every class and, where it still stands, strikes out what it
+    overlaps. What is struck is kept as bits, 64 regions a word.
+
+    Args:
+        boxes: (P, 4) float32 pixels.
+        foreground: (P, C) float32, class probabilities without the background.
+        floor: confidences at or above it are exact, all others are 0.
+        overlaps: `overlapping(boxes)` where it is at hand.
+
+    Returns:
+        (P,) float32.
+    """
+    count = len(boxes)
+    confidence = np.zeros(count, dtype=np.float32)
+    if not foreground.size:
+        return confidence
+    overlaps = overlapping(boxes) if overlaps is None else overlaps
+    candidates = foreground >= floor
+    per_class = candidates.sum(axis=0)
+    classes = np.flatnonzero(per_class)
+    if not len(classes):
+        return confidence
+    # Classes with the most candidates first, so that those which are through form the tail.
+    classes = classes[np.argsort(-per_class[classes], kind="stable")]
+    per_class = per_class[classes]
+    scores_CP = np.ascontiguousarray(foreground[:, classes].T)
+    order_PC = np.ascontiguousarray(np.argsort(-scores_CP, axis=1, kind="stable")[:, : per_class[0]].T)
+    words = -(-count // 64)
+    padded = np.zeros((count, words * 64), dtype=bool)
+    padded[:, :count] = overlaps
+    padded[np.arange(count), np.arange(count)] = False
+    overlap_words = np.packbits(padded, axis=1, bitorder="little").view("<u8")
+    struck = np.zeros((len(classes), words), dtype="<u8")
+    flat = struck.reshape(-1)
+    first_word = np.arange(len(classes)) * words
+    word_PC, bit_PC = first_word + (order_PC >> 6), np.left_shift(np.uint64(1), (order_PC & 63).astype(np.uint64))
+    active = len(classes)
+    for rank in range(per_class[0]):
+        while per_class[active - 1] <= rank:
+            active -= 1
+        stands = np.flatnonzero((flat[word_PC[rank, :active]] & bit_PC[rank, :active]) == 0)
+        struck[stands] |= overlap_words[order_PC[rank, stands]]
+    survives = np.unpackbits(struck.view(np.uint8), axis=1, bitorder="little")[:, :count] == 0
+    return np.where(survives & (scores_CP >= floor), scores_CP, 0).max(axis=0).astype(np.float32)
+
+
+def overlapping(boxes: Float32Array, threshold: float = CLASS_NMS_THRESHOLD) -> NDArray[np.bool_]:
+    """(P, P) bool: which boxes, pixels counted inclusively (+ 1), have an intersection over union above the threshold."""
+    x0, y0, x1, y1 = np.asarray(boxes, dtype=np.float32).T
+    area = (x1 - x0 + 1) * (y1 - y0 + 1)
+    width = np.minimum(x1[:, None], x1) - np.maximum(x0[:, None], x0) + 1
+    height = np.minimum(y1[:, None], y1) - np.maximum(y0[:, None], y0) + 1
+    intersection = np.maximum(width, 0) * np.maximum(height, 0)
+    exceeds: NDArray[np.bool_] = intersection / (area[:, None] + area - intersection) > threshold
+    return exceeds
