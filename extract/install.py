@@ -192,7 +192,9 @@ def download_source(folder: Path) -> Path:
     )
     archives = sorted(target.glob("*.tar.gz"))
     if len(archives) != 1:
-        raise UniterError(f"pip downloaded {[path.name for path in archives]} where one {SOURCE_PROJECT}-{SOURCE_VERSION}.tar.gz was expected")
+        raise UniterError(
+            f"pip downloaded {[path.name for path in archives]} where one {SOURCE_PROJECT}-{SOURCE_VERSION}.tar.gz was expected"
+        )
     return archives[0]
 
 
@@ -245,7 +247,9 @@ def modernise(files: Mapping[str, bytes]) -> dict[str, bytes]:
     for path, old, new in REPLACEMENTS:
         source = package.get(path, b"").decode()
         if old not in source:
-            raise BadInput(f"{path} of the downloaded package does not hold {old.strip().splitlines()[0]!r}; this is not {SOURCE_PROJECT} 0.6")
+            raise BadInput(
+                f"{path} of the downloaded package does not hold {old.strip().splitlines()[0]!r}; this is not {SOURCE_PROJECT} 0.6"
+            )
         package[path] = source.replace(old, new).encode()
     package["detectron2/_C.py"] = COMPILED_STAND_IN.encode()
     return package
@@ -294,7 +298,7 @@ def _pip(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
 def main(arguments: Sequence[str] = ()) -> int:
     """`python -m uniter.extract.install`: exit code 0 when Detectron2 is there afterwards, 1 with one line of error otherwise."""
     if arguments:
-        print("usage: python -m uniter.extract.install (no arguments; pip's environment variables and configuration apply)", file=sys.stderr)
+        print("usage: python -m uniter.extract.install (no arguments; pip's own settings apply)", file=sys.stderr)
         return 2
     try:
         print(install_detectron2(), file=sys.stderr)
