@@ -1,0 +1,732 @@
+"""LMDB on disk: opening for reading without a way to crash, and the write side of a region database.
+
+What a reader would get wrong: a database is written twice. Each fixed unit of the work first gets an LMDB of its own
+(`OUT/units/00007.partial/`, renamed to `OUT/units/00007/` when the unit is done), then its records are moved into
+`OUT/data.mdb`, units in order, one transaction a unit. So a killed run loses at most one batch, several processes need no
+common writer, and the final file is a function of the records alone, however often the work was killed or divided.
+
+    OUT/settings.json    first: all that changes a value
+    OUT/units/           while unfinished
+    OUT/data.mdb         LMDB format version 1, key -> record
+    OUT/index.safetensors, OUT/failures.jsonl
+    OUT/header.json      last: complete
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import struct
+import threading
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import lmdb
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.index_file import KeyList, key_columns, map_arrays, save_arrays
+
+FORMAT_VERSION = 1
+MAX_KEY_BYTES = 511
+INDEX = "index.safetensors"
+_FIRST_MAP_BYTES = 1 << 24
+_SUMMARY = struct.Struct("<iI")  # number of regions, crc32 of the value
+logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------- small files
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it is there whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+    _write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def _first_json(path: Path, value: Any) -> Any:
+    """What the file holds; `value` is written if there was no file. Of several processes at once exactly one writes."""
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.first")
+        write_json(temporary, value)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        temporary.unlink()
+        sync_folder(path.parent)
+    return read_json(path)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of ours; BadInput with the path if it is damaged."""
+    try:
+        return orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"{path} is no valid JSON ({error}); was it cut off?") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_failures(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `failures.jsonl`, none if the file is absent."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    try:
+        return [orjson.loads(line) for line in lines if line.strip()]
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"{path} is damaged ({error})") from None
+
+
+def difference_in_words(stored: Any, asked: Any, name: str = "") -> list[str]:
+    """How two JSON values differ, one phrase per leaf: "batch_size was 8, now 4"."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        phrases = []
+        for key in [*stored, *(key for key in asked if key not in stored)]:
+            inner = f"{name}.{key}" if name else str(key)
+            if key not in asked:
+                phrases.append(f"{inner} was {_short(stored[key])}, now absent")
+            elif key not in stored:
+                phrases.append(f"{inner} was absent, now {_short(asked[key])}")
+            else:
+                phrases += difference_in_words(stored[key], asked[key], inner)
+        return phrases
+    return [] if stored == asked else [f"{name or 'value'} was {_short(stored)}, now {_short(asked)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+
+
+_METAS = struct.Struct("<QHHHHIIQQ")  # page header (16 bytes), then magic, version, address, map size
+_MAGIC = 0xBEEFC0DE
+_environments: dict[tuple[int, int], "weakref.ref[lmdb.Environment]"] = {}
+_opening = threading.Lock()
+
+
+def check_data_file(data: Path) -> None:
+    """Look at the two meta pages of a `data.mdb` without LMDB: right format, sane, and the file as long as they say.
+
+    Raises:
+        BadInput: not LMDB, of another format version, or cut off. (A cut-off file would kill the process with SIGBUS.)
+    """
+    try:
+        size = data.stat().st_size
+        with open(data, "rb") as file:
+            head = file.read(1 << 17)
+    except FileNotFoundError:
+        raise BadInput(f"{data.parent} holds no data.mdb; is it a database?") from None
+    if len(head) < 4096:
+        raise BadInput(f"{data} has {size} bytes, less than an empty LMDB; was it cut off?")
+    page_size = struct.unpack_from("<I", head, 16 + 24)[0]
+    best = (-1, 0)
+    for number in range(2):
+        start = number * page_size
+        if number and (page_size < 512 or page_size > 32768 or page_size & (page_size - 1) or len(head) < start + 160):
+            raise BadInput(f"{data} is damaged: its first page names a page size of {page_size}")
+        magic, version = struct.unpack_from("<II", head, start + 16)
+        if magic != _MAGIC:
+            if struct.unpack_from("<I", head, start + 24)[0] == _MAGIC:
+                raise BadInput(f"{data} is LMDB of format version 3 (lmdb 1.0); expected version 1; dump it with the lmdb that wrote it")
+            raise BadInput(f"{data} is no LMDB file, or its meta page {number} is damaged")
+        if version != 1:
+            raise BadInput(f"{data} is LMDB of format version {version}, expected version 1")
+        last_page, transaction = struct.unpack_from("<QQ", head, start + 16 + 24 + 96)
+        best = max(best, (transaction, last_page))
+    needed = (best[1] + 1) * page_size
+    if size < needed:
+        raise BadInput(f"{data} has {size} bytes but its header says {needed}; it was cut off (a broken copy or download?): copy it again")
+
+
+def open_reader(path: Path, *, readahead: bool = True, max_dbs: int = 0) -> lmdb.Environment:
+    """Open the LMDB in folder `path` for reading only, without locks; its header is verified before LMDB sees it.
+
+    One environment per file and process is shared (LMDB forbids a second one). Under fork the child goes on with what it
+    inherited: read-only and without locks that is safe. Do not close it; it closes when nobody uses it any more.
+
+    Args:
+        readahead: False is faster for random reads on a local disk when the file is larger than memory.
+        max_dbs: how many named databases the file may hold.
+    """
+    data = path / "data.mdb"
+    check_data_file(data)
+    status = data.stat()
+    identity = (status.st_dev, status.st_ino)
+    with _opening:
+        known = _environments.get(identity)
+        environment = known() if known is not None else None
+        if environment is None:
+            try:
+                environment = lmdb.open(
+                    str(path), readonly=True, create=False, lock=False, readahead=readahead, max_dbs=max_dbs, max_spare_txns=0
+                )
+            except lmdb.Error as error:
+                raise BadInput(f"{data} cannot be opened: {error}") from None
+            _environments[identity] = weakref.ref(environment)
+            for stale in [key for key, reference in _environments.items() if reference() is None]:
+                del _environments[stale]
+    return environment
+
+
+# ------------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def _full_disk_said(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except lmdb.Error as error:
+        raise _said(error, place) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _said(error, place) from error
+        raise
+
+
+def _said(error: Exception, place: Path) -> UniterError:
+    text = str(error)
+    if "space" in text.lower() or "quota" in text.lower() or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return UniterError(f"the disk is full while writing {place}; what was committed is kept: make room and run the same command again")
+    return UniterError(f"writing {place} failed: {text}; what was committed is kept")
+
+
+_held: set[str] = set()
+_held_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def _file_lock(path: Path, *, wait: bool) -> Iterator[bool]:
+    """True while this process, and nobody else, has the lock file.
+
+    POSIX locks: a killed owner's lock is gone, and children do not inherit it.
+    """
+    name = str(path.resolve())
+    with _held_guard:
+        if name in _held and not wait:
+            mine = False
+        else:
+            while name in _held:  # another thread of this process; rare and short
+                _held_guard.release()
+                threading.Event().wait(0.01)
+                _held_guard.acquire()
+            _held.add(name)
+            mine = True
+    if not mine:
+        yield False
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    yield False
+                    return
+                logger.warning("%s: this file system has no locks (%s); do not run two writers on it", path, error)
+            yield True
+        finally:
+            os.close(descriptor)
+    finally:
+        with _held_guard:
+            _held.discard(name)
+
+
+class UnitStore:
+    """The write side of a region database (contract, "fixed units").
+
+    Args:
+        path: the folder; made if it is absent.
+        settings: all that changes a value, JSON; written first.
+        overwrite: throw away what is there, whatever its settings.
+
+    Raises:
+        SettingsDiffer: `path` was begun with other settings; the difference in words.
+        BadInput: `path` holds something that is no database of ours.
+    """
+
+    def __init__(self, path: Path | str, *, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.units_folder = self.path / "units"
+        asked = json.loads(json.dumps(settings))
+        if self.path.exists() and not self.path.is_dir():
+            raise BadInput(f"{self.path} is a file; expected a folder to write the database into")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            self._clear()
+        if not (self.path / "settings.json").exists() and ((self.path / "data.mdb").exists() or (self.path / "header.json").exists()):
+            raise BadInput(f"{self.path} holds a database that was made elsewhere; choose another folder, or --overwrite")
+        phrases = difference_in_words(_first_json(self.path / "settings.json", asked), asked)
+        if phrases:
+            raise SettingsDiffer(
+                f"{self.path} was begun with other settings ({'; '.join(phrases)}): use the same ones, another folder, or --overwrite"
+            )
+        self._recover()
+        if not self.is_complete():
+            self.units_folder.mkdir(exist_ok=True)
+
+    def _clear(self) -> None:
+        for name in ("header.json", "settings.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("units", "units.tmp"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Bring what a kill inside `forget_failures` or at the end of `finish` left into one of the two plain states."""
+        remade = self.path / "units.tmp"
+        if self.is_complete():
+            shutil.rmtree(remade, ignore_errors=True)
+        elif remade.is_dir():
+            shutil.rmtree(self.units_folder, ignore_errors=True)
+            remade.rename(self.units_folder)
+
+    # -- what is there ---------------------------------------------------------------------------------------------------
+
+    def is_complete(self) -> bool:
+        """Whether `header.json` is there."""
+        return (self.path / "header.json").exists()
+
+    def finished_units(self) -> set[int]:
+        """Numbers of the units that are done (all of them in a complete database)."""
+        if self.is_complete():
+            return set(range(read_json(self.path / "header.json")["units"]))
+        return {int(name) for name in _names(self.units_folder) if name.isdigit()}
+
+    def _partial_units(self) -> set[int]:
+        names = _names(self.units_folder)
+        return {int(name[: -len(".partial")]) for name in names if name.endswith(".partial") and name[: -len(".partial")].isdigit()}
+
+    def failures(self) -> list[dict[str, Any]]:
+        """{"key", "path", "error"} of all units, finished or not, by unit and key."""
+        if self.is_complete():
+            return read_failures(self.path / "failures.jsonl")
+        rows = []
+        for number in sorted(self.finished_units() | self._partial_units()):
+            folder = self._folder(number)
+            if folder.is_dir():
+                rows += read_failures(folder / "failures.jsonl")
+            else:
+                with contextlib.suppress(lmdb.Error, UniterError):
+                    rows += _unit_failures(self._folder(number, partial=True))
+        return rows
+
+    def _folder(self, number: int, *, partial: bool = False) -> Path:
+        return self.units_folder / f"{number:05d}{'.partial' if partial else ''}"
+
+    # -- writing ---------------------------------------------------------------------------------------------------------
+
+    def unit(self, number: int) -> "UnitWriter | None":
+        """A writer for unit `number`, a context manager that goes on with what a killed run left.
+
+        None if the unit is finished or another living process (or writer) has it.
+        """
+        if self.is_complete() or self._folder(number).is_dir():
+            return None
+        stack = contextlib.ExitStack()
+        if not stack.enter_context(_file_lock(self.units_folder / ".locks" / f"{number:05d}", wait=False)):
+            stack.close()
+            return None
+        try:
+            if self.is_complete() or self._folder(number).is_dir():  # finished while we waited for the lock
+                stack.close()
+                return None
+            return UnitWriter(self, number, stack)
+        except BaseException:
+            stack.close()
+            raise
+
+    def forget_failures(self) -> set[int]:
+        """Forget all failed rows (`--retry-failed`); the units that held them are unfinished again.
+
+        Returns:
+            Their numbers. In a complete database without failures nothing happens.
+        """
+        if self.is_complete():
+            self._reopen()
+        numbers = set()
+        for number in sorted(self.finished_units() | self._partial_units()):
+            with _file_lock(self.units_folder / ".locks" / f"{number:05d}", wait=False) as mine:
+                if not mine:
+                    continue
+                finished, partial = self._folder(number), self._folder(number, partial=True)
+                folder = finished if finished.is_dir() else partial
+                forgot = bool(read_failures(folder / "failures.jsonl"))
+                if (folder / "data.mdb").exists():
+                    with _full_disk_said(folder), _open_unit(folder) as unit, unit.environment.begin(write=True) as transaction:
+                        forgot |= transaction.stat(unit.failures)["entries"] > 0
+                        transaction.drop(unit.failures, delete=False)
+                if forgot:
+                    numbers.add(number)
+                    if folder == finished:
+                        finished.rename(partial)
+                    (partial / "failures.jsonl").unlink(missing_ok=True)
+        return numbers
+
+    def _reopen(self) -> None:
+        """Turn a complete database with failures back into an unfinished one, all its units absorbed."""
+        rows = read_failures(self.path / "failures.jsonl")
+        if not rows:
+            return
+        columns = map_arrays(self.path / INDEX)
+        keys, units = KeyList(columns), columns["units"]
+        failed_units = columns["failure_units"]
+        remade = self.path / "units.tmp"
+        shutil.rmtree(remade, ignore_errors=True)
+        order = np.argsort(units, kind="stable")
+        bounds = np.searchsorted(units[order], np.arange(read_json(self.path / "header.json")["units"] + 1))
+        for number in range(len(bounds) - 1):
+            folder = remade / f"{number:05d}"
+            folder.mkdir(parents=True)
+            mine = order[bounds[number] : bounds[number + 1]]
+            _save_unit_index(
+                folder / INDEX, [keys.raw(int(row)) for row in mine], columns["region_counts"][mine], columns["checksums"][mine]
+            )
+            _write_failures(folder / "failures.jsonl", [row for row, unit in zip(rows, failed_units, strict=True) if unit == number])
+        sync_folder(remade)
+        (self.path / "header.json").unlink()
+        sync_folder(self.path)
+        shutil.rmtree(self.units_folder, ignore_errors=True)
+        remade.rename(self.units_folder)
+        for name in (INDEX, "failures.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def absorb(self, *, wait: bool = False) -> None:
+        """Move finished units, in order and without a gap, into `data.mdb`; a unit's own file is deleted after the commit.
+
+        Safe to be killed anywhere. Without `wait`, nothing happens while another process does the same.
+        """
+        with _file_lock(self.units_folder / ".locks" / "absorb", wait=wait) as mine:
+            if not mine or self.is_complete():
+                return
+            finished = self.finished_units()
+            number = 0
+            while number in finished:
+                if (self._folder(number) / "data.mdb").exists():
+                    with _full_disk_said(self.path):
+                        self._absorb_one(number)
+                number += 1
+
+    def _absorb_one(self, number: int) -> None:
+        folder = self._folder(number)
+        intent_path = self.units_folder / "absorbing.json"
+        with _open_unit(folder) as unit, unit.environment.begin(buffers=True) as source:
+            count = source.stat(unit.records)["entries"]
+            sizes = [len(value) for _, value in source.cursor(unit.records)]
+            # The map's size is stored in the file: it may depend on the records only, not on how often the work was killed.
+            pages = sum(size // 4096 + 2 for size in sizes) + 256
+            environment = _open_writer(self.path, _FIRST_MAP_BYTES)
+            try:
+                used = environment.info()["last_pgno"] + 1
+                map_bytes = _FIRST_MAP_BYTES
+                while map_bytes < 2 * 4096 * (used + pages):
+                    map_bytes *= 2
+                intent = read_json(intent_path) if intent_path.exists() else None
+                entries = environment.stat()["entries"]
+                committed = intent is not None and intent["unit"] == number and entries == intent["entries"] + count
+                if count and not committed:
+                    write_json(intent_path, {"unit": number, "entries": entries})
+                    while True:
+                        environment.set_mapsize(map_bytes)
+                        try:
+                            with environment.begin(write=True) as target:
+                                for key, value in source.cursor(unit.records):
+                                    if not target.put(key, value, overwrite=False):
+                                        raise BadInput(f"key {bytes(key).decode()!r} of unit {number} was already written by another unit")
+                            break
+                        except lmdb.MapFullError:
+                            map_bytes *= 2
+            finally:
+                environment.close()
+        (folder / "data.mdb").unlink()
+        (folder / "lock.mdb").unlink(missing_ok=True)
+        sync_folder(folder)
+
+    def finish(self, *, units: int, header: Mapping[str, Any]) -> bool:
+        """Complete the database if all units are there: `data.mdb`, index, `failures.jsonl`, and `header.json` last.
+
+        Args:
+            units: how many units the whole work has, numbered from 0.
+            header: what else the header says (detector, class names, ...).
+
+        Returns:
+            Whether the database is complete. Safe to be killed anywhere and called again, and by several processes.
+        """
+        if self.is_complete():
+            shutil.rmtree(self.units_folder, ignore_errors=True)
+            return True
+        if self.finished_units() != set(range(units)):
+            extra = self.finished_units() - set(range(units))
+            if extra:
+                raise BadInput(f"{self.path} holds unit {min(extra)}, but the work has {units} units; use --overwrite to begin anew")
+            return False
+        self.absorb(wait=True)
+        with _file_lock(self.units_folder / ".locks" / "finish", wait=True), _full_disk_said(self.path):
+            if self.is_complete():
+                return True
+            keys: list[bytes] = []
+            counts, checksums, unit_numbers, failure_units = [], [], [], []
+            failed: list[dict[str, Any]] = []
+            for number in range(units):
+                folder = self._folder(number)
+                columns = map_arrays(folder / INDEX)
+                unit_keys = KeyList(columns)
+                keys += [unit_keys.raw(row) for row in range(len(unit_keys))]
+                counts.append(columns["region_counts"])
+                checksums.append(columns["checksums"])
+                unit_numbers.append(np.full(len(unit_keys), number, dtype=np.int32))
+                rows = read_failures(folder / "failures.jsonl")
+                failed += rows
+                failure_units += [number] * len(rows)
+            environment = _open_writer(self.path, _FIRST_MAP_BYTES)  # also makes the file where no unit holds a record
+            try:
+                stored = environment.stat()["entries"]
+            finally:
+                environment.close()
+            if stored != len(keys):
+                raise BadInput(
+                    f"{self.path}/data.mdb holds {stored} records but its units {len(keys)}; was a file replaced? Use --overwrite"
+                )
+            order = sorted(range(len(keys)), key=keys.__getitem__)
+            region_counts = np.concatenate([*counts, np.zeros(0, np.int32)])[order].astype(np.int32)
+            save_arrays(
+                self.path / INDEX,
+                {
+                    **key_columns([keys[row] for row in order]),
+                    "region_counts": region_counts,
+                    "checksums": np.concatenate([*checksums, np.zeros(0, np.uint32)])[order].astype(np.uint32),
+                    "units": np.concatenate([*unit_numbers, np.zeros(0, np.int32)])[order].astype(np.int32),
+                    "failure_units": np.array(failure_units, dtype=np.int32),
+                },
+            )
+            _write_failures(self.path / "failures.jsonl", failed)
+            (self.path / "lock.mdb").unlink(missing_ok=True)
+            sync_folder(self.path)
+            write_json(
+                self.path / "header.json",
+                {
+                    "format_version": FORMAT_VERSION,
+                    "kind": "regions",
+                    "images": len(keys),
+                    "regions": int(region_counts.sum()),
+                    "failures": len(failed),
+                    "units": units,
+                    **header,
+                },
+            )
+        shutil.rmtree(self.units_folder, ignore_errors=True)
+        return True
+
+
+class UnitWriter:
+    """Writes one unit; made by `UnitStore.unit`, used as a context manager.
+
+    Attributes:
+        number: which unit.
+        done: keys already stored or failed in an earlier try of this unit, and now.
+    """
+
+    def __init__(self, store: UnitStore, number: int, stack: contextlib.ExitStack) -> None:
+        self._store, self.number, self._stack = store, number, stack
+        self._folder = store._folder(number, partial=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _tidy_partial(self._folder)
+        self._unit: _Unit = stack.enter_context(_open_unit(self._folder))
+        self._values: dict[bytes, tuple[bytes, int]] = {}
+        self._failures: dict[bytes, bytes] = {}
+        absorbed = self._folder / f"absorbed.{INDEX}"
+        self._absorbed = map_arrays(absorbed) if absorbed.exists() else None
+        with self._unit.environment.begin() as transaction:
+            self.done: set[str] = {key.decode() for key, _ in transaction.cursor(self._unit.summaries)}
+            self.done |= {orjson.loads(row)["key"] for _, row in transaction.cursor(self._unit.failures)}
+        if self._absorbed is not None:
+            self.done |= set(KeyList(self._absorbed))
+
+    def put(self, key: str, value: bytes, *, regions: int) -> None:
+        """Store a record at the next `commit`.
+
+        Raises:
+            BadInput: the key is empty, longer than 511 bytes of UTF-8, or was already written in this unit.
+        """
+        raw = checked_key(key)
+        if key in self.done:
+            raise BadInput(f"image {key!r} was already written; every image needs a key of its own (see --key)")
+        self._values[raw] = (value, regions)
+        self.done.add(key)
+
+    def fail(self, key: str, path: str, error: str) -> None:
+        """Record at the next `commit` that the image `key` could not be done."""
+        row = {"key": key, "path": path, "error": " ".join(error.split())}
+        # Under a digest: the key may be the very thing that is too long.
+        digest = zlib.crc32(key.encode(errors="replace")).to_bytes(4, "big") + key.encode(errors="replace")[:400]
+        self._failures[digest] = json.dumps(row, ensure_ascii=True).encode()
+        self.done.add(key)
+
+    def commit(self) -> None:
+        """Make everything so far durable, in one transaction. One call per batch.
+
+        Raises:
+            UniterError: the disk is full; what was committed before is kept.
+        """
+        if not self._values and not self._failures:
+            return
+        environment = self._unit.environment
+        with _full_disk_said(self._folder):
+            while True:
+                try:
+                    with environment.begin(write=True) as transaction:
+                        for key in sorted(self._values):
+                            value, regions = self._values[key]
+                            transaction.put(key, value, db=self._unit.records)
+                            transaction.put(key, _SUMMARY.pack(regions, zlib.crc32(value)), db=self._unit.summaries)
+                        for digest in sorted(self._failures):
+                            transaction.put(digest, self._failures[digest], db=self._unit.failures)
+                    break
+                except lmdb.MapFullError:  # no transaction is open any more: the map may grow
+                    environment.set_mapsize(2 * environment.info()["map_size"])
+        self._values.clear()
+        self._failures.clear()
+
+    def complete(self) -> None:
+        """Commit what is left and let the unit appear by rename; then move finished units into `data.mdb` if nobody else does."""
+        self.commit()
+        with _full_disk_said(self._folder):
+            with self._unit.environment.begin() as transaction:
+                keys, summaries = [], []
+                for key, packed in transaction.cursor(self._unit.summaries):
+                    keys.append(key)
+                    summaries.append(_SUMMARY.unpack(packed))
+                rows = [orjson.loads(row) for _, row in transaction.cursor(self._unit.failures)]
+            counts = np.array([count for count, _ in summaries], dtype=np.int32)
+            checksums = np.array([checksum for _, checksum in summaries], dtype=np.uint32)
+            if self._absorbed is not None:
+                earlier = KeyList(self._absorbed)
+                keys += [earlier.raw(row) for row in range(len(earlier))]
+                counts = np.concatenate([counts, self._absorbed["region_counts"]])
+                checksums = np.concatenate([checksums, self._absorbed["checksums"]])
+            _save_unit_index(self._folder / INDEX, keys, counts, checksums)
+            _write_failures(self._folder / "failures.jsonl", sorted(rows, key=lambda row: str(row["key"])))
+            finished = self._store._folder(self.number)
+            self._unit.environment.close()
+            (self._folder / "lock.mdb").unlink(missing_ok=True)
+            sync_folder(self._folder)
+            self._folder.rename(finished)
+            sync_folder(finished.parent)
+        self._stack.close()
+        self._store.absorb()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+
+def checked_key(key: str) -> bytes:
+    """A key as UTF-8; BadInput if LMDB could not hold it."""
+    try:
+        raw = key.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"key {key!r} is no valid Unicode; rename the file, or choose another --key") from None
+    if not 0 < len(raw) <= MAX_KEY_BYTES:
+        raise BadInput(
+            f"key {key[:40]!r}{'...' if len(key) > 40 else ''} has {len(raw)} bytes, expected 1 to {MAX_KEY_BYTES}; choose another --key"
+        )
+    return raw
+
+
+class _Unit:
+    """The LMDB of one unit: records, their summaries and the failures change in one transaction."""
+
+    def __init__(self, environment: lmdb.Environment) -> None:
+        self.environment = environment
+        self.records = environment.open_db(b"records")
+        self.summaries = environment.open_db(b"summaries")
+        self.failures = environment.open_db(b"failures")
+
+
+@contextlib.contextmanager
+def _open_unit(folder: Path) -> Iterator[_Unit]:
+    environment = _open_writer(folder, _FIRST_MAP_BYTES, max_dbs=3)
+    try:
+        yield _Unit(environment)
+    finally:
+        environment.close()
+
+
+def _open_writer(folder: Path, map_bytes: int, *, max_dbs: int = 0) -> lmdb.Environment:
+    data = folder / "data.mdb"
+    with contextlib.suppress(FileNotFoundError):
+        if data.stat().st_size < 2 * 4096:  # killed while LMDB wrote its first two pages: nothing is in it
+            data.unlink()
+    return lmdb.open(str(folder), map_size=map_bytes, max_dbs=max_dbs, max_spare_txns=0)
+
+
+def _tidy_partial(folder: Path) -> None:
+    """Bring a unit that was finished before, or killed just before its rename, back into the unfinished form."""
+    if (folder / INDEX).exists() and not (folder / "data.mdb").exists():
+        (folder / INDEX).replace(folder / f"absorbed.{INDEX}")  # its records are in OUT/data.mdb already
+    (folder / INDEX).unlink(missing_ok=True)
+    (folder / "failures.jsonl").unlink(missing_ok=True)
+
+
+def _unit_failures(folder: Path) -> list[dict[str, Any]]:
+    environment = lmdb.open(str(folder), readonly=True, create=False, max_dbs=3)
+    try:
+        with environment.begin() as transaction:
+            failures = environment.open_db(b"failures", txn=transaction, create=False)
+            return sorted((orjson.loads(row) for _, row in transaction.cursor(failures)), key=lambda row: str(row["key"]))
+    finally:
+        environment.close()
+
+
+def _save_unit_index(path: Path, keys: list[bytes], counts: NDArray[Any], checksums: NDArray[Any]) -> None:
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    save_arrays(
+        path,
+        {
+            **key_columns([keys[row] for row in order]),
+            "region_counts": counts[order].astype(np.int32),
+            "checksums": checksums[order].astype(np.uint32),
+        },
+    )
+
+
+def _write_failures(path: Path, rows: list[dict[str, Any]]) -> None:
+    _write_bytes(path, b"".join(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n" for row in rows))
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except FileNotFoundError:
+        return []
