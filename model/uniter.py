@@ -1,0 +1,345 @@
+"""UNITER's body: word pieces and regions of an image through one BERT encoder.
+
+The parameters bear the published names, so that published state dicts load and ours load elsewhere. What differs from the
+published code is that nothing is ever padded: hidden states are (N, H), all sequences end to end (see attention.py).
+
+Legend of shape suffixes: B sequences, N rows of all sequences, T text tokens, R regions, D feature width, H hidden.
+
+Source: Chen et al., "UNITER: UNiversal Image-TExt Representation Learning", ECCV 2020; github.com/ChenRocks/UNITER.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uniter.datasets.collate import PackedBatch
+from uniter.datasets.errors import BadInput, unknown_name
+from uniter.model.attention import AttentionKernel, Layout, attend, attention_probabilities, choose_kernel, lay_out
+
+NORM_EPSILON = 1e-12
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+
+
+@dataclass(frozen=True)
+class UniterConfig:
+    """The sizes of a UNITER. Names as in the published configuration files; the last two are constructor arguments there.
+
+    Attributes:
+        image_feature_size: width D of a region's feature.
+        label_classes: classes of the detector's distribution, background (column 0) included.
+    """
+
+    vocab_size: int = 28996
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    image_feature_size: int = 2048
+    label_classes: int = 1601
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise BadInput(
+                f"hidden_size {self.hidden_size} cannot be shared by {self.num_attention_heads} attention heads; choose a divisor"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise BadInput(unknown_name("hidden_act", self.hidden_act, ACTIVATIONS))
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """One of "tiny", "base" and "large" (the last two as published), with single fields replaced."""
+        if name not in PRESETS:
+            raise BadInput(unknown_name("model size", name, PRESETS))
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
+        """From a mapping that may hold more than our fields (BERT's configurations do); absent ones take the defaults."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        try:
+            return cls(**{name: value for name, value in {**values, **overrides}.items() if name in known})
+        except TypeError as error:
+            raise BadInput(f"this is no model configuration: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, path: str | Path, **overrides: Any) -> Self:
+        """Read a configuration file: ours, a published one or BERT's."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"cannot read the model configuration {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise BadInput(f"the model configuration {path} holds a {type(values).__name__}, expected an object")
+        return cls.from_dict(values, **overrides)
+
+    def to_json(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=NORM_EPSILON)
+
+
+def initialise(module: nn.Module, *, deviation: float) -> None:
+    """Linear and embedding weights normal, padding rows too; biases 0; norms 1 and 0 (BERT's way)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=deviation)
+        if isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+        if isinstance(part, nn.Linear | nn.LayerNorm) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = layer_norm(config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, types_T: Tensor) -> Tensor:
+        summed_TH = self.word_embeddings(ids_T) + self.position_embeddings(positions_T) + self.token_type_embeddings(types_T)
+        embedded_TH: Tensor = self.dropout(self.LayerNorm(summed_TH))
+        return embedded_TH
+
+
+class RegionEmbeddings(nn.Module):
+    """A region's feature and place. Differs from the paper: each projection is normed by itself, and the token type is added."""
+
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.img_linear = nn.Linear(config.image_feature_size, config.hidden_size)
+        self.img_layer_norm = layer_norm(config.hidden_size)
+        self.pos_layer_norm = layer_norm(config.hidden_size)
+        self.pos_linear = nn.Linear(7, config.hidden_size)
+        # Lives in feature space: what a masked region shows instead of its feature. Row 0 means "not masked" and is never read.
+        self.mask_embedding = nn.Embedding(2, config.image_feature_size, padding_idx=0)
+        self.LayerNorm = layer_norm(config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, features_RD: Tensor, positions_R7: Tensor, types_RH: Tensor, masked_R: Tensor | None) -> Tensor:
+        features_RD = features_RD.to(self.img_linear.weight.dtype)
+        if masked_R is not None:
+            # The published forward overwrites row 0 whenever regions are masked; it shows in state dicts and trajectories.
+            self.mask_embedding.weight.data[0].zero_()
+            features_RD = features_RD + masked_R.to(features_RD.dtype).unsqueeze(1) * self.mask_embedding.weight[1]
+        appearance_RH = self.img_layer_norm(self.img_linear(features_RD))
+        place_RH = self.pos_layer_norm(self.pos_linear(positions_R7.to(self.pos_linear.weight.dtype)))
+        embedded_RH: Tensor = self.dropout(self.LayerNorm(appearance_RH + place_RH + types_RH))
+        return embedded_RH
+
+
+class DenseAddNorm(nn.Module):
+    """Linear, dropout, residual, norm: how each half of a BERT layer ends."""
+
+    def __init__(self, inner: int, config: UniterConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inner, config.hidden_size)
+        self.LayerNorm = layer_norm(config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inner_NI: Tensor, residual_NH: Tensor) -> Tensor:
+        normed_NH: Tensor = self.LayerNorm(self.dropout(self.dense(inner_NI)) + residual_NH)
+        return normed_NH
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        # Holds the probability only: as a module it is found by whoever sets the dropout of a whole model.
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.heads = config.num_attention_heads
+
+    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
+        dropout = self.dropout.p if self.training else 0.0
+        query, key, value = self.query(hidden_NH), self.key(hidden_NH), self.value(hidden_NH)
+        return attend(query, key, value, layout, heads=self.heads, dropout=dropout, kernel=kernel)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.self = SelfAttention(config)
+        self.output = DenseAddNorm(config.hidden_size, config)
+
+    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
+        attended_NH: Tensor = self.output(self.self(hidden_NH, layout, kernel), hidden_NH)
+        return attended_NH
+
+
+class Intermediate(nn.Module):
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden_NH))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = DenseAddNorm(config.intermediate_size, config)
+
+    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
+        attended_NH = self.attention(hidden_NH, layout, kernel)
+        output_NH: Tensor = self.output(self.intermediate(attended_NH), attended_NH)
+        return output_NH
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
+        for layer in self.layer:
+            hidden_NH = layer(hidden_NH, layout, kernel)
+        return hidden_NH
+
+
+class Pooler(nn.Module):
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first_BH: Tensor) -> Tensor:
+        return torch.tanh(self.dense(first_BH))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What comes out of the encoder.
+
+    Attributes:
+        hidden_NH: (N, H), the last layer's states of all rows. In which order the sequences stand is the layout's own matter
+            (on the CPU by length): find rows through the row numbers below.
+        layout: where everything stands.
+    """
+
+    hidden_NH: Tensor
+    layout: Layout
+
+    @property
+    def text_rows_T(self) -> Tensor:
+        """(T,) int64, the row of each text token, in the batch's order."""
+        return self.layout.text_rows_T
+
+    @property
+    def region_rows_R(self) -> Tensor:
+        """(R,) int64, the row of each region, in the batch's order."""
+        return self.layout.region_rows_R
+
+    @property
+    def first_rows_B(self) -> Tensor:
+        """(B,) int64, the first row of each sequence, in the batch's order."""
+        return self.layout.first_rows_B
+
+    @property
+    def sequence_lengths_B(self) -> Tensor:
+        """(B,) int64, rows of each sequence, in the batch's order."""
+        return self.layout.sequence_lengths_B
+
+    @property
+    def text_TH(self) -> Tensor:
+        """(T, H), states of the text tokens, in the batch's order."""
+        return self.hidden_NH[self.layout.text_rows_T]
+
+    @property
+    def regions_RH(self) -> Tensor:
+        """(R, H), states of the regions, in the batch's order."""
+        return self.hidden_NH[self.layout.region_rows_R]
+
+
+class UniterModel(nn.Module):
+    """Embeddings, encoder and pooler (the published keys below `uniter.`).
+
+    `attention_kernel` chooses how attention is computed, see `attention.attend`.
+    """
+
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_kernel: AttentionKernel = "auto"
+        self.embeddings = TextEmbeddings(config)
+        self.img_embeddings = RegionEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config)
+        initialise(self, deviation=config.initializer_range)
+
+    def embed(self, batch: PackedBatch) -> tuple[Tensor, Layout]:
+        """What enters the first layer: (N, H), and where everything stands in it."""
+        device = self.embeddings.word_embeddings.weight.device
+        by_length = choose_kernel(self.attention_kernel, device) == "grouped"
+        layout = lay_out(batch.text_lengths_B, batch.region_counts_B, device=device, by_length=by_length)
+        parts: list[Tensor] = []
+        if len(batch.input_ids_T):
+            parts.append(self.embeddings(batch.input_ids_T, batch.text_positions_T, batch.text_types_T))
+        if len(batch.features_RD):
+            types_RH = self.embeddings.token_type_embeddings(batch.region_types_R)
+            parts.append(self.img_embeddings(batch.features_RD, batch.positions_R7, types_RH, batch.masked_regions_R))
+        return torch.cat(parts).index_select(0, layout.source_rows_N), layout
+
+    def forward(self, batch: PackedBatch) -> Encoded:
+        """Encode a packed batch; text alone (no regions) and regions alone (no text) work too.
+
+        Raises:
+            ValueError: the batch or a sequence of it is empty.
+        """
+        hidden_NH, layout = self.embed(batch)
+        return Encoded(self.encoder(hidden_NH, layout, self.attention_kernel), layout)
+
+    def pooled(self, encoded: Encoded) -> Tensor:
+        """(B, H), the pooler's view of each sequence's first row, in the batch's order."""
+        pooled_BH: Tensor = self.pooler(encoded.hidden_NH[encoded.first_rows_B])
+        return pooled_BH
+
+    @torch.no_grad()
+    def attentions(self, batch: PackedBatch) -> list[list[Tensor]]:
+        """Attention probabilities for looking at: for each layer and sequence (heads, length, length) float32, text before regions."""
+        hidden_NH, layout = self.embed(batch)
+        maps: list[list[Tensor]] = []
+        for layer in self.encoder.layer:
+            attention = layer.get_submodule("attention.self")
+            assert isinstance(attention, SelfAttention)
+            query, key = attention.query(hidden_NH), attention.key(hidden_NH)
+            maps.append(list(attention_probabilities(query, key, layout, heads=attention.heads)))
+            hidden_NH = layer(hidden_NH, layout, self.attention_kernel)
+        return maps
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Give every dropout of a model the same probability, attention's too (UNITER's `--dropout`)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
