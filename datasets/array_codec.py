@@ -1,0 +1,361 @@
+"""Arrays inside a database value: msgpack-numpy's layout and npz files, read without executing anything.
+
+What a reader would get wrong: a value is never unpacked as a whole. `find_arrays` walks over the msgpack and says where each
+array's bytes lie; the caller makes views of those it needs. (A record is 44 % soft labels, which most tasks never touch.)
+
+One array is a msgpack map {b"nd": true, b"type": "<f2", b"kind": b"", b"shape": [n, d], b"data": raw C-order bytes}.
+Object arrays (kind "O", a pickle), structured types and every type outside `ALLOWED_TYPES` are refused.
+
+Source: the layout as msgpack-numpy 0.4 writes it (facts/uniter.md, 1.2).
+"""
+
+import io
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from uniter.datasets.errors import BadInput
+
+ALLOWED_TYPES: Final = frozenset({"<f2", "<f4", "<f8", "|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8"})
+MAX_ARRAYS = 64
+MAX_DIMENSIONS = 4
+MAX_UNPACKED_BYTES = 1 << 30
+_MAX_DEPTH = 8
+
+
+class ArrayPlace(NamedTuple):
+    """Where an array lies inside a value: its type, its shape, its first byte."""
+
+    dtype: "np.dtype[Any]"
+    shape: tuple[int, ...]
+    offset: int
+
+
+def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Arrays as one msgpack map in msgpack-numpy's layout, byte for byte what `msgpack_numpy` packs with `use_bin_type`."""
+    packed = {}
+    for name, array in arrays.items():
+        spelling = array.dtype.str
+        if spelling not in ALLOWED_TYPES:
+            raise BadInput(f"array {name!r} has type {spelling}, expected one of {', '.join(sorted(ALLOWED_TYPES))}")
+        packed[name] = {b"nd": True, b"type": spelling, b"kind": b"", b"shape": list(array.shape), b"data": array.tobytes()}
+    return bytes(msgpack.packb(packed, use_bin_type=True))
+
+
+# One array as every writer in the field packs it, two dimensions, so that the common case is one match in C.
+_COMMON = re.compile(
+    rb"([\xa1-\xbf])(.{1,31}?)\x85\xc4\x02nd\xc3\xc4\x04type\xa3(<f2|<f4|<i4)\xc4\x04kind\xc4\x00\xc4\x05shape"
+    rb"\x92([\x00-\x7f]|\xcc.|\xcd..)([\x00-\x7f]|\xcc.|\xcd..)\xc4\x04data(?:\xc4(.)|\xc5(..)|\xc6(....))",
+    re.DOTALL,
+)
+_DTYPES: Final = {spelling: np.dtype(spelling) for spelling in sorted(ALLOWED_TYPES)}
+
+
+def find_arrays(value: bytes | memoryview) -> dict[str, ArrayPlace]:
+    """Where each array of a msgpack value lies. Entries that are no arrays, and arrays without dimensions, are left out.
+
+    Raises:
+        BadInput: not msgpack, cut off, object or structured arrays, a type that is not allowed, a length that does not fit.
+    """
+    try:
+        return _Walker(value).arrays()
+    except (IndexError, struct.error, UnicodeDecodeError):
+        raise BadInput("the value is cut off or no msgpack") from None
+
+
+class _Walker:
+    def __init__(self, value: bytes | memoryview) -> None:
+        self.value = value
+        self.place = 0
+
+    def arrays(self) -> dict[str, ArrayPlace]:
+        count = self._map_length()
+        if count is None:
+            raise BadInput("the value is no msgpack map of arrays")
+        if count > MAX_ARRAYS:
+            raise BadInput(f"the value claims {count:,} arrays, expected at most {MAX_ARRAYS}")
+        found: dict[str, ArrayPlace] = {}
+        for _ in range(count):
+            common = self._common()
+            if common is not None:
+                found[common[0]] = common[1]
+                continue
+            name = self._scalar()
+            if isinstance(name, bytes):
+                name = name.decode()
+            if not isinstance(name, str):
+                raise BadInput("the value is no msgpack map from names to arrays")
+            before = self.place
+            entries = self._map_length()
+            if entries is None:
+                self.place = before
+                self._skip(0)
+                continue
+            array = self._array(name, entries)
+            if array is not None and array.shape:
+                found[name] = array
+        if self.place != len(self.value):
+            raise BadInput(f"the value has {len(self.value) - self.place:,} bytes too many")
+        return found
+
+    def _common(self) -> tuple[str, ArrayPlace] | None:
+        match = _COMMON.match(self.value, self.place)
+        if match is None:
+            return None
+        head, name, spelling, rows, columns, short, medium, long = match.groups()
+        if len(name) != head[0] - 0xA0:
+            return None
+        shape = (_small(rows), _small(columns))
+        dtype = _DTYPES[spelling.decode()]
+        length = int.from_bytes(short or medium or long, "big")
+        offset = match.end()
+        if shape[0] * shape[1] * dtype.itemsize != length or offset + length > len(self.value):
+            return None  # the slow way says what is wrong
+        self.place = offset + length
+        return str(name, "utf-8"), ArrayPlace(dtype, shape, offset)
+
+    def _take(self, count: int) -> int:
+        """Step over `count` bytes; where they begin."""
+        begin = self.place
+        if begin + count > len(self.value):
+            raise BadInput(f"the value is cut off: {count:,} bytes are announced but {len(self.value) - begin:,} follow")
+        self.place = begin + count
+        return begin
+
+    def _number(self, layout: str) -> Any:
+        size = struct.calcsize(layout)
+        return struct.unpack_from(layout, self.value, self._take(size))[0]
+
+    def _map_length(self) -> int | None:
+        code = self.value[self.place]
+        if 0x80 <= code <= 0x8F:
+            self.place += 1
+            return code & 0x0F
+        if code in (0xDE, 0xDF):
+            self.place += 1
+            return int(self._number(">H" if code == 0xDE else ">I"))
+        return None
+
+    def _list_length(self) -> int | None:
+        code = self.value[self.place]
+        if 0x90 <= code <= 0x9F:
+            self.place += 1
+            return code & 0x0F
+        if code in (0xDC, 0xDD):
+            self.place += 1
+            return int(self._number(">H" if code == 0xDC else ">I"))
+        return None
+
+    def _blob_length(self) -> int | None:
+        """Length of the bytes or string that begins here, None if something else does."""
+        code = self.value[self.place]
+        if 0xA0 <= code <= 0xBF:
+            self.place += 1
+            return code & 0x1F
+        layout = {0xC4: ">B", 0xD9: ">B", 0xC5: ">H", 0xDA: ">H", 0xC6: ">I", 0xDB: ">I"}.get(code)
+        if layout is None:
+            return None
+        self.place += 1
+        return int(self._number(layout))
+
+    def _scalar(self) -> Any:
+        """A short string or bytes (both as bytes), number, bool or nil."""
+        length = self._blob_length()
+        if length is not None:
+            if length > 4096:
+                raise BadInput(f"a name of {length:,} bytes; is the value damaged?")
+            begin = self._take(length)
+            return bytes(self.value[begin : begin + length])
+        code = self.value[self.place]
+        self.place += 1
+        if code <= 0x7F:
+            return code
+        if code >= 0xE0:
+            return code - 0x100
+        if code in (0xC0, 0xC2, 0xC3):
+            return {0xC0: None, 0xC2: False, 0xC3: True}[code]
+        layout = {
+            0xCA: ">f",
+            0xCB: ">d",
+            0xCC: ">B",
+            0xCD: ">H",
+            0xCE: ">I",
+            0xCF: ">Q",
+            0xD0: ">b",
+            0xD1: ">h",
+            0xD2: ">i",
+            0xD3: ">q",
+        }.get(code)
+        if layout is None:
+            raise BadInput(f"the value holds msgpack type 0x{code:02x} where a name or a number was expected")
+        return self._number(layout)
+
+    def _skip(self, depth: int) -> None:
+        """Step over anything that is no extension."""
+        if depth > _MAX_DEPTH:
+            raise BadInput("the value is nested too deeply")
+        length = self._map_length()
+        if length is not None:
+            for _ in range(self._plausible(2 * length)):
+                self._skip(depth + 1)
+            return
+        length = self._list_length()
+        if length is not None:
+            for _ in range(self._plausible(length)):
+                self._skip(depth + 1)
+            return
+        length = self._blob_length()
+        if length is not None:
+            self._take(length)
+            return
+        self._scalar()
+
+    def _plausible(self, count: int) -> int:
+        if count > len(self.value) - self.place:
+            raise BadInput(f"the value claims {count:,} entries but has {len(self.value) - self.place:,} bytes left")
+        return count
+
+    def _array(self, name: str, entries: int) -> ArrayPlace | None:
+        fields: dict[bytes, Any] = {}
+        data: tuple[int, int] | None = None
+        for _ in range(self._plausible(entries)):
+            key = self._scalar()
+            if key == b"data":
+                length = self._blob_length()
+                if length is None:
+                    raise BadInput(f"array {name!r}: its data are no bytes")
+                data = (self._take(length), length)
+            elif key == b"shape":
+                extents = self._list_length()
+                if extents is None or extents > MAX_DIMENSIONS:
+                    raise BadInput(f"array {name!r} has a shape that is no list of at most {MAX_DIMENSIONS} numbers")
+                fields[key] = [self._scalar() for _ in range(extents)]
+            elif key in (b"nd", b"type", b"kind"):
+                if self.value[self.place] in (*range(0x80, 0xA0), 0xDC, 0xDD, 0xDE, 0xDF):
+                    raise BadInput(f"array {name!r} has a structured type; only plain number types are read")
+                fields[key] = self._scalar()
+            else:
+                self._skip(0)
+        if b"nd" not in fields:
+            return None  # some other map
+        if fields.get(b"kind", b"") not in (b"", None):
+            raise BadInput(f"array {name!r} holds Python objects (a pickle) or a structured type; such values are never read")
+        if fields[b"nd"] is not True:
+            return None  # a NumPy scalar
+        return _checked_place(name, fields.get(b"type"), fields.get(b"shape"), data)
+
+
+def _checked_place(name: str, spelling: Any, shape: Any, data: tuple[int, int] | None) -> ArrayPlace:
+    text = spelling.decode("latin-1") if isinstance(spelling, bytes) else repr(spelling)
+    if text not in ALLOWED_TYPES:
+        raise BadInput(f"array {name!r} has type {text[:40]!r}, expected one of {', '.join(sorted(ALLOWED_TYPES))}")
+    if shape is None or data is None or not all(type(extent) is int and 0 <= extent < 1 << 40 for extent in shape):
+        raise BadInput(f"array {name!r} has no shape or no data")
+    count = 1
+    for extent in shape:
+        count *= extent
+    dtype = _DTYPES[text]
+    if count * dtype.itemsize != data[1]:
+        raise BadInput(f"array {name!r} of shape {tuple(shape)} and type {text} needs {count * dtype.itemsize:,} bytes but has {data[1]:,}")
+    return ArrayPlace(dtype, tuple(shape), data[0])
+
+
+def _small(coded: bytes) -> int:
+    return coded[0] if len(coded) == 1 else int.from_bytes(coded[1:], "big")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- npz
+
+
+def unpack_npz(value: bytes | memoryview, *, limit: int = MAX_UNPACKED_BYTES) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file; those without dimensions (NumPy before 2 stored a stray `allow_pickle`) are left out.
+
+    Args:
+        limit: how many bytes all arrays together may have, against zip bombs.
+
+    Raises:
+        BadInput: no .npz, damaged, object arrays, a type that is not allowed, more than `limit` bytes.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(value)) as archive:
+            members = archive.infolist()
+            if len(members) > MAX_ARRAYS:
+                raise BadInput(f"the npz holds {len(members):,} members, expected at most {MAX_ARRAYS}")
+            for member in members:
+                name = member.filename.removesuffix(".npy")
+                with archive.open(member) as file:
+                    shape, fortran, dtype = _npy_header(file, name)
+                    if not shape:
+                        continue
+                    count = 1
+                    for extent in shape:
+                        count *= extent
+                    size = count * dtype.itemsize
+                    limit -= size
+                    if limit < 0:
+                        raise BadInput(f"the npz unpacks to more than the allowed size at array {name!r} of shape {shape}")
+                    data = file.read(size)
+                    if len(data) != size or file.read(1):
+                        raise BadInput(f"array {name!r} of shape {shape} needs {size:,} bytes, the npz has another number")
+                    array = np.frombuffer(data, dtype=dtype)
+                    arrays[name] = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+        ValueError,
+        struct.error,
+        KeyError,
+    ) as error:
+        raise BadInput(f"no readable npz ({error or type(error).__name__})") from None
+    return arrays
+
+
+def npz_rows(value: bytes | memoryview, name: str) -> int | None:
+    """Rows of one array of an .npz, from its header alone; None if it is not there."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(value)) as archive, archive.open(f"{name}.npy") as file:
+            shape, _, _ = _npy_header(file, name)
+            return shape[0] if shape else None
+    except KeyError:
+        return None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError, struct.error) as error:
+        raise BadInput(f"no readable npz ({error or type(error).__name__})") from None
+
+
+def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, "np.dtype[Any]"]:
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):  # later versions exist for structured types, and their header may be 4 GiB long
+        raise BadInput(f"array {name!r} has .npy version {version}, expected 1.0")
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=4096)
+    except (SyntaxError, TypeError, RecursionError, MemoryError, AttributeError) as error:
+        raise BadInput(f"array {name!r} has a damaged header ({type(error).__name__})") from None
+    if dtype.hasobject or dtype.str not in ALLOWED_TYPES:
+        raise BadInput(f"array {name!r} has type {dtype.str}; only plain number types are read, never Python objects")
+    if len(shape) > MAX_DIMENSIONS or not all(0 <= extent < 1 << 40 for extent in shape):
+        raise BadInput(f"array {name!r} has shape {shape}")
+    return shape, bool(fortran), dtype
+
+
+def pack_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Arrays as a compressed .npz, as UNITER's extraction writes them. The same arrays give the same bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression=zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            member.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(member, "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
