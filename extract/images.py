@@ -80,6 +80,10 @@ class ImageList(Protocol):
     def images(self) -> int: ...
 
     @property
+    def unit_images(self) -> int | None:
+        """Images of a unit; None where a unit is a tar."""
+
+    @property
     def keys_sha256(self) -> str: ...
 
     def count(self, number: int) -> int:
@@ -139,14 +143,14 @@ class FileImages:
     def __init__(self, found: Sequence[tuple[str, NameParts, str | None]], rule: KeyRule, *, unit_images: int) -> None:
         self._files = [file for file, _, _ in found]
         self._keys = [_text(given) if given is not None else _text(rule(parts)) for _, parts, given in found]
-        self._unit_images = unit_images
+        self.unit_images: int = unit_images
         digests = _digests(self._keys)
         _refuse_equal_keys(digests, lambda: zip(self._keys, self._files, strict=True))
         self.keys_sha256 = _keys_sha256(self._keys)
 
     @property
     def units(self) -> int:
-        return -(-len(self._files) // self._unit_images)
+        return -(-len(self._files) // self.unit_images)
 
     @property
     def images(self) -> int:
@@ -161,11 +165,13 @@ class FileImages:
         return [_item(self._keys[row], self._files[row], self._files[row]) for row in self._rows(number)]
 
     def _rows(self, number: int) -> range:
-        return range(number * self._unit_images, min((number + 1) * self._unit_images, len(self._files)))
+        return range(number * self.unit_images, min((number + 1) * self.unit_images, len(self._files)))
 
 
 class TarImages:
     """The images of tar shards, a unit a tar. Only the headers are read here, and only numbers are kept."""
+
+    unit_images: int | None = None
 
     def __init__(self, tars: Sequence[Path], rule: KeyRule) -> None:
         self._tars, self._rule = list(tars), rule

@@ -1,0 +1,88 @@
+"""A detector without a network, for tests of the run around it; run as a script, one extraction in a process that can be killed.
+
+Its features depend on the whole batch: a run that does not keep its batches together writes other bytes and is found out.
+"""
+
+import json
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uniter.extract.pipeline import Stopped, extract_images
+from uniter.extract.preparation import CaffePreparation, PreparedImage
+from uniter.extract.select import RawRegions
+
+
+@dataclass
+class FakeDetector:
+    """Twelve random regions, from the pixels; see the module."""
+
+    name: str = "fake"
+    feature_width: int = 8
+    class_names: tuple[str, ...] = ("cat", "dog", "tree", "house", "boat")
+    attribute_names: tuple[str, ...] = ()
+    min_boxes: int = 3
+    max_boxes: int = 7
+    seconds: float = 0.0
+    device: str = "cpu"
+    preparation: CaffePreparation = field(default_factory=lambda: CaffePreparation(shortest=24, longest=40))
+    batches: list[int] = field(default_factory=list)
+
+    def settings(self) -> dict[str, Any]:
+        return {"name": self.name, "weights": "none", "weights_sha256": "0" * 64, "preparation": self.preparation.settings()}
+
+    def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
+        return self.preparation(image)
+
+    def detect(self, images: Sequence[PreparedImage], *, boxes: Sequence[NDArray[np.floating]] | None = None) -> list[RawRegions]:
+        self.batches.append(len(images))
+        if self.seconds:
+            time.sleep(self.seconds * len(images))
+        together = zlib.crc32(b"".join(image.pixels.tobytes() for image in images))
+        found = []
+        for row, image in enumerate(images):
+            rng = np.random.default_rng(zlib.crc32(image.pixels.tobytes()))
+            height, width = image.size
+            if boxes is not None:
+                where = np.asarray(boxes[row], dtype=np.float32)
+            else:
+                corners = np.sort(rng.random((12, 2, 2)), axis=1).reshape(12, 4) * [width, height, width, height]
+                where = corners.astype(np.float32)
+            features = rng.random((len(where), self.feature_width), dtype=np.float32)
+            features[:, 0] = together % 1009
+            logits = rng.normal(0, 2, (len(where), len(self.class_names) + 1))
+            odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+            found.append(RawRegions(where, features, (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)))
+        return found
+
+
+def build_fake(device: str = "cpu", seconds: float = 0.0) -> FakeDetector:
+    """What a Ray actor calls to have its own."""
+    return FakeDetector(device=device, seconds=seconds)
+
+
+def main(images: str, out: str, options: str) -> None:
+    """Extract; `options` is JSON: `seconds` an image takes, and arguments of `extract_images`."""
+    arguments = json.loads(options)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    arguments["shard"] = tuple(arguments.get("shard", (0, 1)))
+    detector = FakeDetector(seconds=arguments.pop("seconds", 0.0))
+    try:
+        summary = extract_images(images, out, detector=detector, stop=stop, **arguments)
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(1)
+    print(json.dumps(summary.as_dict()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
