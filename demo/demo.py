@@ -98,7 +98,12 @@ def table(measured: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
         ("MRC-KL", f"{mrc_kl['kl']:.3f}", "", True),
         ("  always predicting the mean", f"{mrc_kl['kl_of_mean']:.3f}", "", True),
         ("  MRC-KL of the mean's", f"{ratio:.2f}", "under 0.80", ratio < 0.8),
-        (f"text retrieval R@1 among {candidates}", f"{retrieval['text_r1']:.1%}", f"over {5 * chance:.0%}", retrieval["text_r1"] >= 5 * chance),
+        (
+            f"text retrieval R@1 among {candidates}",
+            f"{retrieval['text_r1']:.1%}",
+            f"over {5 * chance:.0%}",
+            retrieval["text_r1"] >= 5 * chance,
+        ),
         (f"image retrieval R@1 among {candidates}", f"{retrieval['image_r1']:.1%}", f"over {5 * chance:.0%}", worst_r1 >= 5 * chance),
     ]
 
