@@ -8,6 +8,7 @@ Legend of shape suffixes: B sequences, S predicted places, V words, C classes, D
 Source: github.com/ChenRocks/UNITER, model/pretrain.py; what differs from the paper is marked.
 """
 
+import random
 from collections.abc import Mapping
 from typing import Literal
 
@@ -68,6 +69,71 @@ def pairs(outputs: Targets, targets: Targets) -> Terms:
     if "distances" in outputs:
         terms["transport"] = torch.where(matched_B == 1, outputs["distances"], -outputs["distances"])
     return terms
+
+
+def answers(outputs: Targets, targets: Targets) -> Terms:
+    """VQA and SNLI-VE: binary cross-entropy (B, A) of each answer by itself; reduce with "rows".
+
+    Differs from the paper: SNLI-VE too is trained with this, not with a softmax over its three labels.
+    """
+    scores_BA = outputs["scores"].float()
+    wanted_BA = targets["answers"].to(scores_BA.dtype)
+    return {"binary_cross_entropy": F.binary_cross_entropy_with_logits(scores_BA, wanted_BA, reduction="none")}
+
+
+def statements(outputs: Targets, targets: Targets) -> Terms:
+    """NLVR2: cross-entropy (P,) of scores (P, 2) against `truth`."""
+    return {"cross_entropy": F.cross_entropy(outputs["scores"].float(), targets["truth"], reduction="none")}
+
+
+def choices(outputs: Targets, targets: Targets) -> Terms:
+    """VCR: cross-entropy (B,) of each choice by itself, scores (B, 2) against `correct`."""
+    return {"cross_entropy": F.cross_entropy(outputs["scores"].float(), targets["correct"], reduction="none")}
+
+
+def ranking(outputs: Targets, targets: Targets, *, group_size: int, margin: float = 0.2) -> Terms:
+    """Retrieval: how far each negative of a group comes within the margin of its positive, on sigmoid scores.
+
+    Args:
+        outputs: `scores` (G * group_size, 1) of G groups end to end, each positive before its negatives.
+        group_size: sequences of a group.
+
+    Returns:
+        `margin` (G, group_size - 1).
+    """
+    scores = torch.sigmoid(outputs["scores"].float()).view(-1, group_size)
+    return {"margin": F.relu(margin + scores[:, 1:] - scores[:, :1])}
+
+
+def referred_regions(outputs: Targets, targets: Targets) -> Terms:
+    """RefCOCO: cross-entropy (B,) over the regions of each picture against `region`; reduce with "sum", as published."""
+    return {"cross_entropy": F.cross_entropy(outputs["scores"].float(), targets["region"], reduction="none")}
+
+
+def ranked_regions(outputs: Targets, targets: Targets, *, rng: random.Random, margin: float = 0.2, hard_ratio: float = 0.3) -> Terms:
+    """RefCOCO's ranking loss: how far one wrong region comes within the margin of the right one, on sigmoid scores.
+
+    Args:
+        outputs: `scores` (B, R) and `region_counts` (B,).
+        rng: decides, example by example, whether the best-scoring wrong region is the negative or which other one is.
+        hard_ratio: probability of the best-scoring one.
+
+    Returns:
+        `margin` (B,); 0 where a picture has no other region.
+    """
+    scores_BR = outputs["scores"].float()
+    wanted_B = targets["region"]
+    others_BR = scores_BR.scatter(1, wanted_B.unsqueeze(1), -torch.inf)
+    negatives = others_BR.argmax(dim=1).tolist()
+    counts = outputs["region_counts"].tolist()
+    for example, (count, wanted) in enumerate(zip(counts, wanted_B.tolist(), strict=True)):
+        if count > 1 and rng.random() >= hard_ratio:
+            drawn = rng.randrange(count - 1)
+            negatives[example] = drawn + (drawn >= wanted)
+    negatives_B = torch.tensor(negatives, device=scores_BR.device)
+    chances_BR = torch.sigmoid(scores_BR)
+    wrong, right = (chances_BR.gather(1, picked.unsqueeze(1)).squeeze(1) for picked in (negatives_B, wanted_B))
+    return {"margin": F.relu(margin + wrong - right) * (outputs["region_counts"] > 1)}
 
 
 def sum_and_count(term: Tensor, reduction: Reduction = "elements") -> tuple[Tensor, int]:
