@@ -1,0 +1,144 @@
+"""Reading and writing the two LMDB formats: UNITER's published layout and this project's region database."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from uniter.datasets.array_codec import pack_arrays, pack_npz
+from uniter.datasets.errors import BadInput
+from uniter.datasets.formats.npz import uniter_arrays
+from uniter.datasets.formats.records import Item, Selection, npz_name
+from uniter.datasets.image_db import ImageDB, encode_record
+from uniter.datasets.index_file import hash_key
+from uniter.datasets.lmdb_store import UnitStore, checked_key, sync_folder, write_json
+from uniter.datasets.regions import RegionFeatures
+
+UNIT_RECORDS = 512
+
+
+def read(path: Path, selection: Selection, *, allow_partial: bool = False) -> Iterator[Item]:
+    """Items of any region database that `ImageDB` reads, in the order of its keys."""
+    rule = {"conf_th": selection.conf_th, "min_bb": selection.min_bb, "max_bb": selection.max_bb, "num_bb": selection.num_bb}
+    if selection.keep_all:
+        rule = {**rule, "conf_th": -1, "num_bb": 1 << 30}
+    database = ImageDB(path, allow_partial=allow_partial, **rule)  # type: ignore[arg-type]
+    for key in database.keys_list:
+        try:
+            yield key, database[key]
+        except BadInput as error:
+            yield key, error
+
+
+def write_uniter(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, selection: Selection, compressed: bool = False) -> None:
+    """Write what UNITER's `convert_imgdir.py` writes: `PATH/feat_th…/data.mdb` and `PATH/nbb_th….json` (or `feat_numbb…`, `all`).
+
+    The records are those given, not cut again; keys get `.npz` at the end.
+    """
+    rule = f"th{selection.conf_th}_max{selection.max_bb}_min{selection.min_bb}"
+    name = "all" if selection.keep_all else f"feat_numbb{selection.num_bb}" if selection.conf_th == -1 else f"feat_{rule}"
+    name += "_compressed" if compressed else ""
+    folder, temporary = path / name, path / f"{name}.tmp"
+    if folder.exists():
+        raise BadInput(f"{folder} is there already; remove it or choose another folder")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    counts: dict[str, int] = {}
+    environment = lmdb.open(str(temporary), map_size=1 << 26, max_spare_txns=0)
+    try:
+        iterator = iter(items)
+        while batch := list(itertools.islice(iterator, 256)):
+            values = []
+            for key, regions in batch:
+                stored = npz_name(key)
+                if stored in counts:
+                    raise BadInput(f"image {stored!r} comes twice")
+                counts[stored] = max(len(regions), selection.min_bb)  # the lower bound is not cut to the rows there are
+                arrays = uniter_arrays(key, regions)
+                values.append((checked_key(stored), pack_npz(arrays) if compressed else pack_arrays(arrays)))
+            _put_all(environment, values)
+        _put_all(environment, [(b"__keys__", json.dumps(sorted(counts)).encode())])
+    finally:
+        environment.close()
+    (temporary / "lock.mdb").unlink(missing_ok=True)
+    if not selection.keep_all and selection.conf_th != -1:
+        write_json(path / f"nbb_{rule}.json", counts)
+    temporary.rename(folder)
+    sync_folder(path)
+
+
+def _put_all(environment: Any, values: list[tuple[bytes, bytes]]) -> None:
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for key, value in values:
+                    transaction.put(key, value)
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
+
+
+def write_ours(
+    path: Path, items: Iterable[Item], *, settings: Mapping[str, Any], header: Callable[[], Mapping[str, Any]], overwrite: bool = False
+) -> list[dict[str, Any]]:
+    """Write a region database in units of 512 records; the same call again goes on where a killed one stopped.
+
+    Args:
+        header: asked at the end for what else the header says.
+
+    Broken items become rows of `failures.jsonl`; so does an image that comes twice.
+
+    Returns:
+        The failures.
+    """
+    store = UnitStore(path, settings=settings, overwrite=overwrite)
+    if store.is_complete():
+        return store.failures()
+    seen: set[int] = set()
+    widths: dict[str, int] = {"feature_width": 0, "label_classes": 0}
+    units = 0
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, UNIT_RECORDS)):
+        writer = store.unit(units)
+        units += 1
+        with writer if writer is not None else _Nothing() as unit:
+            for key, regions in batch:
+                digest = hash_key(key.encode(errors="surrogatepass"))
+                twice = digest in seen
+                seen.add(digest)
+                if isinstance(regions, RegionFeatures) and not widths["feature_width"]:
+                    widths["feature_width"] = regions.features.shape[1]
+                    widths["label_classes"] = 0 if regions.soft_labels is None else regions.soft_labels.shape[1]
+                if unit is None or (key in unit.done and not twice):
+                    continue
+                try:
+                    if isinstance(regions, BadInput):
+                        raise regions
+                    if twice:
+                        raise BadInput(f"image {key!r} comes twice; the first one was taken")
+                    if regions.features.shape[1] != widths["feature_width"]:
+                        raise BadInput(
+                            f"image {key!r}: features are {regions.features.shape[1]} wide, the first image's {widths['feature_width']}"
+                        )
+                    unit.put(key, encode_record(regions, key=key), regions=len(regions))
+                except BadInput as error:
+                    unit.fail(key, key, str(error))
+            if unit is not None:
+                unit.complete()
+    if not store.finish(units=units, header={**widths, **header()}):
+        raise BadInput(f"{path} is being written by another process; wait for it, or choose another folder")
+    return store.failures()
+
+
+class _Nothing:
+    """Stands where a unit is finished already."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
