@@ -1,6 +1,29 @@
-"""Images to RegionFeatures: decoding, detectors, selection, the extraction run."""
+"""Images to RegionFeatures: decoding, detectors, selection, the extraction run.
 
-from uniter.extract.detector import Detector, PreparedImage, RawRegions, build_detector, is_out_of_memory
-from uniter.extract.select import keep_given, select_regions
+The names below are imported when they are first used: `import uniter.extract` needs neither Detectron2 nor PyTorch.
+"""
 
-__all__ = ["Detector", "PreparedImage", "RawRegions", "build_detector", "is_out_of_memory", "keep_given", "select_regions"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uniter.extract.detector import Detector, build_detector
+    from uniter.extract.detectron import Detectron2Detector
+    from uniter.extract.pipeline import ExtractSummary, extract_images
+
+__all__ = ["Detector", "Detectron2Detector", "ExtractSummary", "build_detector", "extract_images"]
+
+_HOMES = {
+    "Detector": "detector",
+    "Detectron2Detector": "detectron",
+    "ExtractSummary": "pipeline",
+    "build_detector": "detector",
+    "extract_images": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

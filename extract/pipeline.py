@@ -8,6 +8,7 @@ Three stages overlap: worker threads read, decode and resize (cv2 and NumPy rele
 thread runs the detector; workers select regions and encode them, and one writing thread commits a batch at a time.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -71,6 +72,10 @@ class Tally:
     left_to_others: int = 0
     unexpected_in_a_row: int = field(default=0, repr=False)
 
+    @property
+    def done(self) -> int:
+        return self.extracted + self.failed
+
 
 @dataclass(frozen=True)
 class ExtractSummary:
@@ -107,7 +112,23 @@ class ExtractSummary:
     classes: int
 
     def as_dict(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
         return asdict(self)
+
+    def as_table(self) -> dict[str, Any]:
+        """What a person wants to see."""
+        return {
+            "images": f"{self.images:,} of {self.requested:,}",
+            "regions": self.regions,
+            "regions per image": self.mean_regions,
+            "failures": self.failures,
+            "this run": f"{self.extracted:,} images, {self.failed:,} failures, {self.images_per_second:g} images/s",
+            "units left to others": self.units_left,
+            "on disk": human_bytes(self.bytes_on_disk),
+            "detector": self.detector,
+            "weights": self.weights or "-",
+            "made": f"{self.feature_width} features a region, {self.classes} classes, boxes: {self.box_kind}",
+        }
 
 
 class Stopped(UniterError):
@@ -164,42 +185,93 @@ def extract_images(
         Stopped: see `stop`.
         UniterError: the disk is full, or the detector fails on everything.
     """
-    index, shards = shard
-    if not 0 <= index < shards:
-        raise BadInput(f"shard {index}/{shards}: expected I/N with 0 <= I < N")
-    if shards > 1 and (overwrite or retry_failed):
-        raise BadInput("--overwrite and --retry-failed undo what other processes do; run them with one process, or delete the folder first")
     listed = list_images(images, key=key, unit_images=unit_images)
     given = GivenBoxes(boxes) if boxes is not None else None
+    return extract_listed(
+        listed, out, detector=detector, given=given, key=key, min_boxes=min_boxes, max_boxes=max_boxes, conf_threshold=conf_threshold,
+        batch_size=batch_size, workers=workers, max_pixels=max_pixels, shard=shard, overwrite=overwrite, retry_failed=retry_failed,
+        check_space=check_space, show_progress=show_progress, stop=stop,
+    )  # fmt: skip
+
+
+def extract_listed(
+    listed: ImageList,
+    out: str | os.PathLike[str],
+    *,
+    detector: Detector,
+    given: GivenBoxes | None = None,
+    key: str | None = None,
+    min_boxes: int | None = None,
+    max_boxes: int | None = None,
+    conf_threshold: float = 0.2,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    shard: tuple[int, int] = (0, 1),
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    check_space: bool = True,
+    show_progress: bool = False,
+    stop: threading.Event | None = None,
+) -> ExtractSummary:
+    """`extract_images` for images and boxes that were listed already."""
+    check_share(shard, overwrite=overwrite, retry_failed=retry_failed)
     work = plan_work(
         out, detector, given=given, min_boxes=min_boxes, max_boxes=max_boxes, conf_threshold=conf_threshold,
         batch_size=batch_size, max_pixels=max_pixels, overwrite=overwrite,
     )  # fmt: skip
-    settings = run_settings(listed, detector, work, key=key, unit_images=unit_images)
-    store = UnitStore(Path(out), settings=settings, overwrite=overwrite)
-    if retry_failed:
-        again = store.forget_failures()
-        log.info("trying again the images that failed in %d units", len(again))
+    store = open_store(out, listed, detector, work, key=key, overwrite=overwrite, retry_failed=retry_failed)
     finished = store.finished_units()
-    mine = [number for number in range(listed.units) if number % shards == index]
+    mine = range(shard[0], listed.units, shard[1])
     pending = [number for number in mine if number not in finished]
+    to_do = sum(map(listed.count, pending))
     if check_space and pending:
-        refuse_full_disk(Path(out), images=sum(listed.count(number) for number in pending), detector=detector, work=work)
+        refuse_full_disk(store.path, images=to_do, detector=detector, work=work)
     total = sum(map(listed.count, mine))
     tally, start = Tally(), time.monotonic()
-    with Progress(total, unit="images", label="extracting", done=total - sum(map(listed.count, pending))) as progress:
-        extract_units(
-            ((number, listed.unit(number)) for number in pending),
-            store=store, detector=detector, work=work, tally=tally, workers=workers, stop=stop,
-            report=(lambda count: progress.update(count, failed=tally.failed) if tally.failed else progress.update(count))
-            if show_progress else None,
-        )  # fmt: skip
+    with progress_report(total, done=total - to_do, tally=tally, shown=show_progress) as report:
+        units = ((number, listed.unit(number)) for number in pending)
+        extract_units(units, store=store, detector=detector, work=work, tally=tally, workers=workers, stop=stop, report=report)
     seconds = time.monotonic() - start
     if stop is not None and stop.is_set():
-        raise Stopped(
-            f"stopped after {tally.extracted + tally.failed:,} images of this run; {out} is kept and the same command continues it"
-        )
+        raise Stopped(f"stopped after {tally.done:,} images of this run; {out} is kept and the same command continues it")
     return finish(store, listed, detector, work, tally, seconds=seconds)
+
+
+def check_share(shard: tuple[int, int], *, overwrite: bool, retry_failed: bool) -> None:
+    """BadInput for a share that does not exist or that would undo what others do."""
+    index, shards = shard
+    if not 0 <= index < shards:
+        raise BadInput(f"--shard {index}/{shards}: expected I/N with 0 <= I < N")
+    if shards > 1 and (overwrite or retry_failed):
+        raise BadInput("--overwrite and --retry-failed undo what other processes do; run them with one process, or delete the folder first")
+
+
+def open_store(
+    out: str | os.PathLike[str], listed: ImageList, detector: Detector, work: Work, *, key: str | None, overwrite: bool, retry_failed: bool
+) -> UnitStore:
+    """Begin or continue the database; SettingsDiffer where it was begun with other settings."""
+    store = UnitStore(Path(out), settings=run_settings(listed, detector, work, key=key), overwrite=overwrite)
+    if retry_failed:
+        log.info("%d units hold images that failed and are tried again", len(store.forget_failures()))
+    return store
+
+
+@contextlib.contextmanager
+def progress_report(total: int, *, done: int, tally: Tally, shown: bool) -> Iterator[Callable[[int], None] | None]:
+    """What `extract_units` calls after each commit: a bar or lines, where they are wanted."""
+    if not shown:
+        yield None
+        return
+    with Progress(total, unit="images", label="extracting", done=done) as progress:
+
+        def report(count: int) -> None:
+            if tally.failed:
+                progress.update(count, failed=tally.failed)
+            else:
+                progress.update(count)
+
+        yield report
 
 
 def finish(store: UnitStore, listed: ImageList, detector: Detector, work: Work, tally: Tally, *, seconds: float) -> ExtractSummary:
@@ -209,7 +281,7 @@ def finish(store: UnitStore, listed: ImageList, detector: Detector, work: Work, 
     complete = store.finish(units=listed.units, header=run_header(detector, work))
     stored: Mapping[str, Any] = json.loads((store.path / "header.json").read_bytes()) if complete else {}
     images, regions = stored.get("images", tally.extracted), stored.get("regions", tally.regions)
-    done = tally.extracted + tally.failed
+    header = run_header(detector, work)
     return ExtractSummary(
         out=str(store.path),
         complete=complete,
@@ -222,11 +294,11 @@ def finish(store: UnitStore, listed: ImageList, detector: Detector, work: Work, 
         failed=tally.failed,
         units_left=0 if complete else listed.units - len(store.finished_units()),
         seconds=round(seconds, 2),
-        images_per_second=round(done / seconds, 2) if done and seconds > 0 else 0.0,
+        images_per_second=round(tally.done / seconds, 2) if tally.done and seconds > 0 else 0.0,
         bytes_on_disk=folder_bytes(store.path),
         detector=detector.name,
-        weights=str(run_header(detector, work).get("weights") or ""),
-        box_kind=run_header(detector, work)["box_kind"],
+        weights=str(header["weights"] or ""),
+        box_kind=header["box_kind"],
         feature_width=detector.feature_width,
         classes=len(detector.class_names),
     )
@@ -292,7 +364,7 @@ def fitting_batch_size(device: str) -> int:
     return size
 
 
-def run_settings(listed: ImageList, detector: Detector, work: Work, *, key: str | None, unit_images: int) -> dict[str, Any]:
+def run_settings(listed: ImageList, detector: Detector, work: Work, *, key: str | None) -> dict[str, Any]:
     """All that changes a value or decides which values there are; `settings.json`.
 
     The toolkit's version is not part of it: an update in mid-run is no reason to begin anew. Nor is the device.

@@ -1,0 +1,221 @@
+"""`uniter-extract IMAGES OUT`: photographs to a region database."""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
+from uniter.extract.images import MAX_PIXELS
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = """\b
+Examples:
+  uniter-extract photos/ out.lmdb
+  uniter-extract photos/ out.lmdb --weights faster_rcnn_from_caffe_attr_original.pkl
+  uniter-extract 'cc3m/{00000..00331}.tar' cc3m.lmdb
+  uniter-extract train2014/ coco.lmdb --key 'coco_train2014_{id:012d}.npz'
+  uniter-extract photos/ coarse.lmdb --detector COCO-Detection/faster_rcnn_R_101_C4_3x
+  uniter-extract photos/ boxes.lmdb --boxes instances.json
+  torchrun --nproc-per-node 8 --no-python uniter-extract photos/ out.lmdb
+
+Exit codes: 0 done; 1 failed or stopped (the same command continues); 2 wrong usage; 3 done, but images failed and --strict was given.
+"""
+
+
+class ShareType(click.ParamType):
+    """`I/N`, I from 0."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        index, slash, count = str(value).partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            self.fail(f"{value!r}; expected I/N with I from 0 to N - 1, for instance 0/8", param, ctx)
+        return int(index), int(count)
+
+
+def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    from uniter.extract import install
+
+    context.exit(install.main([]))
+
+
+@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("images", nargs=1)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--detector", "detector_name", default="butd", show_default=True, metavar="NAME",
+              help="butd (Visual Genome, 1600 classes), butd-36, a Detectron2 model-zoo name, a Detectron2 YAML, or the folder that "
+                   "`uniter-train detector` made.")  # fmt: skip
+@click.option("--weights", metavar="FILE|URL|random:SEED",
+              help="The detector's weights: a file of any known layout, a URL, or random:SEED for trying things out.  "
+                   "[default: the detector's known sources, in order]")  # fmt: skip
+@click.option("--boxes", type=click.Path(path_type=Path), metavar="FILE",
+              help="Regions are given: COCO-style JSON, or JSONL {\"image\": ..., \"boxes\": [[x0, y0, x1, y1], ...], \"ids\": [...]} in pixels "
+                   "of the upright image; kept in this order, never cut; ids go to box_ids.jsonl.")  # fmt: skip
+@click.option("--min-boxes", type=click.IntRange(0), help="Regions that stay at least.  [default: 10; butd-36: 36]")
+@click.option("--max-boxes", type=click.IntRange(1), help="Regions that stay at most.  [default: 100; butd-36: 36]")
+@click.option("--conf-threshold", type=click.FloatRange(0, 1, max_open=True), default=0.2, show_default=True,
+              help="Regions strictly above it stay, within these bounds.")  # fmt: skip
+@click.option("--key", metavar="RULE",
+              help="stem, path (relative, no suffix), or a template of {stem} {name} {parent} {path} {id} {id:012d}, where id is the last "
+                   "run of digits of the stem.  [default: stem; tars: path, which is WebDataset's __key__]")  # fmt: skip
+@click.option("--attributes", is_flag=True, help="Also keep the attribute distribution.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images that run together.  [default: fitted to the machine]")
+@click.option("--workers", type=click.IntRange(1), help="Threads that read and decode.  [default: fitted to the machine]")
+@click.option(
+    "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...  [default: cuda where there is one, its number from torchrun or Slurm]"
+)
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
+              help="fp32 reproduces the reference; the others are faster.")  # fmt: skip
+@click.option("--max-pixels", type=click.IntRange(1), default=MAX_PIXELS, show_default=True,
+              help="Images that claim more pixels are refused as decompression bombs.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Throw away what OUT holds and begin anew.")
+@click.option("--retry-failed", is_flag=True, help="Try the images again that failed before.")
+@click.option("--strict", is_flag=True, help="Exit with 3 where images failed.")
+@click.option(
+    "--shard", type=ShareType(), help="This process's share, I from 0.  [default: from torchrun's or Slurm's environment, else all]"
+)
+@click.option("--ray", "ray_address", is_flag=False, flag_value="auto", metavar="[ADDRESS]",
+              help="Do the work on a Ray cluster; without an address, on the one this machine belongs to, or a local one.")  # fmt: skip
+@click.option("--ignore-disk-space", is_flag=True, help="Begin even where the disk has less room than estimated.")
+@click.option("--install-detectron2", is_flag=True, is_eager=True, expose_value=False, callback=_install,
+              help="Install Detectron2 from the package index where none is, and exit.")  # fmt: skip
+@common_options
+def main(
+    images: str,
+    out: Path,
+    detector_name: str,
+    weights: str | None,
+    boxes: Path | None,
+    min_boxes: int | None,
+    max_boxes: int | None,
+    conf_threshold: float,
+    key: str | None,
+    attributes: bool,
+    batch_size: int | None,
+    workers: int | None,
+    device: str | None,
+    precision: str,
+    max_pixels: int,
+    overwrite: bool,
+    retry_failed: bool,
+    strict: bool,
+    shard: tuple[int, int] | None,
+    ray_address: str | None,
+    ignore_disk_space: bool,
+    as_json: bool,
+) -> None:
+    """Extract region features of IMAGES into the database OUT.
+
+    IMAGES is a folder (searched recursively), one image, a .txt or .jsonl list, or tar shards as img2dataset and WebDataset write them
+    ('cc3m/{00000..00331}.tar'). The same command again continues where it stopped. Every image ends up in OUT or in OUT/failures.jsonl.
+
+    Transparent pixels are laid on white; colour profiles are left alone, as cv2.imread does; images are turned as EXIF says.
+    """
+    from uniter.extract.detector import build_detector
+    from uniter.extract.given_boxes import GivenBoxes
+    from uniter.extract.images import list_images
+    from uniter.extract.install import require_detectron2
+    from uniter.extract.pipeline import extract_listed, share_from_environment
+
+    require_detectron2()
+    if min_boxes is not None and max_boxes is not None and min_boxes > max_boxes:
+        raise click.UsageError(f"--min-boxes {min_boxes} is above --max-boxes {max_boxes}")
+    if ray_address is not None and (shard is not None or device is not None):
+        raise click.UsageError("--ray divides the work and chooses the devices itself; leave --shard and --device out")
+    share = share_from_environment(os.environ)
+    if shard is None:
+        shard = (share.index, share.count)
+        if share.count > 1 and ray_address is None:
+            log.info("share %d of %d (from %s; --shard 0/1 does everything here)", share.index, share.count, share.source)
+    # What can be wrong without the detector is said before its weights are read.
+    listed = list_images(images, key=key)
+    given = GivenBoxes(boxes) if boxes is not None else None
+    log.info("%s images in %s units of work", f"{listed.images:,}", f"{listed.units:,}")
+    if weights is not None and weights.startswith("random:"):
+        log.warning("WARNING: random weights. These regions, classes and confidences mean NOTHING; they are for trying things out only.")
+    build = functools.partial(build_detector, detector_name, weights=weights, precision=precision, attributes=attributes)
+    chosen: dict[str, Any] = {
+        "given": given,
+        "key": key,
+        "min_boxes": min_boxes,
+        "max_boxes": max_boxes,
+        "conf_threshold": conf_threshold,
+        "batch_size": batch_size,
+        "workers": workers,
+        "max_pixels": max_pixels,
+        "overwrite": overwrite,
+        "retry_failed": retry_failed,
+        "check_space": not ignore_disk_space,
+        "show_progress": True,
+    }
+    with stop_on_signals() as stop:
+        if ray_address is not None:
+            from uniter.extract.cluster import extract_on_ray
+
+            summary = extract_on_ray(listed, out, build=build, address=ray_address, stop=stop, **chosen)
+        else:
+            detector = build(device=device or default_device(share.local_index))
+            summary = extract_listed(listed, out, detector=detector, shard=shard, stop=stop, **chosen)
+    if given is not None and len(given) > listed.images:
+        log.info("%s names %d images, of which IMAGES holds at most %d", boxes, len(given), listed.images)
+    print_summary(
+        summary.as_dict() if as_json else summary.as_table(),
+        as_json=as_json,
+        title=f"{out}: {'complete' if summary.complete else 'not complete yet'}",
+    )
+    if summary.failures:
+        log.warning(
+            "%s images failed: %s says why", f"{summary.failures:,}", out / "failures.jsonl" if summary.complete else "failures.jsonl"
+        )
+        if strict:
+            sys.exit(SKIPPED_UNDER_STRICT)
+
+
+def default_device(local_index: int = 0) -> str:
+    """`cuda:N` for this process's N on its machine, or `cpu`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{local_index % torch.cuda.device_count()}"
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM (Slurm's warning) and Ctrl-C set, so that the batch at hand is finished; a second signal ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+        log.warning("%s: the batch at hand is finished first", signal.Signals(number).name)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    main()
