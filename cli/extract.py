@@ -33,16 +33,13 @@ Exit codes: 0 done; 1 failed or stopped (the same command continues); 2 wrong us
 """
 
 
-class ShareType(click.ParamType):
-    """`I/N`, I from 0."""
-
-    name = "I/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        index, slash, count = str(value).partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            self.fail(f"{value!r}; expected I/N with I from 0 to N - 1, for instance 0/8", param, ctx)
-        return int(index), int(count)
+def _share(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    index, slash, count = value.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise click.BadParameter(f"{value!r}; expected I/N with I from 0 to N - 1, for instance 0/8")
+    return int(index), int(count)
 
 
 def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -63,8 +60,8 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
               help="The detector's weights: a file of any known layout, a URL, or random:SEED for trying things out.  "
                    "[default: the detector's known sources, in order]")  # fmt: skip
 @click.option("--boxes", type=click.Path(path_type=Path), metavar="FILE",
-              help="Regions are given: COCO-style JSON, or JSONL {\"image\": ..., \"boxes\": [[x0, y0, x1, y1], ...], \"ids\": [...]} in pixels "
-                   "of the upright image; kept in this order, never cut; ids go to box_ids.jsonl.")  # fmt: skip
+              help='Regions are given: COCO-style JSON, or JSONL {"image": ..., "boxes": [[x0, y0, x1, y1], ...], "ids": [...]} in pixels of '
+                   "the upright image; kept in this order, never cut; ids go to box_ids.jsonl.")  # fmt: skip
 @click.option("--min-boxes", type=click.IntRange(0), help="Regions that stay at least.  [default: 10; butd-36: 36]")
 @click.option("--max-boxes", type=click.IntRange(1), help="Regions that stay at most.  [default: 100; butd-36: 36]")
 @click.option("--conf-threshold", type=click.FloatRange(0, 1, max_open=True), default=0.2, show_default=True,
@@ -75,9 +72,7 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--attributes", is_flag=True, help="Also keep the attribute distribution.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images that run together.  [default: fitted to the machine]")
 @click.option("--workers", type=click.IntRange(1), help="Threads that read and decode.  [default: fitted to the machine]")
-@click.option(
-    "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...  [default: cuda where there is one, its number from torchrun or Slurm]"
-)
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...  [default: cuda where there is one]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
               help="fp32 reproduces the reference; the others are faster.")  # fmt: skip
 @click.option("--max-pixels", type=click.IntRange(1), default=MAX_PIXELS, show_default=True,
@@ -85,9 +80,8 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--overwrite", is_flag=True, help="Throw away what OUT holds and begin anew.")
 @click.option("--retry-failed", is_flag=True, help="Try the images again that failed before.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where images failed.")
-@click.option(
-    "--shard", type=ShareType(), help="This process's share, I from 0.  [default: from torchrun's or Slurm's environment, else all]"
-)
+@click.option("--shard", metavar="I/N", callback=_share,
+              help="This process's share, I from 0.  [default: what torchrun or Slurm says, else all]")  # fmt: skip
 @click.option("--ray", "ray_address", is_flag=False, flag_value="auto", metavar="[ADDRESS]",
               help="Do the work on a Ray cluster; without an address, on the one this machine belongs to, or a local one.")  # fmt: skip
 @click.option("--ignore-disk-space", is_flag=True, help="Begin even where the disk has less room than estimated.")
@@ -178,9 +172,8 @@ def main(
         title=f"{out}: {'complete' if summary.complete else 'not complete yet'}",
     )
     if summary.failures:
-        log.warning(
-            "%s images failed: %s says why", f"{summary.failures:,}", out / "failures.jsonl" if summary.complete else "failures.jsonl"
-        )
+        where = f"see {out / 'failures.jsonl'}" if summary.complete else "failures.jsonl is written when all units are done"
+        log.warning("%s images failed: %s", f"{summary.failures:,}", where)
         if strict:
             sys.exit(SKIPPED_UNDER_STRICT)
 
@@ -201,7 +194,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(number: int, _frame: FrameType | None) -> None:
         stop.set()
