@@ -60,14 +60,14 @@ class Corpus:
 
     def lengths_with(self, image_rows_NK: NDArray[np.int32]) -> NDArray[np.int64]:
         """(N,) tokens of each example if it is shown the pictures `image_rows_NK`, (N, K)."""
-        regions = np.asarray(self.images.region_counts, dtype=np.int64)[image_rows_NK].sum(axis=1)
-        return regions + self.text_lengths_N + SPECIAL_TOKENS
+        regions: NDArray[np.int64] = np.asarray(self.images.region_counts, dtype=np.int64)[image_rows_NK].sum(axis=1)
+        return np.asarray(regions + self.text_lengths_N + SPECIAL_TOKENS, dtype=np.int64)
 
     def record(self, example: int) -> dict[str, Any]:
-        return self.texts[self.database_N[example]].record(int(self.row_N[example]))
+        return self.texts[int(self.database_N[example])].record(int(self.row_N[example]))
 
     def example_id(self, example: int) -> str:
-        return str(self.texts[self.database_N[example]].ids[int(self.row_N[example])])
+        return str(self.texts[int(self.database_N[example])].ids[int(self.row_N[example])])
 
     def regions(
         self, image_row: int, *, fields: Sequence[str] = ("features", "norm_bb"), soft_label_rows: NDArray[np.intp] | None = None
@@ -116,7 +116,8 @@ def open_corpus(
         name: what the log calls it.
         texts, images: paths of text and region databases; any text may speak of any image.
         max_text_length: longer texts (word pieces without [CLS] and [SEP]) are left out; -1 keeps all.
-        image_options: which regions to take from published databases (`conf_th`, `min_bb`, `max_bb`, `num_bb`), `allow_partial`, `readahead`.
+        image_options: which regions to take from published databases (`conf_th`, `min_bb`, `max_bb`, `num_bb`), `allow_partial`,
+            `readahead`.
 
     Raises:
         BadInput: no example is left; the sentence says why.
@@ -130,47 +131,41 @@ def open_corpus(
 
 def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length: int = 60) -> Corpus:
     """The corpus of opened databases; see `open_corpus`."""
-    known: dict[str, int] = {}
     left_out = {"too long": 0, "empty": 0, "without image": 0, "image without regions": 0}
     database_parts: list[NDArray[np.int16]] = []
     row_parts: list[NDArray[np.int32]] = []
     length_parts: list[NDArray[np.int32]] = []
     image_parts: list[NDArray[np.int32]] = []
-    width = 1
     counts = np.asarray(images.region_counts)
     for number, text in enumerate(texts):
         lengths = np.asarray(text.lengths, dtype=np.int32)
-        keep = lengths > 0
-        left_out["empty"] += int((~keep).sum())
-        if max_text_length >= 0:
-            left_out["too long"] += int((lengths > max_text_length).sum())
-            keep &= lengths <= max_text_length
-        rows, pictures = [], []
-        for row in np.flatnonzero(keep).tolist():
-            key = text.image_key(row)
-            keys = (key,) if isinstance(key, str) else tuple(key)
-            numbers = [_row_of(images, one, known) for one in keys]
-            if min(numbers) < 0:
-                left_out["without image"] += 1
-            elif min(counts[n] for n in numbers) < 1:
-                left_out["image without regions"] += 1
-            else:
-                rows.append(row)
-                pictures.append(numbers)
-        if not rows:
+        # Each picture is looked up once, however many texts speak of it.
+        places = np.fromiter((images.index_of(key) if key in images else -1 for key in text.image_keys), np.int32, len(text.image_keys))
+        pictures = places[text.image_numbers] if len(lengths) else np.empty((0, 1), dtype=np.int32)
+        keep = np.ones(len(lengths), dtype=np.bool_)
+        for reason, wrong in (
+            ("empty", lengths < 1),
+            ("too long", (lengths > max_text_length) & (max_text_length >= 0)),
+            ("without image", (pictures < 0).any(axis=1)),
+            ("image without regions", (counts[pictures] < 1).any(axis=1)),
+        ):
+            left_out[reason] += int((keep & wrong).sum())
+            keep &= ~wrong
+        rows = np.flatnonzero(keep).astype(np.int32)
+        if not len(rows):
             continue
-        width = max(width, len(pictures[0]))
         database_parts.append(np.full(len(rows), number, dtype=np.int16))
-        row_parts.append(np.array(rows, dtype=np.int32))
+        row_parts.append(rows)
         length_parts.append(lengths[rows])
-        image_parts.append(np.array(pictures, dtype=np.int32))
+        image_parts.append(pictures[rows])
     if not row_parts:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count) or "the text databases are empty"
         raise BadInput(
             f"corpus {name!r} has no example to train on ({reasons}); were the texts built for these images (uniter-build-db --images)?"
         )
-    if any(part.shape[1] != width for part in image_parts):
-        raise BadInput(f"corpus {name!r} mixes texts about one picture with texts about {width}; make them two corpora")
+    widths = {part.shape[1] for part in image_parts}
+    if len(widths) > 1:
+        raise BadInput(f"corpus {name!r} mixes texts about {min(widths)} and about {max(widths)} pictures; make them two corpora")
     return Corpus(
         name=name,
         texts=tuple(texts),
@@ -181,12 +176,3 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
         image_rows_NK=np.concatenate(image_parts),
         left_out={reason: count for reason, count in left_out.items() if count},
     )
-
-
-def _row_of(images: ImageDB, key: str, known: dict[str, int]) -> int:
-    """The row of `key`, -1 where the databases do not have it; remembers, since captions come several to a picture."""
-    row = known.get(key)
-    if row is None:
-        row = images.index_of(key) if key in images else -1
-        known[key] = row
-    return row

@@ -4,6 +4,7 @@ The main process plans (cheap: numbers only), the workers read and assemble. A p
 any number of workers gives the same batches, and any process can make any batch.
 """
 
+import functools
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -104,7 +105,7 @@ class Mixture:
         self.parts, self.budget, self.seed = list(parts), budget, seed
         self.bucket, self.ordering, self.multiple = bucket, ordering, multiple
         self._pairings: dict[int, tuple[int, Pairing]] = {}
-        self._streams = [Stream(lambda epoch, number=number: self._epoch_batches(number, epoch)) for number in range(len(parts))]
+        self._streams = [Stream(functools.partial(self._epoch_batches, number)) for number in range(len(parts))]
         ratios = np.array([part.ratio for part in parts], dtype=np.float64)
         if not (ratios > 0).all():
             raise BadInput(f"mix ratios must be positive, got {ratios.tolist()}")
@@ -179,20 +180,28 @@ class Mixture:
 
 @dataclass(slots=True)
 class Assembler(Dataset[MicroBatch]):
-    """Makes the batch that a plan describes; runs in the workers."""
+    """Makes the batch that a plan describes; runs in the workers.
+
+    Attributes:
+        parts: what the plans' part numbers mean.
+        seed, masking: decide the masks.
+        by_example: draw each example's mask from a generator of its own, so that it does not depend on its batch (slower).
+    """
 
     parts: Sequence[Part]
     seed: int
     masking: Masking = field(default_factory=Masking)
+    by_example: bool = False
 
     def __getitem__(self, plan: Plan) -> MicroBatch:
         part = self.parts[plan.part]
         # One generator a micro-batch, so that masks do not depend on who makes it or what was made before.
         rng = random.Random(f"{self.seed}/{part.name}/masks/{plan.position}")
-        samples = [
-            part.sample(Example(part.corpus, int(number), tuple(images), bool(matched)), rng, self.masking)
-            for number, images, matched in zip(plan.examples, plan.images.tolist(), plan.matched, strict=True)
-        ]
+        samples = []
+        for number, images, matched in zip(plan.examples.tolist(), plan.images.tolist(), plan.matched.tolist(), strict=True):
+            if self.by_example:
+                rng = random.Random(f"{self.seed}/{part.name}/mask of/{number}")
+            samples.append(part.sample(Example(part.corpus, number, tuple(images), matched), rng, self.masking))
         return MicroBatch(plan, collate(samples))
 
 
@@ -257,7 +266,7 @@ class _Once:
         return self.plans
 
 
-def _as_it_is(made: MicroBatch) -> MicroBatch:
+def _as_it_is(made: Any) -> Any:
     return made
 
 

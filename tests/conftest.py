@@ -1,7 +1,9 @@
-"""Where the golden arrays and the material beside the project are."""
+"""Where the golden arrays and the material beside the project are, and the made-up world that tests learn from."""
 
+import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -41,3 +43,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: the real photographs and features are not part of the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def made_up() -> ModuleType:
+    """tests/made_up.py: `made_up.World().write(folder)` gives a text and a region database that belong together."""
+    description = importlib.util.spec_from_file_location("made_up", HERE / "made_up.py")
+    assert description is not None and description.loader is not None
+    module = importlib.util.module_from_spec(description)
+    description.loader.exec_module(module)
+    return module

@@ -1,0 +1,293 @@
+"""Settings of a run: validated at the edge, None where the run chooses by what it is given.
+
+A settings file is YAML. What a key means stands in its description (`uniter-train pretrain --explain` prints them); an unknown
+key, a wrong type or an impossible combination is an error that names the key and the nearest known one.
+"""
+
+import contextlib
+import difflib
+import importlib.resources
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from uniter.datasets.batching import BUCKET
+from uniter.datasets.errors import BadInput, unknown_name
+
+CONFIG_FILE = "config.yaml"
+SHIPPED = "uniter.model.train.configs"
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class CorpusSettings(Settings):
+    """Databases that are mixed as one."""
+
+    name: str = Field(default="data", description="what the log calls it", pattern=r"^[^/_\s]+$")
+    text: list[str] = Field(description="text databases", min_length=1)
+    images: list[str] = Field(description="region databases; any text may speak of any image", min_length=1)
+    tasks: dict[str, float] | None = Field(default=None, description="task: mix ratio; none: all that the data allow, in UNITER's ratios")
+    validation_text: list[str] = Field(
+        [], description="text databases to validate on; none: some pictures are held out of the training ones"
+    )
+    validation_images: list[str] = Field(default=[], description="their region databases; none: the training ones")
+
+
+class ModelSettings(Settings):
+    """The size of the model, where it does not come from `from`."""
+
+    size: Literal["tiny", "base", "large"] | None = Field(default=None, description="none: base on a GPU, tiny without one")
+    hidden_size: int | None = Field(default=None, ge=1)
+    num_hidden_layers: int | None = Field(default=None, ge=1)
+    num_attention_heads: int | None = Field(default=None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1)
+    max_position_embeddings: int | None = Field(default=None, ge=1)
+    vocab_size: int | None = Field(default=None, ge=1, description="none: the text databases' vocabulary")
+
+    def overrides(self) -> dict[str, int]:
+        return {name: value for name, value in self.model_dump(exclude={"size"}).items() if value is not None}
+
+
+class OptimizerSettings(Settings):
+    """AdamW as published."""
+
+    learning_rate: float | None = Field(default=None, gt=0, description="at the end of the warm-up; none: chosen by the model's size")
+    warmup_steps: int | None = Field(default=None, ge=0, description="none: a tenth of the steps, at most 10,000")
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=5.0, description="global norm that gradients are clipped at; -1: not at all")
+    unused_gradients: Literal["none", "zero"] = Field(
+        "none", description="none: heads that a task does not use rest; zero: they drift by momentum and decay, as in torch 1.x"
+    )
+
+
+class RegionSettings(Settings):
+    """Which regions are taken from published databases (ours hold their selection)."""
+
+    conf_th: float = 0.2
+    min_bb: int = Field(default=10, ge=1)
+    max_bb: int = Field(default=100, ge=1)
+    num_bb: int = Field(default=36, ge=1)
+
+
+class MaskingSettings(Settings):
+    words: float = Field(default=0.15, gt=0, lt=1)
+    regions: float = Field(default=0.15, gt=0, lt=1)
+
+
+class TrainSettings(Settings):
+    """A pre-training run."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True)
+
+    corpora: list[CorpusSettings] = Field(min_length=1)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    from_: str | None = Field(default=None, alias="from", description="a run, checkpoint or BERT to start from; none: random numbers")
+    dropout: float | None = Field(default=None, ge=0, lt=1, description="of the whole model; none: chosen by the model's size")
+    steps: int | None = Field(default=None, ge=1, description="updates of the weights; none: chosen by the amount of data")
+    batch_tokens: int | None = Field(default=None, ge=1, description="word pieces and regions of a micro-batch; none: by model and device")
+    accumulation: int | None = Field(default=None, ge=1, description="micro-batches of an update, per process; none: by model and device")
+    normalisation: Literal["global-mean", "published"] = Field(
+        default="global-mean",
+        description="global-mean: the mean over all an update held; published: means of micro-batches, summed, averaged over processes",
+    )
+    ordering: Literal["buckets", "published"] = Field(
+        default="buckets", description="how batches are made; published: UNITER's token-bucket sampler"
+    )
+    bucket: int = Field(default=BUCKET, ge=1, description="examples that are sorted by length together")
+    max_text_length: int = Field(default=60, ge=-1, description="longer texts (word pieces) are left out; -1 keeps all")
+    masking: MaskingSettings = Field(default_factory=MaskingSettings)
+    regions: RegionSettings = Field(default_factory=RegionSettings)
+    negative_probability: float = Field(default=0.5, gt=0, lt=1, description="image-text matching: chance to show another picture")
+    alignment_weight: float = Field(default=0.1, ge=0, description="weight of word-region alignment in matching; 0: not computed")
+    optimizer: OptimizerSettings = Field(default_factory=lambda: OptimizerSettings())
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = Field(default=42, ge=0)
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:N; none: a GPU where there is one")
+    workers: int | None = Field(default=None, ge=0, description="processes that make batches; none: fitted to the machine")
+    validate_every: int | None = Field(default=None, ge=1, description="updates between validations; none: a tenth, at most 5,000")
+    validation_pictures: int | None = Field(
+        None, ge=1, description="pictures held out where there is no validation database; none: a twentieth"
+    )
+    validation_examples: int = Field(default=2000, ge=1, description="at most so many examples are validated for each task")
+    checkpoint_every: int | None = Field(default=None, ge=1, description="updates between checkpoints; none: as validate_every")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that stay; the best one stays besides")
+    stop_after: int | None = Field(default=None, ge=1, description="stop after this update, with a checkpoint; repeat to go on")
+    tensorboard: bool = True
+    wandb_project: str | None = Field(default=None, description="also log to this Weights & Biases project")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names = [corpus.name for corpus in self.corpora]
+        if len(set(names)) < len(names):
+            raise ValueError(f"corpora: two are called {next(name for name in names if names.count(name) > 1)!r}; give each its own name")
+        if self.from_ is not None and (self.model.size is not None or self.model.overrides()):
+            raise ValueError("model: its size comes from `from`; leave one of the two out")
+        if self.steps is not None and self.optimizer.warmup_steps is not None and self.optimizer.warmup_steps > self.steps:
+            raise ValueError(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than steps, {self.steps}")
+        if self.regions.min_bb > self.regions.max_bb:
+            raise ValueError(f"regions.min_bb: {self.regions.min_bb} is more than regions.max_bb, {self.regions.max_bb}")
+        return self
+
+
+# A repeated command may differ in these and still be the same run.
+MAY_CHANGE = {
+    "device", "workers", "checkpoint_every", "keep", "stop_after", "tensorboard", "wandb_project", "accumulation"
+}  # fmt: skip
+
+
+def read_settings(values: Mapping[str, Any], *, source: str) -> TrainSettings:
+    """Validate.
+
+    Raises:
+        BadInput: one sentence about the first wrong key.
+    """
+    try:
+        return TrainSettings.model_validate(values)
+    except ValidationError as error:
+        raise BadInput(f"{source}: {_sentence(error)}") from error
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """The mapping of a settings file: a path, or the name of one that ships.
+
+    Raises:
+        BadInput: there is none, or it is no YAML mapping.
+    """
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml", ".json"} or path.exists():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise BadInput(
+                f"cannot read the settings {name}: {error.strerror or error}; shipped ones are {', '.join(shipped_configs())}"
+            ) from error
+    else:
+        if name not in shipped_configs():
+            raise BadInput(unknown_name("shipped settings", name, shipped_configs()))
+        text = importlib.resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"settings {name}: not valid YAML ({' '.join(str(error).split())})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise BadInput(f"settings {name}: expected a mapping of keys to values, got {type(values).__name__}")
+    return values
+
+
+def shipped_configs() -> list[str]:
+    """The names of the settings files that ship."""
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in importlib.resources.files(SHIPPED).iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def assign(values: dict[str, Any], assignment: str) -> None:
+    """Apply one `--set a.b=c` (c as YAML) to a mapping; `corpora.0.name=x` reaches into lists.
+
+    Raises:
+        BadInput: not of that form, or a key on the way is no mapping.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise BadInput(f"--set {assignment!r}: expected KEY=VALUE, e.g. --set optimizer.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--set {assignment!r}: {text!r} is not a valid value") from error
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as a word.
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    place: Any = values
+    *parents, last = path.split(".")
+    for parent in parents:
+        if isinstance(place, list) and parent.isdigit() and int(parent) < len(place):
+            place = place[int(parent)]
+        elif isinstance(place, dict):
+            place = place.setdefault(parent, {})
+        else:
+            raise BadInput(f"--set {assignment!r}: {parent!r} cannot be reached; is the path right?")
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise BadInput(f"--set {assignment!r}: {last!r} cannot be set there; is the path right?")
+
+
+def known_keys(model: type[BaseModel] = TrainSettings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, its field) of all settings."""
+    for name, info in model.model_fields.items():
+        key = prefix + (info.alias or name)
+        inner = _inner_model(info.annotation)
+        if inner is None:
+            yield key, info
+        else:
+            yield from known_keys(inner, f"{key}.")
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        known = [name for name, _ in known_keys()]
+        plain = ".".join(part for part in place if not part.isdigit())
+        nearest = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+        if not nearest:
+            ends = {name.rsplit(".", 1)[-1]: name for name in known}
+            nearest = [ends[end] for end in difflib.get_close_matches(place[-1], list(ends), n=1, cutoff=0.5)]
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(sorted(known))}"
+        return f"unknown key {key!r}{hint}"
+    if first["type"] == "missing":
+        return f"the key {key!r} is missing"
+    if first["type"] == "value_error":
+        return str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"])
+    return f"{key} is {first['input']!r}, but {message[:1].lower()}{message[1:]}"
+
+
+def write_config(path: Path, settings: TrainSettings) -> None:
+    """Write settings as YAML that `--config` reads back to the same."""
+    values = settings.model_dump(mode="json", by_alias=True)
+    aside = path.with_name(f".{path.name}.incoming")
+    aside.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    aside.replace(path)
+
+
+def differences(old: TrainSettings, new: TrainSettings) -> list[str]:
+    """What a repeated command says otherwise than the run: "key: old -> new", without what may change."""
+    before, after = dict(_flat(old.model_dump(mode="json", by_alias=True))), dict(_flat(new.model_dump(mode="json", by_alias=True)))
+    keys = sorted(before.keys() | after.keys())
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in keys
+        if before.get(key) != after.get(key) and key.split(".")[0] not in MAY_CHANGE
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value and any(isinstance(inner, dict) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{prefix}.{number}")
+    else:
+        yield prefix, value

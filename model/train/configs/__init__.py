@@ -1,0 +1,1 @@
+"""Settings that ship: `uniter-train pretrain --config NAME`."""

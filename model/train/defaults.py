@@ -1,0 +1,45 @@
+"""What a run chooses where its settings leave things open: numbers with which it learns on what it is given.
+
+The choices are functions of the amount of data, the size of the model and the device only, so that the same command chooses
+the same numbers again.
+"""
+
+from uniter.model.train.config import TrainSettings
+from uniter.model.train.distributed import Processes
+
+# By model size: peak learning rate and dropout. Published for base and large; tiny is trained from random numbers
+# on little data, where a higher rate and no dropout were found best.
+LEARNING_RATES = {"tiny": 1e-3, "base": 5e-5, "large": 5e-5}
+DROPOUTS = {"tiny": 0.0, "base": 0.1, "large": 0.1}
+
+
+def complete(settings: TrainSettings, *, examples: int, mean_length: float, everyone: Processes) -> TrainSettings:
+    """The settings with every open number chosen.
+
+    Args:
+        examples: of all training corpora.
+        mean_length: tokens of an example, averaged.
+        everyone: decides by kind of device and number of processes.
+    """
+    on_gpu = everyone.device.type == "cuda"
+    chosen = settings.model_copy(deep=True)
+    if chosen.from_ is None and chosen.model.size is None:
+        chosen.model.size = "base" if on_gpu else "tiny"
+    size = chosen.model.size or "base"
+    if chosen.batch_tokens is None:
+        chosen.batch_tokens = 10240 if on_gpu else 2048
+    if chosen.accumulation is None:
+        chosen.accumulation = 1
+    if chosen.steps is None:
+        chosen.steps = 2000
+    if chosen.optimizer.learning_rate is None:
+        chosen.optimizer.learning_rate = LEARNING_RATES[size]
+    if chosen.optimizer.warmup_steps is None:
+        chosen.optimizer.warmup_steps = min(max(chosen.steps // 10, 1), 10_000)
+    if chosen.dropout is None:
+        chosen.dropout = DROPOUTS[size]
+    if chosen.validate_every is None:
+        chosen.validate_every = min(max(chosen.steps // 10, 1), 5000)
+    if chosen.checkpoint_every is None:
+        chosen.checkpoint_every = chosen.validate_every
+    return chosen

@@ -1,0 +1,130 @@
+"""Several processes, one run: who am I, and one sum over all of them per update. The only file that knows torch.distributed.
+
+Gradients are summed once an update, after its last micro-batch, over exactly the parameters that have one: every process
+works on the same task, so unused heads and tied weights need no special care.
+"""
+
+import datetime
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from uniter.datasets.errors import BadInput, UniterError
+
+T = TypeVar("T")
+
+
+class ProcessLost(UniterError):
+    """Another process of the run ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among all.
+
+    Attributes:
+        rank: its number. world: how many there are. device: what it computes on.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def writes(self) -> bool:
+        """Only this one writes files and speaks."""
+        return self.rank == 0
+
+    def total(self, numbers: Iterable[float]) -> list[float]:
+        """The sums over all processes, in float64."""
+        here = list(numbers)
+        if self.world == 1:
+            return here
+        tensor = torch.tensor(here, dtype=torch.float64, device=self.device)
+        with _losses_named():
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each gradient by its sum over all processes: one message, however many parameters."""
+        if self.world == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        with _losses_named():
+            dist.all_reduce(flat)
+        for gradient, summed in zip(gradients, torch.split(flat, [gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's values."""
+        if self.world > 1:
+            with _losses_named():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
+
+    def gather(self, value: T) -> list[T]:
+        """What every process says, in the order of their numbers, on every process."""
+        if self.world == 1:
+            return [value]
+        everyone: list[T | None] = [None] * self.world
+        with _losses_named():
+            dist.all_gather_object(everyone, value)
+        return [one for one in everyone if one is not None]
+
+    def wait_for_all(self) -> None:
+        if self.world > 1:
+            with _losses_named():
+                dist.barrier()
+
+
+def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
+    """`auto` (or None): this process's GPU if there is one, else the CPU.
+
+    Raises:
+        BadInput: a GPU was asked for and there is none.
+    """
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(str(name))
+    except RuntimeError as error:
+        raise BadInput(f"unknown device {name!r}; give cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BadInput(f"device {name!r} was asked for, but PyTorch sees no GPU here; leave --device out or give cpu")
+        if device.index is None:
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def processes(device: str | None = None, *, timeout_minutes: float = 30.0) -> Iterator[Processes]:
+    """This run's processes, as torchrun's environment says (one process without it); joined on entry, left on exit."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if world == 1:
+        yield Processes(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+    try:
+        yield Processes(rank, world, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _losses_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost(
+            f"another process of this run ended or cannot be reached; the same command resumes from the last checkpoint ({error})"
+        ) from error

@@ -1,0 +1,205 @@
+"""Checkpoints: complete or absent, safetensors and JSON only, the newest few and the best kept.
+
+A checkpoint is written aside, made durable, and appears by rename; so a folder `step-N` is complete whatever killed the run.
+No random state is saved because there is none: every draw is a function of the seed and of the update's number (loop.py).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from uniter.datasets.errors import BadInput
+
+CHECKPOINTS, LATEST, BEST = "checkpoints", "latest", "best"
+STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
+_ASIDE, _LEAVING = ".incoming-", ".leaving-"
+
+
+@dataclass(slots=True)
+class Progressed:
+    """How far a run is: all that a resume needs beside weights and optimizer.
+
+    Attributes:
+        step: finished updates.
+        taken: micro-batches taken from each part's stream, by the part's name.
+        micro_batches: micro-batches of one update, of all processes together.
+        examples, tokens: what the run has trained on so far.
+        best: the best validation loss so far and its step, None before the first.
+        seed: the run's seed.
+    """
+
+    step: int = 0
+    taken: dict[str, int] = field(default_factory=dict)
+    micro_batches: int = 1
+    examples: int = 0
+    tokens: int = 0
+    best: tuple[float, int] | None = None
+    seed: int = 0
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """The steps of the complete checkpoints of a run, rising."""
+    folder = run / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-") and name.removeprefix("step-").isdigit())
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step-{step}"
+
+
+def save(
+    run: Path,
+    progressed: Progressed,
+    *,
+    write_model: Callable[[Path], None],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `progressed.step`, point `latest` to it, remove old ones.
+
+    Args:
+        run: the run directory.
+        progressed: how far the run is.
+        write_model: writes weights and configuration into a folder.
+        model, optimizer: the optimizer's state is saved by the model's parameter names.
+        keep: how many of the newest checkpoints stay; the best one stays besides.
+    """
+    folder = run / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    target = checkpoint_path(run, progressed.step)
+    if not target.exists():
+        aside = folder / f"{_ASIDE}{progressed.step}-{os.getpid()}"
+        aside.mkdir()
+        write_model(aside)
+        tensors, numbers = optimizer_state(model, optimizer)
+        save_file(tensors, aside / OPTIMIZER_FILE)
+        (aside / STATE_FILE).write_text(json.dumps({**asdict(progressed), "optimizer": numbers}, indent=1), encoding="utf-8")
+        _make_durable(aside)
+        aside.rename(target)
+        _sync(folder)
+    _point(folder / LATEST, target.name)
+    if progressed.best is not None and progressed.best[1] == progressed.step:
+        _point(folder / BEST, target.name)
+    remove_old(run, keep=keep)
+    return target
+
+
+def remove_old(run: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best; also what killed runs left half written."""
+    folder = run / CHECKPOINTS
+    if not folder.is_dir():
+        return
+    best = (folder / BEST).readlink().name if (folder / BEST).is_symlink() else None
+    for step in checkpoint_steps(run)[: -max(keep, 1)]:
+        path = checkpoint_path(run, step)
+        if path.name != best:
+            # First out of sight by rename: a folder called step-N is never half removed.
+            path.rename(folder / f"{_LEAVING}{path.name}-{os.getpid()}")
+    for path in folder.iterdir():
+        if path.name.startswith((_ASIDE, _LEAVING)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def resume(run: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, read_model: Callable[[Path], None]) -> Progressed | None:
+    """Load the newest checkpoint into model and optimizer; None if there is none yet.
+
+    Raises:
+        BadInput: the checkpoint does not fit the model.
+    """
+    steps = checkpoint_steps(run)
+    if not steps:
+        return None
+    path = checkpoint_path(run, steps[-1])
+    read_model(path)
+    progressed, numbers = read_state(path)
+    try:
+        tensors = load_file(path / OPTIMIZER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(
+            f"checkpoint {path}: cannot read {OPTIMIZER_FILE} ({error}); remove this folder to resume from the one before"
+        ) from error
+    restore_optimizer(model, optimizer, tensors, numbers, path)
+    return progressed
+
+
+def read_state(path: Path) -> tuple[Progressed, dict[str, dict[str, float]]]:
+    """A checkpoint's `state.json`: how far it is, and the optimizer's numbers."""
+    try:
+        values = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        numbers = values.pop("optimizer")
+        best = values.pop("best")
+        return Progressed(**values, best=None if best is None else (best[0], best[1])), numbers
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"checkpoint {path}: cannot read {STATE_FILE} ({error}); remove this folder to resume from the one before"
+        ) from error
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """The optimizer's state by parameter name: tensors as `name|key`, and numbers as {name: {key: number}}."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+def restore_optimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Mapping[str, float]],
+    path: Path,
+) -> None:
+    """The inverse of `optimizer_state`."""
+    parameters = dict(model.named_parameters())
+    for name, values in numbers.items():
+        if name in parameters:
+            optimizer.state[parameters[name]].update(values)
+    for joint, tensor in tensors.items():
+        name, key = joint.rsplit("|", 1)
+        parameter = parameters.get(name)
+        if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
+            raise BadInput(f"checkpoint {path}: its optimizer state has {name!r} of shape {tuple(tensor.shape)}, which this model has not")
+        # 0-d counters stay on the host, as torch's own optimizers keep them.
+        optimizer.state[parameter][key] = tensor.to(parameter.device) if tensor.ndim else tensor
+
+
+def _make_durable(folder: Path) -> None:
+    for path in _files(folder):
+        _sync(path)
+    _sync(folder)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point(link: Path, name: str) -> None:
+    """Let `link` name its sibling `name`, in one step."""
+    aside = link.with_name(f".{link.name}-{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(name)
+    aside.replace(link)

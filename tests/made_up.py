@@ -1,0 +1,113 @@
+"""Made-up region and text databases whose captions name what the regions hold, so that learning can be seen in seconds.
+
+A region's feature is the sum of a vector of its shape, one of its colour and noise; no pixel is involved. Loaded by the fixture
+`made_up` of tests/conftest.py.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from uniter.datasets.build_text import build_text_db
+from uniter.datasets.captions.caption import Caption
+from uniter.datasets.image_db import encode_record
+from uniter.datasets.lmdb_store import UnitStore
+from uniter.datasets.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.tokenizer import Tokenizer
+
+COLOURS = ("red", "blue", "green", "yellow", "white", "black", "orange", "purple")
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
+
+
+class World:
+    """The looks of a world: the same seed gives the same ones, so that parts made separately belong together.
+
+    Args:
+        width: columns of a feature.
+        seed: of the looks.
+        noise: deviation of a feature's noise, beside looks of deviation 1.
+    """
+
+    def __init__(self, *, width: int = 32, seed: int = 0, noise: float = 0.3) -> None:
+        rng = np.random.default_rng(seed)
+        self.width, self.noise = width, noise
+        self.shape_looks = rng.normal(size=(len(SHAPES), width))
+        self.colour_looks = rng.normal(size=(len(COLOURS), width))
+        self.ground_look = rng.normal(size=width)
+
+    def write(
+        self,
+        folder: Path,
+        *,
+        pictures: int = 40,
+        captions: int = 2,
+        seed: int = 1,
+        soft_labels: bool = True,
+        regions: int = 6,
+        tokenizer: Tokenizer | None = None,
+        prefix: str = "scene",
+    ) -> tuple[Path, Path]:
+        """Write `folder/texts.db` and `folder/regions.lmdb`; return their paths.
+
+        Args:
+            pictures, captions: how many pictures, and captions of each.
+            seed: of what is on the pictures.
+            soft_labels: whether the detector's distributions are kept.
+            regions: of each picture; some show nothing.
+            tokenizer: WordPiece vocabulary; learned from the captions' words by default.
+        """
+        texts, images = folder / "texts.db", folder / "regions.lmdb"
+        rng, numbers = random.Random(seed), np.random.default_rng(seed)
+        found: list[Caption] = []
+        store = UnitStore(images, settings={"made_up": True, "seed": seed})
+        writer = store.unit(0)
+        assert writer is not None
+        with writer:
+            for picture in range(pictures):
+                key = f"{prefix}_{seed}_{picture:05d}"
+                things = [(rng.randrange(len(SHAPES)), rng.randrange(len(COLOURS))) for _ in range(rng.choice((1, 2, 2, 3)))]
+                record = self._regions(things, numbers, count=regions, soft_labels=soft_labels)
+                writer.put(key, encode_record(record, key=key), regions=len(record))
+                for number in range(captions):
+                    found.append(Caption(f"{key}#{number}", key, _caption(things, rng)))
+            writer.commit()
+            writer.complete()
+        header = {"feature_width": self.width, "label_classes": len(SHAPES) + 1 if soft_labels else 0, "class_names": list(SHAPES)}
+        assert store.finish(units=1, header=header)
+        words = tokenizer or Tokenizer.learn([" ".join(COLOURS + SHAPES), "a and the there is with ."], size=200)
+        build_text_db(found, texts, tokenizer=words, settings={"made_up": True, "seed": seed})
+        return texts, images
+
+    def _regions(self, things: list[tuple[int, int]], rng: np.random.Generator, *, count: int, soft_labels: bool) -> RegionFeatures:
+        features, boxes, labels = [], [], []
+        for number in range(count):
+            x, y = rng.uniform(0, 300, size=2)
+            boxes.append([x, y, x + rng.uniform(20, 120), y + rng.uniform(20, 120)])
+            label = np.full(len(SHAPES) + 1, 0.02)
+            if number < len(things) or rng.random() < 0.5:
+                shape, colour = things[number % len(things)]
+                look = self.shape_looks[shape] + self.colour_looks[colour]
+                label[shape + 1] = 1
+            else:
+                look = self.ground_look
+                label[0] = 1
+            features.append(look + self.noise * rng.normal(size=self.width))
+            labels.append(label / label.sum())
+        pixels = np.array(boxes, dtype=np.float32)
+        order = rng.permutation(count)
+        return RegionFeatures(
+            features=np.maximum(np.array(features, dtype=np.float32), -1)[order],
+            norm_bb=normalised_boxes(pixels, (440, 440))[order],
+            conf=np.linspace(0.9, 0.3, count, dtype=np.float32),
+            boxes=pixels[order],
+            soft_labels=np.array(labels, dtype=np.float32)[order] if soft_labels else None,
+            size=(440, 440),
+        )
+
+
+def _caption(things: list[tuple[int, int]], rng: random.Random) -> str:
+    named = [f"a {COLOURS[colour]} {SHAPES[shape]}" for shape, colour in things]
+    rng.shuffle(named)
+    opening = rng.choice(("", "there is ", "the picture with "))
+    return f"{opening}{' and '.join(named)}"
