@@ -1,5 +1,10 @@
-"""The detector protocol: what the extraction run asks of a detector, and the Detectron2 one."""
+"""The detector protocol: what the extraction run asks of a detector, and what it gets. Needs neither PyTorch nor Detectron2.
 
+The box of a region is always the one its feature was pooled from (the un-regressed proposal), and column 0 of its probabilities is the
+background.
+"""
+
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,7 +14,7 @@ from numpy.typing import NDArray
 from uniter.extract.preparation import Preparation, PreparedImage
 from uniter.extract.select import RawRegions
 
-__all__ = ["Detector", "PreparedImage", "RawRegions", "build_detector", "is_out_of_memory"]
+__all__ = ["Detector", "PreparedImage", "RawRegions", "build_detector", "is_out_of_memory", "release_memory"]
 
 
 class Detector(Protocol):
@@ -51,8 +56,11 @@ class Detector(Protocol):
 def build_detector(
     name: str = "butd", *, weights: str | None = None, device: str = "cpu", precision: str = "fp32", attributes: bool = False
 ) -> Detector:
-    """A detector by name: `butd`, `butd-36`, a Detectron2 model-zoo name or YAML, or a folder made by `uniter-train detector`."""
-    from uniter.extract.detectron2_detector import Detectron2Detector
+    """A detector by name: `butd`, `butd-36`, a Detectron2 model-zoo name or YAML, or a folder made by `uniter-train detector`.
+
+    See `Detectron2Detector` for arguments and errors.
+    """
+    from uniter.extract.detectron import Detectron2Detector
 
     return Detectron2Detector(name, weights=weights, device=device, precision=precision, attributes=attributes)
 
@@ -62,5 +70,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("can't allocate memory", "out of memory")))
+        or (
+            isinstance(error, RuntimeError)
+            and any(sign in str(error) for sign in ("can't allocate memory", "not enough memory", "out of memory"))
+        )
     )
+
+
+def release_memory() -> None:
+    """Give back what PyTorch holds in reserve on the GPU, after a batch did not fit."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

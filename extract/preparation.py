@@ -61,7 +61,7 @@ class CaffePreparation:
         _check_network_size(height, width, round(height * scale), round(width * scale))
         centred = image.astype(np.float32) - np.asarray(self.mean_bgr, dtype=np.float32)
         if scale != 1:
-            centred = cv2.resize(centred, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+            centred = np.asarray(cv2.resize(centred, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR), dtype=np.float32)
         return PreparedImage(centred, (scale, scale), (height, width))
 
     def scale(self, height: int, width: int) -> float:

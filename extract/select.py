@@ -151,7 +151,8 @@ def class_confidences(
         stands = np.flatnonzero((flat[word_PC[rank, :active]] & bit_PC[rank, :active]) == 0)
         struck[stands] |= overlap_words[order_PC[rank, stands]]
     survives = np.unpackbits(struck.view(np.uint8), axis=1, bitorder="little")[:, :count] == 0
-    return np.where(survives & (scores_CP >= floor), scores_CP, 0).max(axis=0).astype(np.float32)
+    best: Float32Array = np.where(survives & (scores_CP >= floor), scores_CP, np.float32(0)).max(axis=0)
+    return best
 
 
 def overlapping(boxes: Float32Array, threshold: float = CLASS_NMS_THRESHOLD) -> NDArray[np.bool_]:
