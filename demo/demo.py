@@ -65,18 +65,19 @@ def world(out: Path) -> dict[str, Any]:
     """Second half: the made-up world from pictures and captions to what a pre-trained UNITER understands of held-out pairs."""
     scenes = out / "world"
     run("uniter-scenes", scenes)
-    run("uniter-train", "detector", "--images", scenes / "train", "--annotations", scenes / "instances_train.json",
-        "--val-images", scenes / "val", "--val-annotations", scenes / "instances_val.json", "--out", out / "detector")  # fmt: skip
+    run("uniter-train", "detector", "--images", scenes / "images", "--annotations", scenes / "instances_train.json",
+        "--val-annotations", scenes / "instances_val.json", "--out", out / "detector")  # fmt: skip
+    run("uniter-extract", scenes / "images", out / "world.lmdb", "--detector", out / "detector")
     for part in ("train", "val"):
-        run("uniter-extract", scenes / part, out / f"{part}.lmdb", "--detector", out / "detector")
-        run("uniter-build-db", scenes / f"captions_{part}.json", out / f"{part}.db", "--images", out / f"{part}.lmdb")
-    run("uniter-train", "pretrain", "--text", out / "train.db", "--images", out / "train.lmdb",
+        run("uniter-build-db", scenes / f"captions_{part}.json", out / f"{part}.db", "--images", out / "world.lmdb")
+    run("uniter-train", "pretrain", "--text", out / "train.db", "--images", out / "world.lmdb",
         "--model", "tiny", "--out", out / "run")  # fmt: skip
+    run("uniter-view", out / "world.lmdb", "--images", scenes / "images", "--text", out / "val.db", "--out", out / "world-report")
     run("uniter-view", out / "run", "--out", out / "run-report")
-    words = json.loads((scenes / "world.json").read_text(encoding="utf-8"))
+    words = json.loads((scenes / "world.json").read_text(encoding="utf-8"))["world"]
     colours_and_shapes = ",".join([*words["colours"], *words["shapes"]])
     measured: dict[str, Any] = read(
-        "uniter-train", "evaluate", "pretrain", "--from", out / "run", "--text", out / "val.db", "--images", out / "val.lmdb",
+        "uniter-train", "evaluate", "pretrain", "--from", out / "run", "--text", out / "val.db", "--images", out / "world.lmdb",
         "--words", colours_and_shapes, "--json",
     )  # fmt: skip
     return measured
