@@ -60,7 +60,7 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
               help="The detector's weights: a file of any known layout, a URL, or random:SEED for trying things out.  "
                    "[default: the detector's known sources, in order]")  # fmt: skip
 @click.option("--boxes", type=click.Path(path_type=Path), metavar="FILE",
-              help='Regions are given: COCO-style JSON, or JSONL {"image": ..., "boxes": [[x0, y0, x1, y1], ...], "ids": [...]} in pixels of '
+              help='Regions are given: COCO-style JSON, or JSONL {"image": ..., "boxes": [[x0, y0, x1, y1], ...], "ids": [...]}, pixels of '
                    "the upright image; kept in this order, never cut; ids go to box_ids.jsonl.")  # fmt: skip
 @click.option("--min-boxes", type=click.IntRange(0), help="Regions that stay at least.  [default: 10; butd-36: 36]")
 @click.option("--max-boxes", type=click.IntRange(1), help="Regions that stay at most.  [default: 100; butd-36: 36]")

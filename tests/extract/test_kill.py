@@ -1,0 +1,172 @@
+"""Killed at any instant: the database opens, is never complete when it is not, and ends as an unbroken run's, byte for byte."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db import ImageDB
+
+Content = Callable[[Path], dict[str, Any]]
+Photos = Callable[..., Path]
+OPTIONS = {"batch_size": 3, "unit_images": 8, "workers": 2}
+
+
+def begin(fake: ModuleType, photos: Path, out: Path, **options: Any) -> subprocess.Popen[str]:
+    """An extraction in a process (group) of its own."""
+    command = [sys.executable, str(fake.__file__), str(photos), str(out), json.dumps({**OPTIONS, **options})]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    stdout, stderr = process.communicate(timeout=120)
+    return stdout, stderr
+
+
+def wait_for(path: Path) -> None:
+    """Until the process under test has come so far; imports take their time on a busy machine."""
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.002)
+
+
+def check_interrupted(out: Path, complete: dict[str, Any], content: Content) -> int:
+    """The laws that hold after any kill; returns how many records are there already."""
+    if not (out / "settings.json").exists():
+        return 0
+    if (out / "header.json").exists():
+        assert content(out) == complete
+        return len(complete["records"])
+    with pytest.raises(BadInput, match="unfinished"):
+        ImageDB(out)
+    partial = ImageDB(out, allow_partial=True)
+    for key in partial.keys_list:
+        assert len(partial[key]) == 7
+    return len(partial)
+
+
+def kill_again_and_again(fake: ModuleType, photos: Path, folder: Path, content: Content, *, kills: int, seed: int) -> list[int]:
+    whole = begin(fake, photos, folder / "whole")
+    assert "Error" not in ended(whole)[1]
+    complete = content(folder / "whole")
+    rng, out, seen = random.Random(seed), folder / "killed", []
+    for _ in range(kills):
+        if (out / "header.json").exists():
+            break
+        process = begin(fake, photos, out, seconds=0.004)
+        wait_for(out / "units")
+        time.sleep(rng.random() ** 2 * 0.25)
+        os.killpg(process.pid, signal.SIGKILL)
+        ended(process)
+        seen.append(check_interrupted(out, complete, content))
+    assert seen == sorted(seen), "a kill loses nothing that was committed"
+    stdout, stderr = ended(begin(fake, photos, out))
+    assert stdout, stderr
+    assert json.loads(stdout)["complete"]
+    assert content(out) == complete
+    assert not (out / "units").exists()
+    return seen
+
+
+def test_killed_a_handful_of_times(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
+    photos = make_photos(100)
+    (photos / "photo0033.jpg").write_text("broken")
+    seen = kill_again_and_again(fake, photos, tmp_path, content, kills=5, seed=1)
+    assert len(seen) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_thirty_times(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path, seed: int) -> None:
+    photos = make_photos(1500)
+    (photos / "photo0033.jpg").write_text("broken")
+    seen = kill_again_and_again(fake, photos, tmp_path, content, kills=40, seed=seed)
+    assert len(seen) >= 30, "the run ended before it was killed often enough"
+
+
+@pytest.mark.slow
+def test_killed_while_it_is_finished(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
+    """No time goes into the images here: the kills fall into commits, the moves into data.mdb and the last steps."""
+    photos = make_photos(60)
+    assert "Error" not in ended(begin(fake, photos, tmp_path / "whole"))[1]
+    complete = content(tmp_path / "whole")
+    rng, finished = random.Random(5), 0
+    for attempt in range(30):
+        out = tmp_path / f"out{attempt}"
+        process = begin(fake, photos, out)
+        wait_for(out / "settings.json")
+        time.sleep(rng.random() * 0.35)
+        os.killpg(process.pid, signal.SIGKILL)
+        ended(process)
+        finished += (out / "header.json").exists()
+        check_interrupted(out, complete, content)
+        assert json.loads(ended(begin(fake, photos, out))[0])["complete"]
+        assert content(out) == complete
+    assert finished < 30
+
+
+def test_sigterm_finishes_the_batch(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
+    photos = make_photos(40)
+    process = begin(fake, photos, tmp_path / "out", seconds=0.05)
+    wait_for(tmp_path / "out" / "units" / "00000.partial" / "data.mdb")
+    time.sleep(0.2)
+    process.terminate()
+    stdout, stderr = ended(process)
+    assert process.returncode == 1 and "the same command continues it" in stdout, stderr
+    done = len(ImageDB(tmp_path / "out", allow_partial=True))
+    assert 0 < done < 40 and (done % 8) % 3 == 0, "whole batches only"
+    ended(begin(fake, photos, tmp_path / "out"))
+    ended(begin(fake, photos, tmp_path / "whole"))
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_two_writers_on_one_output(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
+    photos = make_photos(60)
+    both = [begin(fake, photos, tmp_path / "out", seconds=0.01) for _ in range(2)]
+    summaries = []
+    for process in both:
+        stdout, stderr = ended(process)
+        assert process.returncode == 0, stderr
+        summaries.append(json.loads(stdout))
+    assert sum(summary["extracted"] for summary in summaries) == 60, "nothing twice"
+    assert any(summary["complete"] for summary in summaries)
+    ended(begin(fake, photos, tmp_path / "whole"))
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_in_mid_run(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands for the disk: writes beyond it fail as ENOSPC does."""
+    photos = make_photos(100)
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))
+
+    command = [sys.executable, str(fake.__file__), str(photos), str(tmp_path / "out"), json.dumps(OPTIONS)]
+    process = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False, timeout=120)
+    assert process.returncode == 1
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("uniter.datasets.errors.UniterError: ") and "what was committed is kept" in last
+    with pytest.raises(BadInput, match="unfinished"):
+        ImageDB(tmp_path / "out")
+    assert json.loads(ended(begin(fake, photos, tmp_path / "out"))[0])["complete"]
+    ended(begin(fake, photos, tmp_path / "whole"))
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
