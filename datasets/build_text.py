@@ -373,7 +373,9 @@ class _Spool:
         number = self._image_numbers.get(name)
         if number is not None:
             return number
-        if self._make_key is not None:
+        if not name.strip("/. "):  # the source does not say which image it is
+            key, rule = _whole(name), MISSING
+        elif self._make_key is not None:
             key, rule = _whole(self._make_key(name)), BY_TEMPLATE
         else:
             assert self._match is not None

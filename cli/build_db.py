@@ -1,0 +1,303 @@
+"""uniter-build-db: captions (or a task's annotations) to a text database; `uniter-build-db exclude`: lists of images not to see."""
+
+import hashlib
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
+
+import click
+
+from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
+from uniter.datasets import annotations
+from uniter.datasets.build_text import build_text_db
+from uniter.datasets.captions import CAPTIONS, Caption, detect
+from uniter.datasets.captions.caption import key_maker
+from uniter.datasets.captions.img2dataset import shards_in
+from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.image_db import match_image_key, open_image_dbs
+from uniter.datasets.leakage import PARTS, Exclusion, exclusion_lists, forbidden_coco
+from uniter.datasets.lmdb_store import write_json
+from uniter.datasets.tokenizer import Tokenizer
+
+HASHED_WHOLE = 1 << 30  # bytes; of larger files the size, the first and the last part tell them apart
+HASHED_PART = 1 << 26
+PARTS_BY_LISTS = ("coco", "vg")  # sources whose parts the --exclude lists know
+
+
+class BuildCommand(click.Command):
+    """A command whose first word may be `exclude`, which is then another one."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        if words[:1] == ["exclude"]:
+            return exclude.main(words[1:], f"{prog_name or 'uniter-build-db'} exclude", **extra)
+        return super().main(words, prog_name, **extra)
+
+
+@click.command(cls=BuildCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("captions")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--task", default="captions", show_default=True, metavar="NAME", help="captions, or a down-stream task whose annotations are read."
+)
+@click.option("--format", "format_name", metavar="NAME", help=f"{', '.join(CAPTIONS)}.  [default: by content]")
+@click.option(
+    "--tokenizer",
+    default="bert-base-cased",
+    show_default=True,
+    metavar="NAME|PATH|train:SIZE",
+    help="A vocabulary file, a folder, a hub name, or learn SIZE word pieces from these captions.",
+)
+@click.option("--images", multiple=True, metavar="DB", help="Region databases that the images must be in; repeatable.")
+@click.option("--split", metavar="PART", help="Which part, where the source has parts; several with commas.  [default: all]")
+@click.option("--exclude", "lists", multiple=True, type=click.Path(path_type=Path), metavar="LIST", help="Images not to see; repeatable.")
+@click.option("--key", metavar="TEMPLATE", help="Images' keys: stem, path, or of {stem} {name} {parent} {path} {id:012d}.  [default: stem]")
+@click.option(
+    "--join",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="TABLE",
+    help="What became of urls (img2dataset's output) for cc and sbu; image_data.json for vg; repeatable.",
+)
+@click.option("--overwrite", is_flag=True, help="Begin anew, whatever OUT holds.")
+@click.option("--strict", is_flag=True, help="Exit with 3 if a text was empty or without an image.")
+@common_options
+def main(
+    captions: str,
+    out: Path | None,
+    task: str,
+    format_name: str | None,
+    tokenizer: str,
+    images: tuple[str, ...],
+    split: str | None,
+    lists: tuple[Path, ...],
+    key: str | None,
+    join: tuple[Path, ...],
+    overwrite: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Make a text database of CAPTIONS in the folder OUT (by default beside it: captions.json -> captions.db).
+
+    CAPTIONS: COCO captions, Karpathy's dataset_*.json, Visual Genome's region_descriptions.json, Conceptual Captions' TSV, SBU,
+    img2dataset's output, JSONL or CSV. Several files as 'captions_{train,val}2014.json' or 'cc3m/{00000..00331}.tar'.
+
+    \b
+    Examples:
+      uniter-build-db captions.json
+      uniter-build-db dataset_coco.json train.db --split train,restval --images out.lmdb --exclude excluded.json
+      uniter-build-db exclude --help
+
+    The same command again finishes what was killed, and does nothing where all is done.
+    """
+    start = time.monotonic()
+    paths = expand(captions)
+    folder = out or _default_out(paths[0])
+    kind, read = _reader(task, format_name, paths[0])
+    exclusion = Exclusion(lists) if lists else None
+    read_split, part = _parts(kind, split, exclusion)
+    counts: Counter[str] = Counter()
+
+    def source() -> Iterator[Caption]:
+        counts.clear()
+        texts = chain.from_iterable(read(path, split=read_split, join=join, counts=counts) for path in paths)
+        return texts if part is None else _of_part(texts, part, exclusion, counts)
+
+    pieces = _tokenizer(tokenizer, source, exclusion)
+    settings = {
+        "task": task,
+        "source": [_fingerprint(path) for path in paths],
+        "source_format": kind,
+        "split": split,
+        "join": [_fingerprint(path) for path in join],
+        "exclude": exclusion.hashes if exclusion is not None else {},
+        "images": [],
+    }
+    match = None
+    if images:
+        databases = open_image_dbs(list(images))
+        settings["images"] = [{"names": [Path(name).name for name in images], "count": len(databases), "key": key}]
+        match = _matcher(databases, key)
+    report = build_text_db(
+        source(),
+        folder,
+        tokenizer=pieces,
+        settings=settings,
+        images=match,
+        key=key or "stem",
+        excluded=exclusion,
+        source_counts=counts,
+        lengths=getattr(read, "lengths", None),
+        meta={"task": task, "annotations": [path.name for path in paths], "output": folder.name},
+        overwrite=overwrite,
+    )
+    seconds = time.monotonic() - start
+    summary = {"out": str(folder), "format": kind, "tokenizer": pieces.name, **report.as_dict(), "seconds": round(seconds, 3)}
+    if not report.already_complete:
+        summary["texts_per_second"] = round(report.counts["read"] / max(seconds, 1e-9))
+    print_summary(
+        summary, as_json=as_json, title="Already complete; nothing was done." if report.already_complete else "Text database made."
+    )
+    if strict and report.counts.get("empty", 0) + report.counts.get("without_image", 0):
+        sys.exit(SKIPPED_UNDER_STRICT)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--coco", multiple=True, type=click.Path(path_type=Path), metavar="JSON", help="instances_ or captions_{train,val}2014.json.")
+@click.option(
+    "--karpathy", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="dataset_coco.json, or karpathy_*_images.txt."
+)
+@click.option("--refcoco", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="refs(unc).p of RefCOCO or RefCOCO+.")
+@click.option("--refcocog", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="refs(umd).p of RefCOCOg.")
+@click.option(
+    "--flickr30k", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="train/val/test.txt, or dataset_flickr30k.json."
+)
+@click.option("--vg", type=click.Path(path_type=Path), metavar="JSON", help="Visual Genome's image_data.json.")
+@click.option("--out", default="excluded.json", show_default=True, type=click.Path(path_type=Path, dir_okay=False), help="The lists.")
+@common_options
+def exclude(
+    coco: tuple[Path, ...],
+    karpathy: tuple[Path, ...],
+    refcoco: tuple[Path, ...],
+    refcocog: tuple[Path, ...],
+    flickr30k: tuple[Path, ...],
+    vg: Path | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Make the lists of images that pre-training must not see, from the annotation files of the down-stream tasks.
+
+    Karpathy's validation images are listed as the validation part, not as excluded. Give what you have; a list without its files is
+    empty, and the report says so.
+
+    \b
+    Example:
+      uniter-build-db exclude --coco instances_train2014.json --coco instances_val2014.json --karpathy dataset_coco.json \\
+        --refcoco 'refs(unc).p' --refcocog 'refs(umd).p' --flickr30k train.txt --flickr30k val.txt --flickr30k test.txt \\
+        --vg image_data.json --out excluded.json
+    """
+    if not (karpathy or refcoco or refcocog or flickr30k):
+        raise click.UsageError("give at least one of --karpathy, --refcoco, --refcocog, --flickr30k")
+    lists = exclusion_lists(coco=coco, karpathy=karpathy, refcoco=refcoco, refcocog=refcocog, flickr30k=flickr30k, visual_genome=vg)
+    write_json(out, lists)
+    summary: dict[str, Any] = {"out": str(out), **{name: len(values) for name, values in lists.items()}}
+    summary["forbidden_coco_images"] = len(forbidden_coco(lists))
+    print_summary(summary, as_json=as_json, title="Images that pre-training must not see.")
+    if not coco and (flickr30k or karpathy or refcoco or refcocog):
+        click.echo(
+            "without --coco the Flickr photos of COCO images are unknown: flickr30k_coco_iids and parts of the url ids are missing",
+            err=True,
+        )
+
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def expand(pattern: str) -> list[Path]:
+    """The files that a name with braces stands for: {00000..00331} counts, {train,val} lists; a file that exists is itself."""
+    if Path(pattern).exists() or not _BRACES.search(pattern):
+        return [Path(pattern)]
+    pieces = _BRACES.split(pattern)
+    choices = [[piece] if place % 2 == 0 else _choices(piece, pattern) for place, piece in enumerate(pieces)]
+    return [Path("".join(parts)) for parts in product(*choices)]
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    counted = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inside)
+    if counted is None:
+        return inside.split(",")
+    first, last = int(counted[1]), int(counted[2])
+    if last < first or last - first >= 1_000_000:
+        raise BadInput(f"{{{inside}}} in {pattern!r} counts from {first} to {last}; expected at most a million, upwards")
+    return [f"{number:0{len(counted[1])}d}" for number in range(first, last + 1)]
+
+
+def _default_out(path: Path) -> Path:
+    name = path.resolve().name
+    return path.parent / f"{name.split('.')[0] if path.is_file() else name}.db"
+
+
+def _reader(task: str, format_name: str | None, path: Path) -> tuple[str, Callable[..., Iterator[Caption]]]:
+    """The format's name and its reader; down-stream tasks are formats of their own."""
+    if task == "captions":
+        if not path.exists():
+            raise BadInput(f"{path} is not there; expected a file or folder of captions")
+        name = format_name or detect(path)
+        if name not in CAPTIONS:
+            raise BadInput(unknown_name("caption format", name, CAPTIONS))
+        return name, CAPTIONS[name]
+    readers: dict[str, Callable[..., Iterator[Caption]]] = getattr(annotations, "ANNOTATIONS", {})
+    if task not in readers:
+        raise BadInput(unknown_name("task", task, ("captions", *readers)))
+    if format_name is not None:
+        raise BadInput(f"--format chooses among caption formats; with --task {task} leave it away")
+    return task, readers[task]
+
+
+def _parts(kind: str, split: str | None, exclusion: Exclusion | None) -> tuple[str | None, str | None]:
+    """(the part the reader is asked for, the part that the lists decide)."""
+    if split is None or kind not in PARTS_BY_LISTS or exclusion is None or not exclusion.knows_parts:
+        return split, None
+    if split not in PARTS:
+        raise BadInput(f"{unknown_name('split', split, PARTS)}: Karpathy's validation images, or all others")
+    return None, split
+
+
+def _of_part(texts: Iterator[Caption], part: str, exclusion: Exclusion | None, counts: Counter[str]) -> Iterator[Caption]:
+    assert exclusion is not None
+    for caption in texts:
+        if exclusion.part(caption) == part:
+            yield caption
+        else:
+            counts["texts_of_other_parts"] += 1
+
+
+def _tokenizer(name: str, source: Callable[[], Iterator[Caption]], exclusion: Exclusion | None) -> Tokenizer:
+    if not name.startswith("train:"):
+        return Tokenizer.load(name)
+    size = name.removeprefix("train:")
+    if not size.isdigit() or int(size) < 1:
+        raise BadInput(f"--tokenizer {name!r}: expected train:SIZE with a whole number of word pieces, e.g. train:8000")
+    texts = (caption.text or "" for caption in source() if exclusion is None or not exclusion(caption))
+    return Tokenizer.learn(texts, size=int(size))
+
+
+def _matcher(databases: Any, key: str | None) -> Callable[[str], tuple[str, str] | None]:
+    make_key = key_maker(key) if key is not None else None
+
+    def match(name: str) -> tuple[str, str] | None:
+        if make_key is not None and (made := make_key(name)) in databases:
+            return made, "template"
+        return match_image_key(databases, name)
+
+    return match
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """What tells a source from another: its size and content (of folders and tars the shards' names and sizes)."""
+    digest = hashlib.sha256()
+    if path.is_dir() or path.suffix == ".tar":
+        files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.is_file()] or shards_in(path)
+        for file in files:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        return {"bytes": sum(file.stat().st_size for file in files), "sha256": digest.hexdigest()}
+    try:
+        with open(path, "rb") as stream:
+            size = path.stat().st_size
+            if size <= HASHED_WHOLE:
+                return {"bytes": size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+            digest.update(stream.read(HASHED_PART))
+            stream.seek(size - HASHED_PART)
+            digest.update(stream.read(HASHED_PART))
+            return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
+    except FileNotFoundError:
+        raise BadInput(f"{path} is not there; expected a file or folder") from None
+
+
+if __name__ == "__main__":
+    main()

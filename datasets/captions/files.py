@@ -1,0 +1,126 @@
+"""Opening other people's text and JSON: gzip, byte-order marks, CRLF, cut-off files; always a stream, never the whole."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import ijson
+
+from uniter.datasets.errors import BadInput
+
+LONGEST_LINE = 16 << 20  # bytes; a text of that length is no caption
+UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@contextmanager
+def open_stream(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked if it is gzip, without a UTF-8 byte-order mark.
+
+    Raises:
+        BadInput: it is not there, or UTF-16, or its gzip is damaged (raised while reading, too).
+    """
+    try:
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            stream = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), 1 << 20)) if packed else raw
+            start = stream.read(3)
+            if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise BadInput(f"{path} is UTF-16 text; save it as UTF-8")
+            if start != UTF8_BOM:
+                stream.seek(0)
+            yield stream
+    except FileNotFoundError:
+        raise BadInput(f"{path} is not there; expected a file of captions") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path} is a folder; expected a file") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise BadInput(f"{path} is damaged gzip ({error}); was it cut off?") from None
+
+
+def first_character(path: Path) -> str:
+    """The first byte that is no white space, as a character; "" of an empty file. A JSON file may be one line of gigabytes."""
+    with open_stream(path) as stream:
+        while block := stream.read(1 << 16):
+            if block := block.lstrip():
+                return chr(block[0])
+    return ""
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a text file without their ends; bytes that are not UTF-8 become U+FFFD, which no tokeniser sees."""
+    with open_stream(path) as stream:
+        number = 0
+        while line := stream.readline(LONGEST_LINE):
+            number += 1
+            if len(line) == LONGEST_LINE:
+                raise BadInput(f"line {number:,} of {path} is longer than {LONGEST_LINE >> 20} MiB; is it a text file of captions?")
+            yield line.decode("utf-8", "replace").rstrip("\r\n")
+
+
+def json_items(path: Path, prefix: str) -> Iterator[Any]:
+    """The values of a JSON file at a prefix as ijson writes it ("annotations.item"), one at a time.
+
+    Raises:
+        BadInput: it is no JSON, or cut off.
+    """
+    yield from _json(path, lambda stream: ijson.items(stream, prefix, use_float=True, buf_size=1 << 18))
+
+
+def json_events(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """ijson's (prefix, event, value) of a JSON file."""
+    yield from _json(path, lambda stream: ijson.parse(stream, use_float=True, buf_size=1 << 16))
+
+
+def _json(path: Path, parse: Callable[[BinaryIO], Iterator[Any]]) -> Iterator[Any]:
+    with open_stream(path) as stream:
+        try:
+            yield from parse(stream)
+        except ijson.IncompleteJSONError as error:
+            raise BadInput(f"{path} ends or breaks in the middle ({_first_line(error)}); was it cut off? Fetch it again") from None
+        except (ijson.JSONError, ValueError, ArithmeticError) as error:
+            raise BadInput(f"{path} is not JSON ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    text = error.args[0] if error.args else ""
+    return (text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)).strip().split("\n")[0] or type(error).__name__
+
+
+def text_of(value: Any, where: str) -> str:
+    """A caption's text as sources have it: null is empty, numbers are their digits.
+
+    Raises:
+        BadInput: it is a list or an object.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, bool | int | float):
+        return str(value)
+    raise BadInput(f"the caption of {where} is a JSON {type(value).__name__}; expected a string")
+
+
+def id_of(value: Any, row: int) -> str:
+    """An example's id: what the source says, else its row."""
+    if value is None or isinstance(value, list | dict):
+        return str(row)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
+
+
+def object_of(value: Any, where: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    if not isinstance(value, dict):
+        raise BadInput(f"{where} is a JSON {type(value).__name__}; expected an object")
+    return value
