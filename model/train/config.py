@@ -7,7 +7,7 @@ key, a wrong type or an impossible combination is an error that names the key an
 import contextlib
 import difflib
 import importlib.resources
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -291,3 +291,68 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{prefix}.{number}")
     else:
         yield prefix, value
+
+
+def explain_settings() -> str:
+    """Every setting: key, type, default, meaning; one a line."""
+    lines = []
+    for key, info in known_keys():
+        default = "required" if info.is_required() else "open" if info.get_default(call_default_factory=True) is None else None
+        shown = default or yaml.safe_dump(info.get_default(call_default_factory=True), default_flow_style=True).split("\n")[0]
+        lines.append(f"{key}: {shown}" + (f"  # {info.description}" if info.description else ""))
+    return "\n".join(lines)
+
+
+def gather_settings(
+    config: str | None,
+    *,
+    roots: Sequence[str] = (),
+    assignments: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    text: Sequence[str] = (),
+    images: Sequence[str] = (),
+    validation_text: Sequence[str] = (),
+    validation_images: Sequence[str] = (),
+) -> TrainSettings:
+    """The settings of a command: the file's, overruled by the command's options, overruled by its assignments.
+
+    Args:
+        config: a shipped name, a YAML file of ours, or a published JSON file of UNITER's.
+        roots: "/container=folder" for the paths of a published file.
+        assignments: of `--set`.
+        options: dotted key -> value.
+        text, images, validation_text, validation_images: one corpus of these databases instead of the file's.
+
+    Raises:
+        BadInput: one sentence about the first thing that is wrong.
+    """
+    from uniter.model.train.published import is_published, read_published
+
+    values = load_config(config) if config is not None else {}
+    if is_published(values):
+        own_start = bool({"from", "model.size"} & (options or {}).keys())
+        values = read_published(values, roots=roots, source=str(config), own_start=own_start)
+    elif roots:
+        raise BadInput("--root maps the container paths of UNITER's published JSON files; leave it out, or name such a file with --config")
+    if text or images:
+        if not (text and images):
+            raise BadInput("give both --text and --images: texts without regions (or regions without texts) cannot be trained on")
+        corpora = values.get("corpora") or [{}]
+        kept = {key: value for key, value in corpora[0].items() if key == "tasks"} if isinstance(corpora[0], dict) else {}
+        values["corpora"] = [{**kept, "text": list(text), "images": list(images)}]
+    if validation_text or validation_images:
+        if not validation_text:
+            raise BadInput("--val-images says where the pictures of --val-text are; give --val-text too")
+        for corpus in values.get("corpora", []):
+            corpus |= {"validation_text": list(validation_text), "validation_images": list(validation_images)}
+    if not values.get("corpora"):
+        raise BadInput("nothing to train on: give --text captions.db --images out.lmdb, or settings with corpora (--config)")
+    for key, value in (options or {}).items():
+        parents, last = key.split(".")[:-1], key.split(".")[-1]
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    for assignment in assignments:
+        assign(values, assignment)
+    return read_settings(values, source=config or "the command")

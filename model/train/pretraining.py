@@ -19,14 +19,27 @@ from uniter.datasets.corpus import Corpus, open_corpus
 from uniter.datasets.errors import BadInput, SettingsDiffer
 from uniter.datasets.loader import Assembler, Mixture, Part
 from uniter.datasets.samples import Masking
-from uniter.model.checkpoints import find_weights, infer_config, load_state, read_model, read_state, write_model
+from uniter.datasets.tokenizer import Tokenizer
+from uniter.model.checkpoints import (
+    export_hub,
+    export_published,
+    find_weights,
+    infer_config,
+    load_state,
+    load_uniter,
+    model_card,
+    read_model,
+    read_state,
+    write_model,
+)
 from uniter.model.heads import UniterForPretraining
 from uniter.model.tasks import Task, check_soft_labels, default_tasks, pretraining_task, task_name
 from uniter.model.train import state
 from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, differences, read_settings, write_config
 from uniter.model.train.defaults import complete
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.log import RunLog
+from uniter.model.train.evaluate import evaluate_pretraining
+from uniter.model.train.log import RunLog, read_log
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
 from uniter.model.uniter import UniterConfig, set_dropout
@@ -336,4 +349,90 @@ def _say_what_is_trained(
         everyone.world,
         f"{settings.batch_tokens:,}",
         settings.optimizer.learning_rate,
+    )
+
+
+def evaluate_run(
+    start: str,
+    *,
+    text: Sequence[str],
+    images: Sequence[str],
+    candidates: int = 50,
+    words: Sequence[str] = (),
+    seed: int = 42,
+    batch_tokens: int = 8192,
+    max_text_length: int = -1,
+    workers: int = 0,
+    device: str | None = None,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """The figures of `evaluate.evaluate_pretraining` of a run or checkpoint on databases.
+
+    Args:
+        start: a run directory, a checkpoint file or folder, or a hub id.
+        text, images: held-out databases.
+        words: words whose accuracy is reported besides, split into the texts' word pieces.
+
+    Raises:
+        BadInput: databases and model do not fit.
+    """
+    corpus = open_corpus("data", text, images, max_text_length=max_text_length)
+    pieces: list[int] = []
+    if words:
+        name = corpus.texts[0].tokenizer_name
+        local = corpus.texts[0].path / "vocab.txt"
+        if not local.is_file() and name is None:
+            raise BadInput(f"text database {corpus.texts[0].path} does not say its tokeniser, so --words cannot be split; leave it out")
+        tokenizer = Tokenizer.load(local if local.is_file() else str(name))
+        pieces = [piece for ids in tokenizer.encode_batch(list(words)) for piece in ids if piece != tokenizer.unk_id]
+    with processes(device) as everyone:
+        model = load_uniter(start).to(everyone.device)
+        check_fit(model.config, corpus, source=start)
+        return evaluate_pretraining(
+            model,
+            corpus,
+            processes=everyone,
+            budget=batch_tokens,
+            seed=seed,
+            candidates=candidates,
+            words=pieces,
+            precision=precision,
+            workers=workers,
+        )
+
+
+def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:
+    """Raise BadInput unless a model of these sizes can read the corpus."""
+    width, vocabulary = corpus.images.feature_width, max(text.v_range[1] for text in corpus.texts)
+    if config.image_feature_size != width:
+        raise BadInput(f"region features are {width} wide, but {source} was trained on {config.image_feature_size}; use its detector")
+    if config.vocab_size < vocabulary:
+        raise BadInput(f"the texts were built with {vocabulary:,} word pieces, but {source} has {config.vocab_size:,}; use its tokenizer")
+
+
+def export_run(start: str, layout: str, out: Path) -> dict[str, Any]:
+    """Write a model as `published` (one flat .pt) or `hub` (a folder); returns the summary."""
+    model = load_uniter(start)
+    if layout == "published":
+        export_published(model, out)
+    else:
+        export_hub(model, out, card=_card(model, start))
+    return {"from": start, "layout": layout, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def _card(model: UniterForPretraining, start: str) -> str:
+    """The model card, with what the run's log knows where `start` is a run."""
+    run = Path(start)
+    if not (run / CONFIG_FILE).is_file():
+        return model_card(model)
+    settings = read_settings(yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")), source=str(run / CONFIG_FILE))
+    lines = [line for line in read_log(run) if line["kind"] == "validation"]
+    results = {name: value for name, value in lines[-1].items() if isinstance(value, float) and "loss_" not in name} if lines else {}
+    texts = ", ".join(Path(text).name for corpus in settings.corpora for text in corpus.text)
+    steps = state.checkpoint_steps(run)
+    return model_card(
+        model,
+        name=run.resolve().name,
+        trained_on=f"{texts}; {steps[-1] if steps else 0:,} of {settings.steps:,} updates, seed {settings.seed}.",
+        results=results,
     )

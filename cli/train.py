@@ -1,0 +1,218 @@
+"""`uniter-train`: pre-training and what follows it. Each command parses, calls one function, and prints one summary."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from uniter.cli.common import common_options, print_summary, version
+from uniter.datasets.errors import BadInput, unknown_name
+
+Command = Callable[..., Any]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version(), "--version", prog_name="uniter-toolkit")
+def main() -> None:
+    """Train and use UNITER on region and text databases.
+
+    \b
+    Example, the whole way:
+      uniter-extract photos/ out.lmdb
+      uniter-build-db captions.json --images out.lmdb
+      uniter-train pretrain --text captions.db --images out.lmdb --out run/
+      uniter-train evaluate pretrain --from run/ --text val.db --images val.lmdb
+    """
+
+
+def data_options(function: Command) -> Command:
+    """--text and --images, several times each."""
+    function = click.option("--images", multiple=True, metavar="DB", help="A region database; give several as one corpus.")(function)
+    return click.option("--text", multiple=True, metavar="DB", help="A text database; give several as one corpus.")(function)
+
+
+def run_options(function: Command) -> Command:
+    """What all training commands share."""
+    for option in reversed(
+        (
+            click.option("--config", metavar="NAME|FILE", help="Shipped settings, a YAML file, or one of UNITER's published JSON files."),
+            click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Overrule one setting, e.g. optimizer.clip=2."),
+            click.option("--model", "size", type=click.Choice(["tiny", "base", "large"]), help="Size of a model that starts from nothing."),
+            click.option("--from", "start", metavar="RUN|FILE|ID", help="Start from a run of ours, BERT, or a published .pt."),
+            click.option("--steps", type=click.IntRange(min=1), help="Updates of the weights [default: chosen by the amount of data]."),
+            click.option("--seed", type=click.IntRange(min=0), help="Decides everything random [default: 42]."),
+            click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one]."),
+            click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: fp32]"),
+            click.option(
+                "--root",
+                "roots",
+                multiple=True,
+                metavar="/img=FOLDER",
+                help="Where a container path of a published JSON file is here; repeat for /txt, /pretrain ...",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+@main.command()
+@data_options
+@click.option("--val-text", "validation_text", multiple=True, metavar="DB", help="Validate on these texts [default: held-out pictures].")
+@click.option("--val-images", "validation_images", multiple=True, metavar="DB", help="Their region databases [default: --images].")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The run directory; the same command again resumes.")
+@run_options
+@click.option("--explain", is_flag=True, help="Print every setting with its default and meaning, and stop.")
+@common_options
+def pretrain(
+    text: tuple[str, ...],
+    images: tuple[str, ...],
+    validation_text: tuple[str, ...],
+    validation_images: tuple[str, ...],
+    out: Path | None,
+    config: str | None,
+    assignments: tuple[str, ...],
+    size: str | None,
+    start: str | None,
+    steps: int | None,
+    seed: int | None,
+    device: str | None,
+    precision: str | None,
+    roots: tuple[str, ...],
+    explain: bool,
+    as_json: bool,
+) -> None:
+    """Pre-train UNITER on texts and the regions of their pictures.
+
+    Without --config, sizes, steps and rates are chosen by the data and the device, and all tasks that the data allow are trained
+    in UNITER's ratios. The same command again resumes; `torchrun uniter-train pretrain ...` uses all GPUs.
+
+    \b
+    Examples:
+      uniter-train pretrain --text captions.db --images out.lmdb --out run/
+      uniter-train pretrain --config pretrain-alldata-base-8gpu.json --root /txt=txt --root /img=img --out run/
+    """
+    from uniter.model.train.config import explain_settings, gather_settings
+
+    if explain:
+        click.echo(explain_settings())
+        return
+    settings = gather_settings(
+        config,
+        roots=roots,
+        assignments=assignments,
+        options=_given({"model.size": size, "from": start, "steps": steps, "seed": seed, "device": device, "precision": precision}),
+        text=list(text),
+        images=list(images),
+        validation_text=list(validation_text),
+        validation_images=list(validation_images),
+    )
+    if out is None:
+        raise click.UsageError("Missing option '--out': where shall the run's checkpoints and log go?")
+    from uniter.model.train.pretraining import pretrain as run_pretraining
+
+    print_from_first(_until_told(lambda: run_pretraining(settings, out)), as_json=as_json, title="pre-training")
+
+
+@main.command()
+@click.argument("task")
+@click.option("--from", "start", required=True, metavar="RUN|FILE|ID", help="The run or checkpoint to evaluate.")
+@data_options
+@click.option("--candidates", type=click.IntRange(min=2), default=50, show_default=True, help="Pairs that compete in retrieval.")
+@click.option("--words", metavar="WORD,WORD", help="Also report the accuracy on these words, e.g. red,blue,square.")
+@click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Decides masks, pairs and candidates.")
+@click.option("--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Word pieces and regions of a batch.")
+@click.option("--max-text-length", type=click.IntRange(min=-1), default=-1, show_default=True, help="Leave longer texts out; -1 keeps all.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that make batches.")
+@click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one].")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@common_options
+def evaluate(
+    task: str,
+    start: str,
+    text: tuple[str, ...],
+    images: tuple[str, ...],
+    candidates: int,
+    words: str | None,
+    seed: int,
+    batch_tokens: int,
+    max_text_length: int,
+    workers: int,
+    device: str | None,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Measure a model on held-out texts and pictures: `evaluate pretrain` the pre-training tasks and zero-shot retrieval.
+
+    The same seed gives the same figures. `mlm.accuracy_other_picture` masks the same words beside another picture: what is
+    between the two is what the picture tells.
+
+    \b
+    Example:
+      uniter-train evaluate pretrain --from run/ --text val.db --images val.lmdb --json
+    """
+    if task != "pretrain":
+        raise BadInput(unknown_name("task", task, ["pretrain"]))
+    from uniter.model.train.pretraining import evaluate_run
+
+    figures = evaluate_run(
+        start,
+        text=list(text),
+        images=list(images),
+        candidates=candidates,
+        words=[word.strip() for word in (words or "").split(",") if word.strip()],
+        seed=seed,
+        batch_tokens=batch_tokens,
+        max_text_length=max_text_length,
+        workers=workers,
+        device=device,
+        precision=precision,
+    )
+    print_from_first(figures, as_json=as_json, title=f"{task} of {start}")
+
+
+@main.command()
+@click.option("--from", "start", required=True, metavar="RUN|FILE|ID", help="The run or checkpoint to export.")
+@click.option("--to", "layout", required=True, type=click.Choice(["published", "hub"]), help="A flat .pt, or a folder to share.")
+@click.argument("out", type=click.Path(path_type=Path))
+@common_options
+def export(start: str, layout: str, out: Path, as_json: bool) -> None:
+    """Write a model for others: `published` is UNITER's flat state dict, `hub` a folder with safetensors, config and model card.
+
+    \b
+    Examples:
+      uniter-train export --from run/ --to published uniter.pt
+      uniter-train export --from run/ --to hub my-uniter/
+    """
+    from uniter.model.train.pretraining import export_run
+
+    print_summary(export_run(start, layout, out), as_json=as_json, title=f"exported to {out}")
+
+
+def print_from_first(summary: Mapping[str, Any], *, as_json: bool, title: str) -> None:
+    """Print a summary, from the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print_summary(summary, as_json=as_json, title=title)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _until_told(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do the work; if a signal stops it after its checkpoint, say so and end as commands do that a signal ended (128 + number)."""
+    from uniter.model.train.loop import Stopped
+
+    try:
+        return work()
+    except Stopped as stopped:
+        click.echo(str(stopped), err=True)
+        sys.exit(128 + signal.Signals(stopped.signal_number).value)
+
+
+if __name__ == "__main__":
+    main()
