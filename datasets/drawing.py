@@ -153,8 +153,7 @@ def resized(image: ByteImage, longest: int) -> ByteImage:
     if scale == 1:
         return image
     shape = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    bigger: ByteImage = cv2.resize(image, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    return bigger
+    return np.asarray(cv2.resize(image, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC), dtype=np.uint8)
 
 
 def empty_canvas(size: tuple[int, int] | None, *, longest: int) -> ByteImage:
@@ -238,7 +237,7 @@ def _find_room(
                 continue
             tops = _beside(box, label_width, label_height) if near else _anywhere(box, label_width, label_height, size)
             tops = np.clip(tops, 0, [width - label_width, height - label_height])
-            places = np.concatenate([tops, tops + [label_width, label_height]], axis=1)
+            places = np.concatenate([tops, tops + np.array([label_width, label_height])], axis=1)
             hidden = (
                 (places[:, None, 0] < placed[None, :, 2])
                 & (placed[None, :, 0] < places[:, None, 2])
@@ -309,7 +308,8 @@ class Photographs:
 
     A key is looked up as the path below the folder (with and without suffix), the file name and the stem; without `.npz`; in any
     case of letters; and without the prefixes and zeros that UNITER's published keys have (`nlvr2_dev-850-0-img0.npz` is
-    `dev-850-0-img0.png`, `flickr30k_000000012345.npz` is `12345.jpg`). A stem that several files bear finds none of them.
+    `dev-850-0-img0.png`, `flickr30k_000000012345.npz` is `12345.jpg`). A stem that several files bear finds none of them,
+    unless it is the path of one.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -320,23 +320,26 @@ class Photographs:
         paths = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in PHOTOGRAPH_SUFFIXES and p.is_file())
         if not paths:
             raise BadInput(f"no image in {self.folder}; --images wants the folder of the photographs that the regions were taken from")
+        self._count = len(paths)
+        self._paths: dict[str, Path | None] = {}
         self._exact: dict[str, Path | None] = {}
         self._folded: dict[str, Path | None] = {}
         for path in paths:
             relative = path.relative_to(self.folder)
             names = {relative.as_posix(), relative.with_suffix("").as_posix(), path.name, path.stem}
+            _enter(self._paths, {relative.as_posix(), relative.with_suffix("").as_posix()}, path)
             _enter(self._exact, names, path)
             folded = {name.casefold() for name in names}
             _enter(self._folded, folded | ({path.stem.lstrip("0") or "0"} if path.stem.isdecimal() else set()), path)
 
     def __len__(self) -> int:
-        return len({path for path in self._exact.values() if path is not None})
+        return self._count
 
     def find(self, key: str) -> Path | None:
         """The photograph of a key, None where there is none or where it is not clear which."""
         bare = key.removesuffix(".npz")
         for name in (key, bare):
-            if (path := self._exact.get(name)) is not None:
+            if (path := self._paths.get(name) or self._exact.get(name)) is not None:
                 return path
         rest = bare.casefold()
         for _ in range(5):

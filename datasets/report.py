@@ -46,19 +46,26 @@ Captions = Callable[[str], Sequence[str]]
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #fbfbfa; --faint: #667085; --line: #d9dde3; --card: #fff; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --paper: #14181f; --faint: #98a2b3; --line: #333c49; --card: #1b212b; } }
-body { margin: 0 auto; max-width: 1500px; padding: 1.5rem; font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
-h1 { margin: 0 0 .3rem; font-size: 1.6rem; } h2 { margin: 2rem 0 .6rem; font-size: 1.2rem; } h3 { margin: 0; font-size: .95rem; overflow-wrap: anywhere; }
-p, ul, ol { margin: .3rem 0; } .faint { color: var(--faint); } .note { border-left: 4px solid #d97706; padding: .2rem .8rem; margin: .8rem 0; }
+body { margin: 0 auto; max-width: 1500px; padding: 1.5rem; font: 15px/1.45 system-ui, sans-serif;
+  color: var(--ink); background: var(--paper); }
+h1 { margin: 0 0 .3rem; font-size: 1.6rem; }
+h2 { margin: 2rem 0 .6rem; font-size: 1.2rem; }
+h3 { margin: 0; font-size: .95rem; overflow-wrap: anywhere; }
+p, ul, ol { margin: .3rem 0; } .faint { color: var(--faint); }
+.note { border-left: 4px solid #d97706; padding: .2rem .8rem; margin: .8rem 0; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(430px, 1fr)); gap: 1.2rem; align-items: start; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
-figure img { display: block; width: 100%; height: auto; max-height: 460px; object-fit: contain; background: #8884; } figcaption { padding: .6rem .9rem .8rem; }
+figure img { display: block; width: 100%; height: auto; max-height: 460px; object-fit: contain; background: #8884; }
+figcaption { padding: .6rem .9rem .8rem; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; } th { text-align: left; color: var(--faint); font-weight: 500; }
 th, td { padding: .15rem .6rem .15rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .45em; vertical-align: -.05em; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1rem; } .facts { max-width: 60rem; }
-svg.chart { width: 100%; background: var(--card); border: 1px solid var(--line); border-radius: 8px; } .bar { fill: #3b82f6; }
-.grid { stroke: var(--line); } .tick { font-size: 11px; fill: var(--faint); } .chart-title { font-size: 13px; font-weight: 600; fill: var(--ink); }
+svg.chart { width: 100%; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.bar { fill: #3b82f6; }
+.grid { stroke: var(--line); } .tick { font-size: 11px; fill: var(--faint); }
+.chart-title { font-size: 13px; font-weight: 600; fill: var(--ink); }
 details > summary { cursor: pointer; color: var(--faint); margin-top: .3rem; } nav { margin: 1rem 0; } nav a, nav b { margin-right: .6rem; }
 """
 
@@ -317,7 +324,8 @@ def _front(
         )
         more = f'<p class="faint">and {len(failures) - LISTED:,} more</p>' if len(failures) > LISTED else ""
         parts.append(
-            f"<h2>{len(failures):,} images failed</h2><table><thead><tr><th>key</th><th>file</th><th>error</th></tr></thead>{rows}</table>{more}"
+            f"<h2>{len(failures):,} images failed</h2><table><thead><tr><th>key</th><th>file</th><th>error</th></tr></thead>"
+            f"{rows}</table>{more}"
         )
     return "".join(parts)
 
@@ -427,9 +435,8 @@ def write_runs_report(runs: Mapping[str, Iterable[Mapping[str, Any]]], out: str 
         f'<tr><td>{html.escape(name)}</td><td class="number">{row["last_update"]:,}</td><td class="number">{row["lines"]:,}</td></tr>'
         for name, row in summary.items()
     )
-    body = [
-        f'<table class="facts"><thead><tr><th>run</th><th class="number">last update</th><th class="number">lines</th></tr></thead>{rows}</table>'
-    ]
+    heads = '<th>run</th><th class="number">last update</th><th class="number">lines</th>'
+    body = [f'<table class="facts"><thead><tr>{heads}</tr></thead>{rows}</table>']
     for kind in dict.fromkeys(figure.split(" ")[0] for figure in figures):
         charts = [
             curves(lines, title=figure) for figure, lines in sorted(figures.items(), key=_losses_first) if figure.split(" ")[0] == kind

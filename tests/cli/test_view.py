@@ -1,0 +1,91 @@
+"""`uniter-view` from the outside."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from uniter.cli.view import main
+from uniter.datasets.build_text import build_text_db
+from uniter.datasets.captions.caption import Caption
+from uniter.datasets.image_db import encode_record
+from uniter.datasets.lmdb_store import UnitStore
+from uniter.datasets.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def database(tmp_path):
+    store = UnitStore(tmp_path / "out.lmdb", settings={})
+    boxes = np.array([[1, 2, 30, 20]], np.float32)
+    record = RegionFeatures(
+        features=np.ones((1, 4), np.float32),
+        norm_bb=normalised_boxes(boxes, (30, 40)),
+        conf=np.ones(1, np.float32),
+        boxes=boxes,
+        size=(30, 40),
+    )
+    with store.unit(0) as unit:
+        for key in ("cat", "dog"):
+            unit.put(key, encode_record(record), regions=1)
+        unit.commit()
+        unit.complete()
+    assert store.finish(units=1, header={})
+    return tmp_path / "out.lmdb"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_a_page_with_photographs_and_captions(tmp_path, database):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (40, 30)).save(photos / "cat.png")
+    build_text_db([Caption("1", "cat.png", "A cat & a mat.")], tmp_path / "captions.db", tokenizer=Tokenizer.load())
+    result = run(database, "--images", photos, "--text", tmp_path / "captions.db", "--out", tmp_path / "report", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["pictures"], summary["without_photograph"], summary["with_captions"]) == (2, 1, 1)
+    assert "A cat &amp; a mat." in (tmp_path / "report/index.html").read_text()
+
+
+def test_published_texts_are_put_together_from_word_pieces(tmp_path, database):
+    tokenizer = Tokenizer.load()
+    pieces = tokenizer.encode("Two zebras graze.")
+    caption = Caption("1", "cat.png", None, fields={"input_ids": pieces})
+    build_text_db([caption], tmp_path / "captions.db", tokenizer=tokenizer)
+    result = run(database, "--text", tmp_path / "captions.db", "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    assert "Two zebras graze ." in (tmp_path / "report/index.html").read_text()
+
+
+def test_curves_of_two_runs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lines = [{"step": step, "kind": "train", "loss": 1 / step} for step in (1, 2, 3)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "curves", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["runs"] == {name: {"lines": 3, "last_update": 3} for name in "ab"}
+
+
+def test_runs_and_databases_are_not_mixed(tmp_path, database):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("")
+    result = run(tmp_path / "run", database, "--out", tmp_path / "report")
+    assert result.exit_code == 2 and "one after the other" in result.stderr
+
+
+def test_what_is_no_database_is_one_line(tmp_path):
+    result = run(tmp_path, "--out", tmp_path / "report")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ") and "no region database" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_help_shows_an_example():
+    result = run("--help")
+    assert result.exit_code == 0 and "uniter-view out.lmdb --images photos/ --out report/" in result.output
