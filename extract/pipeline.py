@@ -336,13 +336,13 @@ def plan_work(
     if max_pixels < 1:
         raise BadInput(f"--max-pixels {max_pixels}: expected at least 1")
     if batch_size is None and not overwrite:
-        batch_size = _begun_with(Path(out))
+        batch_size = begun_with(Path(out))
     if batch_size is None:
         batch_size = fitting_batch_size(str(getattr(detector, "device", "cpu")))
     return Work(low, high, conf_threshold, batch_size, max_pixels, given)
 
 
-def _begun_with(out: Path) -> int | None:
+def begun_with(out: Path) -> int | None:
     """The batch size that an unfinished database was begun with."""
     try:
         size = json.loads((out / "settings.json").read_bytes())["batch_size"]

@@ -69,6 +69,17 @@ def build_fake(device: str = "cpu", seconds: float = 0.0) -> FakeDetector:
     return FakeDetector(device=device, seconds=seconds)
 
 
+class FailingDetector(FakeDetector):
+    """Says what a detector says that cannot go on."""
+
+    def detect(self, images: Sequence[PreparedImage], *, boxes: Sequence[NDArray[np.floating]] | None = None) -> list[RawRegions]:
+        raise AttributeError("no such attribute")
+
+
+def build_failing(device: str = "cpu") -> FailingDetector:
+    return FailingDetector(device=device)
+
+
 def main(images: str, out: str, options: str) -> None:
     """Extract; `options` is JSON: `seconds` an image takes, and arguments of `extract_images`."""
     arguments = json.loads(options)
