@@ -295,60 +295,74 @@ class _Spool:
         texts = array("q")
         lengths: dict[str, array[int]] = {name: array("i") for name in self._length_of}
         shown_images: list[str | list[str]] = []
-        for caption, pieces in zip(batch, rows, strict=True):
-            if not pieces and (caption.fields is None or not caption.fields.get("input_ids")):
+        known, keys_of, run = self._image_numbers, self._keys_of_numbers, self._run
+        pack, compress, plain = self._packer.pack, lz4.frame.compress, self._special_ids.isdisjoint
+        for (example, name, text, _, fields, more_texts), pieces in zip(batch, rows, strict=True):
+            if not pieces and (fields is None or not fields.get("input_ids")):
                 self.empty += 1
                 continue
-            names = (caption.image,) if isinstance(caption.image, str) else caption.image
-            found = [self._number(name) for name in names]
-            image_keys = [self._keys_of_numbers[number] for number in found]
-            if None in image_keys or not image_keys:
-                self.without_image += 1
-                continue
-            image = image_keys[0] if isinstance(caption.image, str) else image_keys
+            image: str | list[str]
+            if isinstance(name, str):
+                number = known.get(name)
+                if number is None:
+                    number = self._number(name)
+                one_image = keys_of[number]
+                if one_image is None:
+                    self.without_image += 1
+                    continue
+                image, width = one_image, 1
+                numbers.append(number)
+            else:
+                several = [self._number(each) for each in name]
+                image = [key for key in map(keys_of.__getitem__, several) if key is not None]
+                width = len(name)
+                if not name or len(image) < width:
+                    self.without_image += 1
+                    continue
+                numbers.extend(several)
+            if width != self.width:
+                if self.width:
+                    raise BadInput(f"text {example!r} is about {width} images, those before about {self.width}; expected as many")
+                self.width = width
             record: dict[str, Any] = {"input_ids": pieces, "img_fname": image}
-            if caption.text is not None:
-                record["sent"] = caption.text
-            if caption.fields is not None:
-                record.update(caption.fields)
-            if caption.texts is not None:
-                self._encode_more(caption.texts, record)
-            example = caption.id
+            if text is not None:
+                record["sent"] = text
+            if fields is not None:
+                record.update(fields)
+            if more_texts is not None:
+                self._encode_more(more_texts, record)
             try:
                 key = example.encode()
-                value = self._packer.pack(record)
+                value = pack(record)
             except UnicodeEncodeError:
                 record, example = _whole(record), _whole(example)
-                key, value = example.encode(), self._packer.pack(record)
+                key, value = example.encode(), pack(record)
             except (TypeError, ValueError, OverflowError) as error:
                 raise BadInput(
-                    f"the fields of text {caption.id!r} cannot be stored ({error}); expected numbers, strings, lists and maps"
+                    f"the fields of text {example!r} cannot be stored ({error}); expected numbers, strings, lists, maps"
                 ) from None
             if not 0 < len(key) <= LONGEST_ID:
-                raise BadInput(f"the id of text number {self.read:,} has {len(key)} bytes; expected 1 to {LONGEST_ID}: {caption.id[:60]!r}")
+                raise BadInput(
+                    f"the id of one of the first {self.read:,} texts has {len(key)} bytes, expected 1 to {LONGEST_ID}: {example[:60]!r}"
+                )
             pieces = record["input_ids"]
             if len(pieces) > LONG:
                 self.long += 1
                 self.too_long += len(pieces) > TOO_LONG
-            if not self._special_ids.isdisjoint(pieces):
+            if not plain(pieces):
                 self.special += 1
-            if len(found) != self.width:
-                if self.width:
-                    raise BadInput(f"text {caption.id!r} is about {len(found)} images, those before about {self.width}; expected as many")
-                self.width = len(found)
-            value = lz4.frame.compress(value)
-            self._run.append((key, value, self.kept))
+            value = compress(value)
+            run.append((key, value, self.kept))
             size = len(key) + len(value)
             self._run_bytes += size
             self.record_bytes += size + 16 if size < 1900 else size + 4096 + 64
             self.kept += 1
             ids.append(example)
             keys.append(key)
-            numbers.extend(found)
-            texts.append(hash((*image_keys, caption.text)))
-            shown_images.append(image)  # type: ignore[arg-type]
-            for name, length_of in self._length_of.items():
-                lengths[name].append(length_of(record))
+            texts.append(hash((image if width == 1 else tuple(image), text)))
+            shown_images.append(image)
+            for length_name, length_of in self._length_of.items():
+                lengths[length_name].append(length_of(record))
         self._columns["ids"].write(b"".join(keys))
         self._columns["id_hashes"].write(array("Q", map(hash_key, keys)).tobytes())
         self._columns["id_lengths"].write(array("i", map(len, keys)).tobytes())
@@ -490,7 +504,7 @@ def _read_run(path: Path) -> Iterator[tuple[bytes, bytes, int]]:
 def _write_index(work: Path, folder: Path, spool: _Spool) -> tuple[int, dict[str, int]]:
     """index.safetensors and img2txts.json; returns the number of images and, by rule, how many were found by it."""
     key_ends = np.cumsum(np.fromfile(work / "image_key_lengths", "<u4"), dtype=np.int64)
-    key_bytes = _mapped(work / "image_keys", np.uint8)
+    key_bytes = _mapped(work / "image_keys")
     rules = np.fromfile(work / "image_rules", np.uint8)
     starts = np.concatenate([np.zeros(1, np.int64), key_ends[:-1]])
     hashes = np.fromiter((hash_key(key_bytes[start:end].tobytes()) for start, end in _pairs(starts, key_ends)), np.uint64, len(key_ends))
@@ -512,7 +526,7 @@ def _write_index(work: Path, folder: Path, spool: _Spool) -> tuple[int, dict[str
     image_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(numbers, minlength=len(rows)), dtype=np.int64)])
     examples = (order // spool.width).astype(np.int32)
     del order
-    ids_bytes = _mapped(work / "ids", np.uint8)
+    ids_bytes = _mapped(work / "ids")
     id_ends = np.cumsum(np.fromfile(work / "id_lengths", np.int32), dtype=np.int64)
     _write_texts_of_images(folder / "img2txts.json", image_bytes, image_ends, image_starts, examples, ids_bytes, id_ends)
 
@@ -561,8 +575,8 @@ def _pairs(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Iterator[tuple
         yield from zip(starts[first : first + BATCH].tolist(), ends[first : first + BATCH].tolist(), strict=True)
 
 
-def _mapped(path: Path, dtype: type) -> NDArray[Any]:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
 
 
 def _write_meta(folder: Path, tokenizer: Tokenizer, more: Mapping[str, Any]) -> None:

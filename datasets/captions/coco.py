@@ -33,7 +33,7 @@ def read_coco(path: Path, *, split: str | None, join: Sequence[Path], counts: Co
         names.add(number, file_name if isinstance(file_name, str) and file_name else str(number))
     annotations = enumerate(json_items(path, "annotations.item"))
     while batch := list(islice(annotations, BATCH)):
-        rows = [object_of(value, f"annotation {row} of {path}") for row, value in batch]
+        rows = [value if type(value) is dict else object_of(value, f"annotation {row} of {path}") for row, value in batch]
         if any("caption" not in row for row in rows):
             bad = next(number for number, value in batch if "caption" not in value)
             raise BadInput(f"annotation {bad} of {path} has no caption; expected captions_*.json, is this instances_*.json?")

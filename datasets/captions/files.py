@@ -108,6 +108,8 @@ def text_of(value: Any, where: str) -> str:
 
 def id_of(value: Any, row: int) -> str:
     """An example's id: what the source says, else its row."""
+    if type(value) is int or type(value) is str:  # nearly all are
+        return str(value)
     if value is None or isinstance(value, list | dict):
         return str(row)
     if isinstance(value, float) and value.is_integer():

@@ -13,6 +13,8 @@ from uniter.datasets.index_file import hash_key
 
 def id_number(value: Any) -> int:
     """A 64-bit number for an id: integers (also as strings of digits) are themselves, other strings their hash."""
+    if type(value) is int and -(2**63) <= value < 2**63:  # nearly all are
+        return value
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18:
