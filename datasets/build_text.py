@@ -196,6 +196,9 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
 def _prepare_folder(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> BuildReport | None:
     settings, header = folder / "settings.json", folder / "header.json"
+    for name in ("settings.json", "header.json", *OURS):
+        for unfinished in folder.glob(f"{name}.*.tmp"):  # of a killed write
+            unfinished.unlink()
     if settings.is_file() and not overwrite:
         there = read_json_object(settings)
         if phrases := difference_in_words(there, wanted):
