@@ -537,6 +537,18 @@ class ImageDB(Mapping[str, RegionFeatures]):
                 raise BadInput(f"{part.path}: {error}; see `uniter-db check`") from None
         raise MissingImage(f"image {key!r} is not in {self._name()}; was it extracted, and under this key?")
 
+    def raw_record(self, key: str) -> bytes | None:
+        """A record's bytes as stored; None where it lies in a published database, whose records are read in part.
+
+        Raises:
+            MissingImage: no such key.
+        """
+        for part in self._parts:
+            value = part.store.value(key.encode())
+            if value is not None:
+                return bytes(value) if isinstance(part, _Database) else None
+        raise MissingImage(f"image {key!r} is not in {self._name()}")
+
 
 class _Chained(Sequence[str]):
     """Several key lists end to end."""

@@ -256,4 +256,14 @@ def _origin(source: Path) -> dict[str, Any]:
     return {name: header[name] for name in _KEPT if name in header} if isinstance(header, dict) else {}
 
 
-_KEPT: Final = ("detector", "weights_sha256", "box_kind", "selection", "class_names", "attribute_names", "class_names_from")
+_KEPT: Final = (
+    "detector",
+    "detector_settings",
+    "weights",
+    "weights_sha256",
+    "box_kind",
+    "selection",
+    "class_names",
+    "attribute_names",
+    "class_names_from",
+)

@@ -1,0 +1,215 @@
+"""uniter-db: look at, check, convert, merge and split databases."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from uniter.cli.common import FAILED, SKIPPED_UNDER_STRICT, common_options, print_summary, version
+from uniter.datasets.check import CheckReport, check_coverage, check_database, database_kind
+from uniter.datasets.databases import describe, merge, repair, split
+from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.formats import FORMATS, Selection, convert
+from uniter.datasets.image_db import open_image_dbs
+from uniter.datasets.text_db import TextDB
+
+HELP = {"help_option_names": ["-h", "--help"]}
+DATABASE = click.Path(path_type=Path)
+
+
+@click.group(context_settings=HELP)
+@click.version_option(version(), "--version", prog_name="uniter-toolkit")
+def main() -> None:
+    """Look at, check, convert, merge and split region and text databases.
+
+    \b
+    Example:
+      uniter-db info out.lmdb captions.db
+      uniter-db check out.lmdb captions.db
+      uniter-db convert train2014_obj36.tsv coco.lmdb
+    """
+
+
+@main.command(context_settings=HELP)
+@click.argument("databases", metavar="DB...", nargs=-1, required=True, type=DATABASE)
+@common_options
+def info(databases: Sequence[Path], as_json: bool) -> None:
+    """Tell what databases are and hold: counts, widths, detector, size on disk. Unfinished and damaged ones too.
+
+    \b
+    Example:
+      uniter-db info out.lmdb captions.db
+    """
+    told = [describe(path) for path in databases]
+    if as_json:
+        print_summary({"databases": told}, as_json=True, title="")
+        return
+    for one in told:
+        print_summary({name: value for name, value in one.items() if name != "path"}, as_json=False, title=one["path"])
+
+
+@main.command(context_settings=HELP)
+@click.argument("databases", metavar="DB...", nargs=-1, required=True, type=DATABASE)
+@click.option("--repair", "repaired", metavar="OUT", type=DATABASE, help="Write what is good of the one DB to a new database.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at the OUT of --repair.")
+@common_options
+def check(databases: Sequence[Path], repaired: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Read databases from end to end and say what is damaged, what looks wrong and what is still good.
+
+    Verified are the file's pages, every record's checksum and its numbers (boxes inside the image, probabilities that sum to 1,
+    finite features), the side files, and, where texts and regions are given together, that they fit. Exit code 1 if anything is wrong.
+
+    \b
+    Example:
+      uniter-db check out.lmdb captions.db
+      uniter-db check broken.lmdb --repair good.lmdb
+    """
+    if repaired is not None and len(databases) != 1:
+        raise click.UsageError("--repair takes one database")
+    summary: dict[str, Any] = {}
+    reports: list[CheckReport] = []
+    if repaired is not None:
+        reports.append(CheckReport(str(databases[0])))
+        summary["repaired"] = repair(databases[0], repaired, reports[0], overwrite=overwrite)
+    else:
+        reports = [check_database(path) for path in databases]
+    summary["databases"] = [report.as_dict() for report in reports]
+    wrong = any(report.problems for report in reports)
+    coverage = _coverage(databases) if repaired is None and len(databases) > 1 else None
+    if coverage is not None:
+        summary["coverage"] = coverage
+        wrong = wrong or bool(coverage.get("error")) or coverage.get("texts") != coverage.get("texts_with_image")
+    summary["ok"] = not wrong
+    if as_json:
+        print_summary(summary, as_json=True, title="")
+    else:
+        _print_check(reports, summary)
+    if wrong:
+        sys.exit(FAILED)
+
+
+def _coverage(databases: Sequence[Path]) -> dict[str, Any] | None:
+    """How the texts among the databases fit the regions among them; None if one of the two is not there."""
+    texts = [path for path in databases if database_kind(path).endswith("text")]
+    images = [path for path in databases if path not in texts]
+    if not texts or not images:
+        return None
+    try:
+        opened = [TextDB(path, allow_partial=True) for path in texts]
+        return asdict(check_coverage(opened, open_image_dbs(images, allow_partial=True)))
+    except UniterError as error:
+        return {"error": str(error)}
+
+
+def _print_check(reports: Sequence[CheckReport], summary: dict[str, Any]) -> None:
+    for report in reports:
+        shown: dict[str, Any] = {"kind": report.kind, "records": report.records, "good": report.good}
+        shown["problems"] = dict(report.problems) or "none"
+        print_summary(shown, as_json=False, title=report.path)
+        for sentence in report.examples:
+            click.echo(f"  ! {sentence}")
+        if sum(report.problems.values()) > len(report.examples):
+            click.echo(f"  ! ... and {sum(report.problems.values()) - len(report.examples):,} more")
+        for note in report.notes:
+            click.echo(f"  - {note}")
+    for name in ("coverage", "repaired"):
+        if name in summary:
+            print_summary(summary[name], as_json=False, title=name)
+
+
+@main.command("convert", context_settings=HELP)
+@click.argument("source", metavar="IN", type=DATABASE)
+@click.argument("out", type=DATABASE)
+@click.option("--to", default="lmdb", show_default=True, type=click.Choice(list(FORMATS)), help="The format to write.")
+@click.option("--from", "source_format", type=click.Choice(list(FORMATS)), help="The format of IN.  [default: recognised by content]")
+@click.option("--images", type=click.Path(file_okay=False, path_type=Path), help="A folder of the pictures: their sizes, where needed.")
+@click.option("--conf-threshold", default=0.2, show_default=True, help="Of candidates keep those above it; -1: the first --num-boxes.")
+@click.option("--min-boxes", default=10, show_default=True, type=click.IntRange(0), help="But at least so many.")
+@click.option("--max-boxes", default=100, show_default=True, type=click.IntRange(1), help="And at most so many.")
+@click.option("--num-boxes", default=36, show_default=True, type=click.IntRange(1), help="How many with --conf-threshold -1.")
+@click.option("--keep-all", is_flag=True, help="Keep every candidate.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at OUT.")
+@click.option("--strict", is_flag=True, help="Exit code 3 if an image was skipped.")
+@common_options
+def convert_command(
+    source: Path,
+    out: Path,
+    to: str,
+    source_format: str | None,
+    images: Path | None,
+    conf_threshold: float,
+    min_boxes: int,
+    max_boxes: int,
+    num_boxes: int,
+    keep_all: bool,
+    overwrite: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Convert region features IN to OUT. IN's format is recognised; OUT is a region database unless --to says otherwise.
+
+    The thresholds count for sources that hold candidates (docker's .npz folders, UNITER's `all`); other sources are kept whole.
+    What the target lacks (soft labels, classes, confidences) is said in the summary. Broken images are skipped and listed.
+
+    \b
+    Example:
+      uniter-db convert train2014_obj36.tsv coco.lmdb
+      uniter-db convert img_db/coco_train2014 coco.lmdb
+      uniter-db convert out.lmdb out.tsv --to lxmert-tsv
+    """
+    threshold = -1 if conf_threshold == -1 else conf_threshold
+    selection = Selection(threshold, min_boxes, max_boxes, num_boxes, keep_all)
+    report = convert(source, out, to=to, source_format=source_format, selection=selection, images=images, overwrite=overwrite)
+    for row in report.skipped[:5]:
+        click.echo(f"skipped: {row['error']}", err=True)
+    if len(report.skipped) > 5:
+        click.echo(f"skipped: ... and {len(report.skipped) - 5:,} more", err=True)
+    summary = asdict(report)
+    if not as_json:
+        summary["skipped"] = len(report.skipped)
+    print_summary(summary, as_json=as_json, title=str(out))
+    if report.skipped and strict:
+        sys.exit(SKIPPED_UNDER_STRICT)
+
+
+@main.command("merge", context_settings=HELP)
+@click.argument("paths", metavar="IN... OUT", nargs=-1, required=True, type=DATABASE)
+@click.option("--overwrite", is_flag=True, help="Replace what is at OUT.")
+@common_options
+def merge_command(paths: Sequence[Path], overwrite: bool, as_json: bool) -> None:
+    """Put databases of one kind together into one file. The same image twice is fine if its regions are equal.
+
+    \b
+    Example:
+      uniter-db merge part-0.lmdb part-1.lmdb whole.lmdb
+    """
+    if len(paths) < 2:
+        raise click.UsageError("expected at least one IN and the OUT")
+    for path in paths[:-1]:
+        if not path.exists():
+            raise BadInput(f"{path} does not exist")
+    print_summary(merge(paths[:-1], paths[-1], overwrite=overwrite), as_json=as_json, title=str(paths[-1]))
+
+
+@main.command("split", context_settings=HELP)
+@click.argument("source", metavar="IN", type=DATABASE)
+@click.argument("out", type=DATABASE)
+@click.option("--by", required=True, metavar="LIST|N", help="N equal parts, or a file of keys (a part's name may follow after a tab).")
+@click.option("--overwrite", is_flag=True, help="Replace what is in OUT.")
+@common_options
+def split_command(source: Path, out: Path, by: str, overwrite: bool, as_json: bool) -> None:
+    """Take a database apart into databases in the folder OUT, which reads as one database again.
+
+    \b
+    Example:
+      uniter-db split out.lmdb parts/ --by 4
+      uniter-db split out.lmdb parts/ --by val_keys.txt      # parts/listed and parts/rest
+    """
+    print_summary(split(source, out, by=by, overwrite=overwrite), as_json=as_json, title=str(out))
+
+
+if __name__ == "__main__":
+    main()

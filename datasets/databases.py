@@ -1,0 +1,461 @@
+"""What one does with whole databases: look at them, put them together, take them apart, keep what is good.
+
+Region databases go through `UnitStore`, so a merge or repair that is killed goes on when it is repeated. Text databases are
+written in UNITER's own layout (an LMDB and JSON side files), which every reader here and elsewhere knows.
+"""
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+import numpy as np
+
+from uniter.datasets.check import CheckReport, database_kind, examine_regions, examine_text
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.image_db import ImageDB, encode_record, kind_of, kind_of_child
+from uniter.datasets.lmdb_store import UnitStore, difference_in_words, open_reader, read_failures, read_json, sync_folder, write_json
+from uniter.datasets.text_db import LENGTHS, TextDB, decode_text_record
+
+_UNIT: Final = 512
+_COUNTS: Final = ("format_version", "kind", "images", "regions", "failures", "units")
+_TEXT_EXTRAS: Final = ("refs.json", "annotations.json", "categories.json", "images.json", "vocab.txt")
+Record = tuple[str, bytes, int]
+"""A region record on its way: key, value, number of regions."""
+
+
+# -------------------------------------------------------------------------------------------------------------------- looking
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a database is and holds, as far as it can be read; damage is told under "error", never raised.
+
+    Raises:
+        BadInput: no database.
+    """
+    kind = database_kind(path)
+    told: dict[str, Any] = {"path": str(path), "kind": kind, "complete": not kind.startswith("unfinished")}
+    told["bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    try:
+        told |= _describe_text(path) if kind.endswith("text") else _describe_regions(path, kind)
+    except (UniterError, OSError, ValueError, KeyError, TypeError, lmdb.Error) as error:
+        told["error"] = f"{error}; see `uniter-db check`"
+    return told
+
+
+def _describe_regions(path: Path, kind: str) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    if kind == "unfinished regions":
+        units = path / "units"
+        names = [entry.name for entry in units.iterdir()] if units.is_dir() else []
+        told["finished_units"] = sum(name.isdigit() for name in names)
+        told["begun_units"] = sum(name.endswith(".partial") for name in names)
+    database = ImageDB(path, allow_partial=True)
+    counts = database.region_counts
+    told["images"] = len(database)
+    told["regions"] = int(counts.sum())
+    if len(database):
+        told["regions_per_image"] = {"mean": round(float(counts.mean()), 2), "min": int(counts.min()), "max": int(counts.max())}
+        told["feature_width"] = database.feature_width
+        told["label_classes"] = database.label_classes
+        told["tasks_without_data"] = "none" if database.label_classes else "mrc-kl (no soft labels)"
+        first = database[database.keys_list[0]]
+        told["first_key"] = database.keys_list[0]
+        told["fields"] = [name for name in _FIELDS if getattr(first, name) is not None]
+    names_of_classes = database.class_names
+    told["class_names"] = None if names_of_classes is None else len(names_of_classes)
+    for name in ("detector", "weights_sha256", "box_kind", "selection", "converted_from", "software"):
+        if database.header is not None and database.header.get(name) is not None:
+            told[name] = database.header[name]
+    told["failures"] = len(read_failures(path / "failures.jsonl"))
+    return told
+
+
+_FIELDS: Final = ("features", "norm_bb", "conf", "boxes", "size", "soft_labels", "attributes", "object_ids", "attribute_ids")
+
+
+def _describe_text(path: Path) -> dict[str, Any]:
+    database = TextDB(path, allow_partial=True)
+    lengths = database.lengths
+    told: dict[str, Any] = {"texts": len(database), "images": len(database.image_keys), "tokenizer": database.tokenizer_name}
+    if len(database):
+        told["word_pieces"] = {
+            "mean": round(float(lengths.mean()), 2),
+            "min": int(lengths.min()),
+            "max": int(lengths.max()),
+            "over_60": int((lengths > 60).sum()),
+        }
+        told["texts_per_image"] = round(len(database) / max(1, len(database.image_keys)), 2)
+        told["first_id"] = database.ids[0]
+        told["fields"] = sorted(database.record(0))
+    if database.header is not None and "report" in database.header:
+        told["report"] = database.header["report"]
+    return told
+
+
+# -------------------------------------------------------------------------------------------------------- regions: write some
+
+
+def _records_of(database: ImageDB, keys: Iterable[str]) -> Iterator[Record]:
+    """Records as ours keep them: those of ours byte for byte, published ones cut and packed anew."""
+    for key in keys:
+        regions = database[key]
+        raw = database.raw_record(key)
+        yield key, raw if raw is not None else encode_record(regions, key=key), len(regions)
+
+
+def _write_regions(
+    out: Path,
+    records: Iterable[Record],
+    *,
+    settings: Mapping[str, Any],
+    header: Callable[[], Mapping[str, Any]],
+    failures: Sequence[Mapping[str, Any]] = (),
+    overwrite: bool = False,
+) -> int:
+    """Write records in units; the same call again goes on. Returns how many images the database holds.
+
+    Args:
+        header: asked at the end for what the header says.
+
+    Raises:
+        BadInput: there is not one record.
+    """
+    store = UnitStore(out, settings=settings, overwrite=overwrite)
+    if not store.is_complete():
+        units = 0
+        stream = iter(records)
+        while batch := list(itertools.islice(stream, _UNIT)):
+            writer = store.unit(units)
+            if writer is not None:
+                with writer:
+                    for key, value, regions in batch:
+                        if key not in writer.done:
+                            writer.put(key, value, regions=regions)
+                    if units == 0:
+                        for row in failures:
+                            if row["key"] not in writer.done:
+                                writer.fail(str(row["key"]), str(row.get("path", "")), str(row.get("error", "")))
+                    writer.complete()
+            units += 1
+        if not units:
+            raise BadInput(f"there is not one good record to write to {out}")
+        if not store.finish(units=units, header=header()):
+            raise UniterError(f"{out} is being written by another process; wait for it, or choose another folder")
+    return int(read_json(out / "header.json")["images"])
+
+
+def _shared_header(headers: Sequence[Mapping[str, Any] | None], paths: Sequence[Path]) -> dict[str, Any]:
+    """The header of databases put together: they must come from the same detector."""
+    known = [(header, path) for header, path in zip(headers, paths, strict=True) if header is not None]
+    if not known:
+        return {}
+    first = _provenance(known[0][0])
+    for header, path in known[1:]:
+        phrases = difference_in_words(first, _provenance(header))
+        if phrases:
+            raise SettingsDiffer(f"{path} was made otherwise than {known[0][1]} ({'; '.join(phrases[:5])}): they cannot be one database")
+    return first
+
+
+def _provenance(header: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in header.items() if name not in (*_COUNTS, "software", "batch_size", "units_of")}
+
+
+# -------------------------------------------------------------------------------------------------------------------- merging
+
+
+def merge(sources: Sequence[Path], out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Put several databases of one kind together into one.
+
+    The same key twice is fine if the records are equal, an error that names both if they are not. Failures whose image
+    another source has are dropped.
+
+    Raises:
+        SettingsDiffer: region databases of different detectors.
+        BadInput: different kinds, a key with two different records, an unfinished or damaged source.
+    """
+    kinds = {database_kind(path).endswith("text") for path in sources}
+    if len(kinds) != 1:
+        raise BadInput("text and region databases cannot be merged into one")
+    if any(path.resolve() == out.resolve() for path in sources):
+        raise BadInput(f"{out} is both a source and the target; choose another folder")
+    if kinds == {True}:
+        return _merge_texts(sources, out, overwrite=overwrite)
+    folders = [folder for source in sources for folder in _folders_of(source)]
+    databases = [ImageDB(folder) for folder in folders]
+    first = next((database for database in databases if len(database)), databases[0])
+    for folder, database in zip(folders, databases, strict=True):
+        widths = (database.feature_width, database.label_classes)
+        if len(database) and widths != (first.feature_width, first.label_classes):
+            mine = f"{folder} has features and labels {widths[0]} and {widths[1]} wide"
+            raise SettingsDiffer(f"{mine}, {folders[0]} {first.feature_width} and {first.label_classes}: they cannot be one database")
+    header = {"feature_width": first.feature_width, "label_classes": first.label_classes}
+    header |= _shared_header([database.header for database in databases], folders)
+    doubled = 0
+
+    def all_records() -> Iterator[Record]:
+        nonlocal doubled
+        for number, database in enumerate(databases):
+            for record in _records_of(database, database.keys_list):
+                earlier = next((before for before in databases[:number] if record[0] in before), None)
+                if earlier is None:
+                    yield record
+                    continue
+                doubled += 1
+                if encode_record(earlier[record[0]]) != encode_record(database[record[0]]):
+                    raise BadInput(
+                        f"image {record[0]!r} is in {earlier.path} and in {database.path} with different regions; split one first"
+                    )
+
+    failed = [row for folder in folders for row in read_failures(folder / "failures.jsonl")]
+    failed = [row for row in failed if not any(row["key"] in database for database in databases)]
+    settings = {
+        "made_by": "uniter-db merge",
+        "sources": [path.name for path in sources],
+        "images": [len(database) for database in databases],
+    }
+    images = _write_regions(out, all_records(), settings=settings, header=lambda: header, failures=failed, overwrite=overwrite)
+    return {"out": str(out), "kind": "regions", "sources": len(sources), "images": images, "equal_records_dropped": doubled}
+
+
+def _merge_texts(sources: Sequence[Path], out: Path, *, overwrite: bool) -> dict[str, Any]:
+    databases = [TextDB(path) for path in sources]
+    names = {database.tokenizer_name for database in databases}
+    ranges = {database.meta.get("v_range") and tuple(database.meta["v_range"]) for database in databases}
+    if len(names) != 1 or len(ranges) != 1:
+        raise SettingsDiffer(f"the databases were made with different tokenizers ({', '.join(sorted(map(str, names)))})")
+    owner: dict[str, int] = {}
+    for number, database in enumerate(databases):
+        for example in database.ids:
+            if example in owner and databases[owner[example]][example] != database[example]:
+                raise BadInput(
+                    f"text {example!r} is in {sources[owner[example]]} and in {sources[number]} and differs; give the texts other ids"
+                )
+            owner.setdefault(example, number)
+    stored = [_raw_texts(path) for path in sources]
+    _write_texts(out, ((example, stored[number](example)) for example, number in owner.items()), sources, overwrite=overwrite)
+    return {"out": str(out), "kind": "text", "sources": len(sources), "texts": len(owner)}
+
+
+def _folders_of(source: Path) -> list[Path]:
+    """The databases that a path stands for: itself, or what a folder of databases holds."""
+    if database_kind(source) != "folder of regions" or kind_of(source) == "split":
+        return [source]
+    return sorted(child for child in source.iterdir() if kind_of_child(child))
+
+
+def _raw_texts(path: Path) -> Callable[[str], bytes]:
+    """Reads a text record's bytes as stored."""
+    transaction = open_reader(path).begin(buffers=True)
+
+    def read(example: str) -> bytes:
+        value = transaction.get(example.encode())
+        if value is None:
+            raise BadInput(f"{path}: text {example!r} is listed but not stored; see `uniter-db check`")
+        return bytes(value)
+
+    return read
+
+
+# ------------------------------------------------------------------------------------------------------------------ splitting
+
+
+def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[str, Any]:
+    """Take a database apart into databases below `out`, which together read as the whole.
+
+    Args:
+        by: a number of equal parts (`out/part-0` …), or a file: one key a line (`out/listed`, `out/rest`), or a key and, after
+            a tab, the name of its part. Texts go by their id, or by the image they are about.
+
+    Raises:
+        BadInput: the list is empty, or names nothing that is there.
+    """
+    text = database_kind(source).endswith("text")
+    if text:
+        texts = TextDB(source)
+        stored = _raw_texts(source)
+        parts = _parts(texts.ids, by, lambda row: _as_tuple(texts.image_key(row)))
+    else:
+        images = ImageDB(source)
+        parts = _parts(images.keys_list, by, lambda row: ())
+        header: dict[str, Any] = {"feature_width": images.feature_width, "label_classes": images.label_classes}
+        header |= _shared_header(images.headers, [source] * len(images.headers))
+    for name, chosen in parts.items():
+        if text:
+            _write_texts(out / name, ((key, stored(key)) for key in chosen), [source], overwrite=overwrite)
+        else:
+            settings = {"made_by": "uniter-db split", "source": source.name, "part": name, "images": len(chosen)}
+            _write_regions(out / name, _records_of(images, chosen), settings=settings, header=lambda: header, overwrite=overwrite)
+    told = {name: len(chosen) for name, chosen in parts.items()}
+    return {"out": str(out), "kind": "text" if text else "regions", "parts": told}
+
+
+def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _parts(keys: Sequence[str], by: str, alias: Callable[[int], tuple[str, ...]]) -> dict[str, list[str]]:
+    if by.isdigit():
+        count = int(by)
+        if not 1 <= count <= len(keys):
+            raise BadInput(f"--by {count}: expected a number of parts from 1 to {len(keys):,}, the number of records")
+        bounds = np.linspace(0, len(keys), count + 1).round().astype(int)
+        width = len(str(count - 1))
+        return {f"part-{part:0{width}d}": list(keys[int(bounds[part]) : int(bounds[part + 1])]) for part in range(count)}
+    path = Path(by)
+    if not path.is_file():
+        raise BadInput(f"--by {by}: expected a number of parts or a file that lists keys")
+    part_of: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        key, _, part = line.partition("\t")
+        if key.strip():
+            part_of[key.strip()] = part.strip() or "listed"
+    for part in set(part_of.values()):
+        if part in (".", "..") or "/" in part or "\\" in part:
+            raise BadInput(f"--by {by}: {part!r} is no name of a part")
+    parts: dict[str, list[str]] = {}
+    found = 0
+    for row, key in enumerate(keys):
+        names = (key, key.removesuffix(".npz"), *alias(row))
+        part = next((part_of[name] for name in names if name in part_of), "")
+        found += bool(part)
+        parts.setdefault(part or "rest", []).append(key)
+    if not found:
+        raise BadInput(
+            f"none of the {len(part_of):,} keys of {by} is in the database; its keys look like {keys[0]!r}" if len(keys) else "empty"
+        )
+    return parts
+
+
+# --------------------------------------------------------------------------------------------------------------------- repair
+
+
+def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = False) -> dict[str, Any]:
+    """Check `source` into `report` and write what is good of it to `out`, a complete database of ours (texts: UNITER's layout).
+
+    Raises:
+        BadInput: nothing good is left.
+    """
+    if out.resolve() == source.resolve():
+        raise BadInput(f"--repair {out}: expected another folder than the damaged one")
+    if database_kind(source).endswith("text"):
+        good = [(key, value) for key, value, _ in examine_text(source, report)]
+        if not good:
+            raise BadInput(f"{source} holds not one good text; there is nothing to repair")
+        _write_texts(out, good, [source], overwrite=overwrite)
+        return {"out": str(out), "texts": len(good)}
+    folders = _folders_of(source)
+    header: dict[str, Any] = {}
+    failed: list[dict[str, Any]] = []
+    for folder in folders:
+        try:
+            stated = read_json(folder / "header.json")
+            header = _provenance(stated) if isinstance(stated, dict) else header
+            failed += read_failures(folder / "failures.jsonl")
+        except (UniterError, FileNotFoundError):
+            continue
+    widths: dict[str, int] = {}
+
+    def good_records() -> Iterator[Record]:
+        for folder in folders:
+            published = database_kind(folder) == "published regions"
+            for key, value, regions in examine_regions(folder, report):
+                widths.setdefault("feature_width", regions.features.shape[1])
+                widths.setdefault("label_classes", 0 if regions.soft_labels is None else regions.soft_labels.shape[1])
+                yield key, encode_record(regions, key=key) if published else value, len(regions)
+
+    if (out / "settings.json").exists() and not (out / "header.json").exists():
+        overwrite = True  # killed before: looked through anew, the source may have changed
+    settings = {"made_by": "uniter-db check --repair", "source": source.name}
+    header["repaired_from"] = source.name
+    images = _write_regions(
+        out, good_records(), settings=settings, header=lambda: {**header, **widths}, failures=failed, overwrite=overwrite
+    )
+    return {"out": str(out), "images": images}
+
+
+# ---------------------------------------------------------------------------------------------------------- texts: write some
+
+
+def _write_texts(out: Path, texts: Iterable[tuple[str, bytes]], sources: Sequence[Path], *, overwrite: bool) -> None:
+    """Write a text database in UNITER's layout; what meta.json and RefCOCO's side files say is taken from the sources."""
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise BadInput(f"{out} is there already; choose another folder, or --overwrite")
+        shutil.rmtree(out)
+    temporary = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    stated = [_stated_lengths(source) for source in sources]
+    lengths: dict[str, dict[str, int]] = {}
+    images: dict[str, Any] = {}
+    texts_of: dict[str, list[str]] = {}
+    environment = lmdb.open(str(temporary), map_size=1 << 26, max_spare_txns=0)
+    try:
+        pending: list[tuple[bytes, bytes]] = []
+        for key, value in texts:
+            record = decode_text_record(value, example=key)
+            for name in LENGTHS:
+                found = next((tables[name][key] for tables in stated if key in tables.get(name, {})), None)
+                if found is None and name == "id2len" and not any(stated):
+                    found = len(record.get("input_ids", ()))
+                if found is not None:
+                    lengths.setdefault(name, {})[key] = found
+            image = record.get("img_fname")
+            if image is not None:
+                images[key] = image
+                for name in [image] if isinstance(image, str) else image:
+                    texts_of.setdefault(name, []).append(key)
+            pending.append((key.encode(), value))
+            if len(pending) == 4096:
+                _put(environment, pending)
+                pending = []
+        _put(environment, pending)
+    finally:
+        environment.close()
+    (temporary / "lock.mdb").unlink(missing_ok=True)
+    for name, table in lengths.items():
+        write_json(temporary / f"{name}.json", table)
+    write_json(temporary / "txt2img.json", images)
+    write_json(temporary / "img2txts.json", texts_of)
+    meta: dict[str, Any] = {}
+    for source in sources:
+        if (source / "meta.json").exists():
+            meta = meta or read_json(source / "meta.json")
+        for name in _TEXT_EXTRAS:
+            if (source / name).exists() and len(sources) == 1:
+                shutil.copyfile(source / name, temporary / name)
+    write_json(temporary / "meta.json", meta)
+    if out.exists():
+        out.rmdir()
+    temporary.rename(out)
+    sync_folder(out.parent)
+
+
+def _stated_lengths(source: Path) -> dict[str, dict[str, int]]:
+    """The length tables of a text database, as far as they can be read."""
+    tables = {}
+    for name in LENGTHS:
+        try:
+            table = read_json(source / f"{name}.json")
+        except (FileNotFoundError, BadInput):
+            continue
+        if isinstance(table, dict):
+            tables[name] = {key: length for key, length in table.items() if type(length) is int}
+    return tables
+
+
+def _put(environment: Any, values: Sequence[tuple[bytes, bytes]]) -> None:
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for key, value in values:
+                    transaction.put(key, value)
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
+        except lmdb.Error as error:
+            raise UniterError(f"writing {environment.path()} failed: {error}; make room and run the same command again") from None
