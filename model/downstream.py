@@ -60,7 +60,7 @@ class DownstreamModel(nn.Module):
 
     def pooled(self, batch: PackedBatch) -> Tensor:
         """(B, H), the pooled first row of each sequence."""
-        return self.uniter.pooled(self(batch))
+        return self.uniter.pooled_first(batch)
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -308,7 +308,9 @@ class UniterForReferring(DownstreamModel):
 
     def regions(self, batch: PackedBatch) -> Outputs:
         """scores (B, most regions), -10000 where a sequence has fewer, and `region_counts` (B,)."""
-        scores, padding = pad_rows(self.re_output(self(batch).regions_RH).float(), batch.region_counts_B)
+        scores, padding = pad_rows(
+            self.re_output(self.uniter.states(batch, lambda layout: layout.region_rows_R)).float(), batch.region_counts_B
+        )
         return {
             "scores": scores.squeeze(2).masked_fill(padding, ABSENT),
             "region_counts": batch.region_counts_B.to(scores.device),

@@ -118,9 +118,7 @@ class UniterForPretraining(nn.Module):
         """MLM: scores (S, V) of the text tokens that are predicted, in the batch's order."""
         # Before the encoder: on a GPU counting them waits for the device, which is then not yet busy with this batch.
         places_S = (batch.targets["words"] != NOT_PREDICTED).nonzero().squeeze(1)
-        encoded = self(batch)
-        rows_S = encoded.text_rows_T[places_S]
-        return {"scores": self.cls(encoded.hidden_NH[rows_S])}
+        return {"scores": self.cls(self.uniter.states(batch, lambda layout: layout.text_rows_T[places_S]))}
 
     def masked_features(self, batch: PackedBatch) -> Outputs:
         """MRFR: features (S, D) of the masked regions, in the batch's order."""
@@ -132,7 +130,7 @@ class UniterForPretraining(nn.Module):
 
     def pairs(self, batch: PackedBatch) -> Outputs:
         """ITM without alignment: scores (B, 2), column 1 = text and image belong together."""
-        return {"scores": self.itm_output(self.uniter.pooled(self(batch)))}
+        return {"scores": self.itm_output(self.uniter.pooled_first(batch))}
 
     def aligned_pairs(self, batch: PackedBatch) -> Outputs:
         """ITM with word-region alignment: scores (B, 2), transport `distances` (B,) and `plans` (B, longest R, longest T)."""
@@ -147,5 +145,4 @@ class UniterForPretraining(nn.Module):
         if batch.masked_regions_R is None:
             raise ValueError("this batch masks no regions, which MRFR, MRC and MRC-KL need")
         places_S = batch.masked_regions_R.nonzero().squeeze(1)
-        encoded: Encoded = self(batch)
-        return encoded.hidden_NH[encoded.region_rows_R[places_S]]
+        return self.uniter.states(batch, lambda layout: layout.region_rows_R[places_S])

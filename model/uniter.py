@@ -189,9 +189,12 @@ class Attention(nn.Module):
         self.self = SelfAttention(config)
         self.output = DenseAddNorm(config.hidden_size, config)
 
-    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
-        attended_NH: Tensor = self.output(self.self(hidden_NH, layout, kernel), hidden_NH)
-        return attended_NH
+    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel, rows_S: Tensor | None) -> Tensor:
+        context_NH = self.self(hidden_NH, layout, kernel)
+        if rows_S is not None:
+            context_NH, hidden_NH = context_NH[rows_S], hidden_NH[rows_S]
+        attended_SH: Tensor = self.output(context_NH, hidden_NH)
+        return attended_SH
 
 
 class Intermediate(nn.Module):
@@ -211,10 +214,11 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = DenseAddNorm(config.intermediate_size, config)
 
-    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
-        attended_NH = self.attention(hidden_NH, layout, kernel)
-        output_NH: Tensor = self.output(self.intermediate(attended_NH), attended_NH)
-        return output_NH
+    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel, rows_S: Tensor | None = None) -> Tensor:
+        """(N, H), or (S, H) if only some rows are asked for: all are attended to, but only those go on."""
+        attended_SH = self.attention(hidden_NH, layout, kernel, rows_S)
+        output_SH: Tensor = self.output(self.intermediate(attended_SH), attended_SH)
+        return output_SH
 
 
 class Encoder(nn.Module):
@@ -222,9 +226,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
-        for layer in self.layer:
-            hidden_NH = layer(hidden_NH, layout, kernel)
+    def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel, rows_S: Tensor | None = None) -> Tensor:
+        """The last layer's states of all rows, (N, H), or of some, (S, H)."""
+        last = len(self.layer) - 1
+        for number, layer in enumerate(self.layer):
+            hidden_NH = layer(hidden_NH, layout, kernel, rows_S if number == last else None)
         return hidden_NH
 
 
@@ -319,8 +325,22 @@ class UniterModel(nn.Module):
         hidden_NH, layout = self.embed(batch)
         return Encoded(self.encoder(hidden_NH, layout, self.attention_kernel), layout)
 
-    def pooled(self, encoded: Encoded) -> Tensor:
+    def states(self, batch: PackedBatch, rows_of: Callable[[Layout], Tensor]) -> Tensor:
+        """The last layer's states where they are needed: (S, H), the rows that `rows_of` takes from the layout, (S,) int64.
+
+        The same as rows of `forward`, but the last layer's larger half is computed for these rows only.
+        """
+        hidden_NH, layout = self.embed(batch)
+        states_SH: Tensor = self.encoder(hidden_NH, layout, self.attention_kernel, rows_of(layout))
+        return states_SH
+
+    def pooled_first(self, batch: PackedBatch) -> Tensor:
         """(B, H), the pooler's view of each sequence's first row, in the batch's order."""
+        pooled_BH: Tensor = self.pooler(self.states(batch, lambda layout: layout.first_rows_B))
+        return pooled_BH
+
+    def pooled(self, encoded: Encoded) -> Tensor:
+        """The same of states that are there already."""
         pooled_BH: Tensor = self.pooler(encoded.hidden_NH[encoded.first_rows_B])
         return pooled_BH
 

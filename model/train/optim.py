@@ -7,7 +7,7 @@ Source: github.com/ChenRocks/UNITER, optim/adamw.py, optim/misc.py, optim/sched.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -76,6 +76,19 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     return torch.nn.utils.clip_grad_norm_(list(parameters), limit if limit > 0 else math.inf)
 
 
+def _pieces(parameters: list[Tensor], most: int = 1 << 24) -> Iterator[list[Tensor]]:
+    """Runs of tensors of together at most so many elements (or one larger tensor): the update's scratch memory stays as small."""
+    piece: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if piece and size + parameter.numel() > most:
+            yield piece
+            piece, size = [], 0
+        piece.append(parameter)
+        size += parameter.numel()
+    yield piece
+
+
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay in the published form.
 
@@ -123,7 +136,8 @@ class AdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 by_step.setdefault(state["step"], []).append(parameter)
             for step, parameters in by_step.items():
-                self._update(parameters, step, group)
+                for piece in _pieces(parameters):
+                    self._update(piece, step, group)
         return loss
 
     def _update(self, parameters: list[Tensor], step: int, group: Mapping[str, Any]) -> None:

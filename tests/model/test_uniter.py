@@ -164,6 +164,19 @@ def test_packed_gradients_equal_the_sum_of_one_by_one(kernel, small_model, make_
 
 
 @pytest.mark.parametrize("kernel", ["grouped", "jagged"])
+def test_states_are_rows_of_the_whole(kernel, small_model, make_batch):
+    batch = make_batch([4, 9, 3], [7, 2, 1], width=12, vocabulary=60)
+    body = small_model.uniter
+    body.attention_kernel = kernel
+    encoded = body(batch)
+    chosen = torch.tensor([9, 0, 3])
+    torch.testing.assert_close(
+        body.states(batch, lambda layout: layout.region_rows_R[chosen]), encoded.regions_RH[chosen], atol=1e-6, rtol=1e-5
+    )
+    torch.testing.assert_close(body.pooled_first(batch), body.pooled(encoded), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["grouped", "jagged"])
 def test_attention_dropout_acts_in_training_only(kernel):
     torch.manual_seed(0)
     layout = lay_out(torch.tensor([3, 5]), torch.tensor([4, 4]), device=torch.device("cpu"), by_length=kernel == "grouped")
