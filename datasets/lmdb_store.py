@@ -214,7 +214,9 @@ def _full_disk_said(place: Path) -> Iterator[None]:
 
 def _said(error: Exception, place: Path) -> UniterError:
     text = str(error)
-    if "space" in text.lower() or "quota" in text.lower() or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+    full = "space" in text.lower() or "quota" in text.lower() or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    # LMDB says "Input/output error" where the disk took only a part of what it wrote.
+    if full or ("Input/output" in text and shutil.disk_usage(place).free < 16 << 20):
         return UniterError(f"the disk is full while writing {place}; what was committed is kept: make room and run the same command again")
     return UniterError(f"writing {place} failed: {text}; what was committed is kept")
 
@@ -482,7 +484,7 @@ class UnitStore:
             Whether the database is complete. Safe to be killed anywhere and called again, and by several processes.
         """
         if self.is_complete():
-            shutil.rmtree(self.units_folder, ignore_errors=True)
+            self._sweep()
             return True
         if self.finished_units() != set(range(units)):
             extra = self.finished_units() - set(range(units))
@@ -543,8 +545,15 @@ class UnitStore:
                     **header,
                 },
             )
-        shutil.rmtree(self.units_folder, ignore_errors=True)
+        self._sweep()
         return True
+
+    def _sweep(self) -> None:
+        """Remove what only an unfinished database needs, and temporary files of killed processes."""
+        shutil.rmtree(self.units_folder, ignore_errors=True)
+        for name in ("settings.json", "header.json", "failures.jsonl", INDEX):
+            for leftover in self.path.glob(f"{name}.*"):
+                leftover.unlink(missing_ok=True)
 
 
 class UnitWriter:
@@ -585,7 +594,9 @@ class UnitWriter:
 
     def fail(self, key: str, path: str, error: str) -> None:
         """Record at the next `commit` that the image `key` could not be done."""
-        row = {"key": key, "path": path, "error": " ".join(error.split())}
+        # File names need not be valid UTF-8; what JSON cannot hold is written as \\udc80.
+        plain = [text.encode(errors="backslashreplace").decode() for text in (key, path, " ".join(error.split()))]
+        row = dict(zip(("key", "path", "error"), plain, strict=True))
         # Under a digest: the key may be the very thing that is too long.
         digest = zlib.crc32(key.encode(errors="replace")).to_bytes(4, "big") + key.encode(errors="replace")[:400]
         self._failures[digest] = json.dumps(row, ensure_ascii=True).encode()
