@@ -19,7 +19,9 @@ from uniter.datasets.text_db import TextDB
 def _sample(name: str, words: int, regions: int, *, width: int = 4, masked: list[int] | None = None) -> Sample:
     rng = np.random.default_rng(words * 100 + regions)
     mask = None if masked is None else np.isin(np.arange(regions), masked)
-    sequence = TokenSequence(list(range(10, 10 + words)), rng.random((regions, width), np.float32).astype(np.float16), rng.random((regions, 6)), mask)
+    sequence = TokenSequence(
+        list(range(10, 10 + words)), rng.random((regions, width), np.float32).astype(np.float16), rng.random((regions, 6)), mask
+    )
     return Sample(name, [sequence], {"words": np.arange(words)})
 
 

@@ -88,7 +88,10 @@ def test_an_epoch_loses_and_repeats_nothing_and_keeps_its_pairs(corpus: Corpus) 
     for epoch in (0, 1):
         seen = Counter(example for plan in plans if plan.epoch == epoch for example in plan.examples.tolist())
         assert seen == Counter(range(len(corpus)))
-    labels = [dict(pair for p in plans if p.epoch == epoch for pair in zip(p.examples.tolist(), p.matched.tolist(), strict=True)) for epoch in (0, 1)]
+    labels = [
+        dict(pair for p in plans if p.epoch == epoch for pair in zip(p.examples.tolist(), p.matched.tolist(), strict=True))
+        for epoch in (0, 1)
+    ]
     assert labels[0] != labels[1]
     assert 0.3 < np.mean(list(labels[0].values())) < 0.7
 
@@ -109,7 +112,12 @@ def test_published_ordering_has_batches_of_multiples(parts: list[Part]) -> None:
 
 
 def test_validation_sees_every_example_once_whoever_shares_it(parts: list[Part]) -> None:
-    seen = [example for rank in range(3) for plan in sequential_plans(parts[1], 1, budget=150, seed=0, rank=rank, world=3) for example in plan.examples]
+    seen = [
+        example
+        for rank in range(3)
+        for plan in sequential_plans(parts[1], 1, budget=150, seed=0, rank=rank, world=3)
+        for example in plan.examples
+    ]
     assert sorted(seen) == list(range(len(parts[1].corpus)))
 
 
@@ -122,7 +130,9 @@ def test_masks_by_example_do_not_depend_on_the_picture_beside(parts: list[Part])
         found = {}
         for plan in chosen:
             batch = assembler[plan].batch
-            found |= dict(zip(batch.example_ids, (part.tolist() for part in batch.targets["words"].split(batch.text_lengths_B.tolist())), strict=True))
+            found |= dict(
+                zip(batch.example_ids, (part.tolist() for part in batch.targets["words"].split(batch.text_lengths_B.tolist())), strict=True)
+            )
         return found
 
     assert labels(plans) == labels(other)
@@ -141,4 +151,8 @@ def test_nothing_touches_the_global_random_state(parts: list[Part]) -> None:
 def test_a_corpus_of_one_picture_cannot_be_matched(tmp_path: Path, made_up) -> None:
     corpus = open_corpus("one", *([path] for path in made_up.World().write(tmp_path, pictures=1)))
     with pytest.raises(BadInput, match="two different pictures; leave itm out"):
-        list(Mixture([Part("itm_one", corpus, matched_pair, 1, 0.5)], budget=99, seed=1).plans([0], first_step=1, last_step=1, accumulation=1))
+        list(
+            Mixture([Part("itm_one", corpus, matched_pair, 1, 0.5)], budget=99, seed=1).plans(
+                [0], first_step=1, last_step=1, accumulation=1
+            )
+        )

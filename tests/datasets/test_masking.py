@@ -70,7 +70,9 @@ def test_every_mask_has_a_target() -> None:
         read, wanted = mask_words(words, rng, mask_id=5, v_range=(10, 90), probability=0.02)
         assert any(label != NOT_PREDICTED for label in wanted)
         # What is not predicted is shown as it is, and what is predicted is what stood there.
-        assert all((label == NOT_PREDICTED and shown == word) or label == word for shown, label, word in zip(read, wanted, words, strict=True))
+        assert all(
+            (label == NOT_PREDICTED and shown == word) or label == word for shown, label, word in zip(read, wanted, words, strict=True)
+        )
         assert mask_regions(rng.randrange(1, 6), rng, probability=0.02).any()
 
 

@@ -1,0 +1,205 @@
+"""Settings: what is wrong is said in a sentence that names the key; UNITER's published files run."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uniter.datasets.errors import BadInput
+from uniter.model.train.config import (
+    assign,
+    differences,
+    explain_settings,
+    gather_settings,
+    load_config,
+    read_settings,
+    shipped_configs,
+    write_config,
+)
+from uniter.model.train.published import read_published
+
+DATA = {"corpora": [{"text": ["a.db"], "images": ["a.lmdb"]}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch_token": 5}, "unknown key 'batch_token'; did you mean 'batch_tokens'?"),
+        ({"optimizer": {"learning_rte": 1}}, "unknown key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'?"),
+        ({"clip": 3}, "unknown key 'clip'; did you mean 'optimizer.clip'?"),
+        ({"steps": "many"}, "steps is 'many', but input should be a valid integer"),
+        ({"precision": "fp16"}, "precision is 'fp16', but input should be 'fp32' or 'bf16'"),
+        ({"steps": 5, "optimizer": {"warmup_steps": 9}}, "optimizer.warmup_steps: 9 is more than steps, 5"),
+        ({"from": "x.pt", "model": {"size": "base"}}, "model: its size comes from `from`; leave one of the two out"),
+        ({"corpora": [*DATA["corpora"], *DATA["corpora"]]}, "corpora: two are called 'data'; give each its own name"),
+        (
+            {"corpora": [{"text": ["a.db"], "images": ["a.lmdb"], "task": {}}]},
+            "unknown key 'corpora.0.task'; did you mean 'corpora.tasks'?",
+        ),
+        ({"corpora": [{"text": ["a.db"]}]}, "the key 'corpora.0.images' is missing"),
+    ],
+)
+def test_what_is_wrong_is_said_by_key(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        read_settings({**DATA, **changes}, source="mine.yaml")
+    assert str(caught.value).startswith(f"mine.yaml: {sentence}")
+
+
+def test_assignments_reach_everywhere() -> None:
+    values: dict[str, Any] = copy.deepcopy(DATA)
+    for assignment in (
+        "optimizer.learning_rate=1e-4",
+        "checkpoint_every=500",
+        "corpora.0.name=coco",
+        "from=null",
+        "optimizer.betas=[0.9, 0.99]",
+    ):
+        assign(values, assignment)
+    settings = read_settings(values, source="x")
+    assert settings.optimizer.learning_rate == 1e-4 and settings.checkpoint_every == 500
+    assert settings.corpora[0].name == "coco" and settings.optimizer.betas == (0.9, 0.99)
+    for wrong in ("steps", "=3", "corpora.7.name=x", "steps=[1"):
+        with pytest.raises(BadInput):
+            assign(copy.deepcopy(DATA), wrong)
+
+
+def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
+    settings = read_settings({**DATA, "steps": 9, "from": "bert-base-cased"}, source="x")
+    write_config(tmp_path / "config.yaml", settings)
+    assert read_settings(load_config(str(tmp_path / "config.yaml")), source="y") == settings
+    assert differences(settings, settings.model_copy(update={"steps": 10})) == ["steps: 9 -> 10"]
+    assert differences(settings, settings.model_copy(update={"keep": 5})) == []
+
+
+def test_shipped_settings_are_valid_and_named() -> None:
+    assert shipped_configs()
+    for name in shipped_configs():
+        gather_settings(name, text=["a.db"], images=["a.lmdb"])
+    with pytest.raises(BadInput, match=f"did you mean '{shipped_configs()[0]}'"):
+        load_config(shipped_configs()[0] + "x")
+
+
+def test_every_setting_is_explained() -> None:
+    lines = explain_settings().splitlines()
+    assert len(lines) > 40
+    assert any(line.startswith("normalisation: global-mean  # ") for line in lines)
+
+
+def test_options_overrule_the_file_and_assignments_overrule_both(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("steps: 5\nseed: 1\ncorpora: [{text: [a.db], images: [a.lmdb], tasks: {mlm: 1}}]\n")
+    settings = gather_settings(
+        str(tmp_path / "mine.yaml"), options={"steps": 6, "seed": 2}, assignments=["seed=3"], text=["b.db"], images=["b.lmdb"]
+    )
+    assert (settings.steps, settings.seed, settings.corpora[0].text) == (6, 3, ["b.db"])
+    assert settings.corpora[0].tasks == {"mlm": 1}
+    with pytest.raises(BadInput, match="give both --text and --images"):
+        gather_settings(None, text=["b.db"])
+    with pytest.raises(BadInput, match="nothing to train on"):
+        gather_settings(None)
+    (tmp_path / "hostile.yaml").write_text("!!python/object/apply:os.system ['touch /tmp/owned']")
+    with pytest.raises(BadInput, match="not valid YAML"):
+        gather_settings(str(tmp_path / "hostile.yaml"))
+
+
+ALL_DATA = {
+    "model_config": "/src/config/uniter-base.json",
+    "checkpoint": "/pretrain/uniter-base-init.pt",
+    "output_dir": "/storage/pretrain/alldata",
+    "mrm_prob": 0.15,
+    "itm_neg_prob": 0.5,
+    "itm_ot_lambda": 0.1,
+    "max_txt_len": 60,
+    "conf_th": 0.2,
+    "max_bb": 100,
+    "min_bb": 10,
+    "num_bb": 36,
+    "train_batch_size": 10240,
+    "val_batch_size": 10240,
+    "gradient_accumulation_steps": 6,
+    "learning_rate": 5e-05,
+    "valid_steps": 5000,
+    "num_train_steps": 200000,
+    "optim": "adamw",
+    "betas": [0.9, 0.98],
+    "dropout": 0.1,
+    "weight_decay": 0.01,
+    "grad_norm": 5.0,
+    "warmup_steps": 10000,
+    "seed": 42,
+    "fp16": True,
+    "n_workers": 4,
+    "pin_mem": True,
+    "train_datasets": [
+        {
+            "name": "coco",
+            "db": ["/txt/pretrain_coco_train.db/", "/txt/pretrain_coco_restval.db/"],
+            "img": ["/img/coco_train2014/", "/img/coco_val2014/"],
+            "tasks": ["itm", "mlm", "mrfr", "mrckl"],
+            "mix_ratio": [6, 8, 4, 4],
+        },
+        {
+            "name": "vg",
+            "db": ["/txt/pretrain_vg_train.db/"],
+            "img": ["/img/vg/"],
+            "tasks": ["itm", "mlm", "mrfr", "mrckl"],
+            "mix_ratio": [9, 12, 6, 6],
+        },
+    ],
+    "val_datasets": [
+        {"name": "coco", "db": ["/txt/pretrain_coco_val.db/"], "img": ["/img/coco_val2014/"], "tasks": ["itm", "mlm", "mrfr", "mrckl"]},
+    ],
+}
+ROOTS = ["/txt=/data/txt", "/img=/data/img/", "/pretrain=/data/start"]
+
+
+def test_a_published_file_means_the_published_run(tmp_path: Path) -> None:
+    path = tmp_path / "pretrain-alldata-base-8gpu.json"
+    path.write_text(json.dumps({**ALL_DATA, "rank": 0, "mask_dir": "/x"}))
+    settings = gather_settings(str(path), roots=ROOTS)
+    coco, visual_genome = settings.corpora
+    assert coco.text == ["/data/txt/pretrain_coco_train.db", "/data/txt/pretrain_coco_restval.db"]
+    assert coco.images == ["/data/img/coco_train2014", "/data/img/coco_val2014"]
+    assert coco.tasks == {"itm": 6, "mlm": 8, "mrfr": 4, "mrc-kl": 4} and visual_genome.tasks == {
+        "itm": 9,
+        "mlm": 12,
+        "mrfr": 6,
+        "mrc-kl": 6,
+    }
+    assert (coco.validation_text, coco.validation_images) == (["/data/txt/pretrain_coco_val.db"], ["/data/img/coco_val2014"])
+    assert (settings.normalisation, settings.ordering, settings.optimizer.unused_gradients) == ("published", "published", "zero")
+    assert (settings.batch_tokens, settings.accumulation, settings.steps, settings.validate_every) == (10240, 6, 200000, 5000)
+    assert (settings.optimizer.learning_rate, settings.optimizer.warmup_steps, settings.optimizer.clip) == (5e-5, 10000, 5.0)
+    assert (settings.alignment_weight, settings.precision, settings.from_) == (0.1, "bf16", "/data/start/uniter-base-init.pt")
+
+
+def test_absent_published_keys_take_argparses_defaults() -> None:
+    values = {key: value for key, value in ALL_DATA.items() if key not in {"itm_ot_lambda", "gradient_accumulation_steps"}}
+    ours = read_published(values, roots=ROOTS, source="x.json")
+    assert ours["alignment_weight"] == 0.0 and ours["accumulation"] == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_config": "/src/config/uniter-large.json"}, "is a base model, but model_config /src/config/uniter-large.json is large"),
+        ({"optim": "adamax"}, "optim is 'adamax'; only adamw"),
+        ({"train_datasets": [{"name": "coco", "db": []}]}, "a data set of train_datasets lacks 'img'"),
+    ],
+)
+def test_published_files_that_cannot_work_are_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        read_published({**ALL_DATA, **changes}, roots=ROOTS, source="x.json")
+
+
+def test_unmapped_container_paths_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        BadInput, match="/img/coco_train2014/ is a path of the published container; say where it is with --root /img=FOLDER"
+    ):
+        read_published(ALL_DATA, roots=["/txt=/data/txt"], source="x.json")
+    with pytest.raises(BadInput, match="of a fine-tuning task"):
+        read_published({"train_txt_db": "/txt/ve_train.db", "model_config": "x"}, source="x.json")
+    # What the user starts from need not be mapped.
+    ours = read_published(ALL_DATA, roots=ROOTS[:2], source="x.json", own_start=True)
+    assert "from" not in ours and "model" not in ours

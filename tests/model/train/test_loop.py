@@ -1,0 +1,131 @@
+"""The loop's own laws: what an update does, what it logs, and that it stops before nonsense is learned."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from uniter.datasets.errors import BadInput, UniterError
+from uniter.model.train import state
+from uniter.model.train.config import TrainSettings
+from uniter.model.train.log import read_log
+from uniter.model.train.loop import NotFinite, _loss
+from uniter.model.train.pretraining import build_mixture, build_model, open_data, pretrain
+from uniter.model.uniter import set_dropout
+
+Make = Callable[..., TrainSettings]
+
+
+def gradients_of_an_update(settings: TrainSettings, *, part_name: str) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    """The gradients after two micro-batches normalised by hand, the one model and the list of batches."""
+    from uniter.datasets.loader import Assembler
+
+    data = open_data(settings)
+    model = build_model(settings, data)
+    set_dropout(model, 0.0)
+    tasks, mixture = build_mixture(settings, data)
+    number = next(number for number, part in enumerate(mixture.parts) if part.name == part_name)
+    step = next(step for step in range(1, 100) if mixture.part_at(step) == number)
+    plans = list(mixture.plans([0] * len(mixture.parts), first_step=step, last_step=step, accumulation=2))
+    batches = [Assembler(mixture.parts, 1)[plan].batch for plan in plans]
+    return model, tasks[number], batches
+
+
+@pytest.mark.parametrize("name", ["mlm_toy", "mrfr_toy", "mrc-kl_toy", "itm_toy"])
+def test_global_mean_is_the_mean_over_all_that_the_update_held(small: Make, name: str) -> None:
+    """Micro-batches differ in size; their update is that of the one batch that holds them both."""
+    model, task, batches = gradients_of_an_update(small(), part_name=name)
+    terms = [task.losses(task.head(model, batch), batch.targets) for batch in batches]
+    rows = sum(next(iter(one.values())).shape[0] for one in terms)
+    summed = sum(_loss(one, task, "global-mean") for one in terms) / rows
+    joint = {key: torch.cat([one[key] for one in terms]) for key in terms[0]}
+    from uniter.model.losses import training_loss
+
+    expected = training_loss(joint, weights=task.weights, reduction=task.reduction)
+    assert summed.item() == pytest.approx(expected.item(), rel=1e-6)
+    published = sum(_loss(one, task, "published") for one in terms)
+    assert published.item() == pytest.approx(sum(training_loss(one, weights=task.weights).item() for one in terms), rel=1e-6)
+
+
+def test_the_log_names_every_part(small: Make, tmp_path: Path) -> None:
+    pretrain(small(steps=12, validate_every=12, tensorboard=True), tmp_path / "run")
+    lines = read_log(tmp_path / "run")
+    training = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in training] == list(range(1, 13))
+    for line in training:
+        part = line["part"]
+        assert line["loss"] == line[f"{part}/loss"]
+        assert {"learning_rate", "grad_norm", "tokens", "tokens_per_second", "padding_share", "data_wait_share"} <= line.keys()
+        assert 0.3 < line["budget_fill"] <= 1
+    validation = [line for line in lines if line["kind"] == "validation"]
+    assert len(validation) == 1
+    assert {"mlm_toy/accuracy", "itm_toy/accuracy", "mrc-kl_toy/kl", "mrfr_toy/mse", "itm_toy/loss_transport"} <= validation[0].keys()
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_the_rate_warms_up_and_decays(small: Make, tmp_path: Path) -> None:
+    pretrain(small(steps=10, optimizer={"learning_rate": 1e-3, "warmup_steps": 4}), tmp_path / "run")
+    rates = [line["learning_rate"] for line in read_log(tmp_path / "run") if line["kind"] == "train"]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 5e-4 / 0.6, 4e-4 / 0.6, 3e-4 / 0.6, 2e-4 / 0.6, 1e-4 / 0.6, 1e-8])
+
+
+def test_bf16_trains(small: Make, tmp_path: Path) -> None:
+    pretrain(small(precision="bf16", steps=4), tmp_path / "run")
+    losses = [line["loss"] for line in read_log(tmp_path / "run") if line["kind"] == "train"]
+    assert all(loss == loss for loss in losses)
+    weights = load_file(state.checkpoint_path(tmp_path / "run", 4) / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_learned(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from uniter.datasets import loader
+
+    original = loader.collate
+
+    def poisoned(samples: Any) -> Any:
+        batch = original(samples)
+        if "scene_1_00007#0" in batch.example_ids:
+            place = batch.example_ids.index("scene_1_00007#0")
+            batch.features_RD[int(batch.region_counts_B[:place].sum())] = float("nan")
+        return batch
+
+    monkeypatch.setattr(loader, "collate", poisoned)
+    with pytest.raises(NotFinite) as caught:
+        pretrain(small(steps=60, checkpoint_every=1), tmp_path / "run")
+    said = str(caught.value)
+    step = state.checkpoint_steps(tmp_path / "run")[-1] + 1 if state.checkpoint_steps(tmp_path / "run") else 1
+    assert f"update {step}," in said and "not finite" in said and "nothing was updated" in said
+    assert "'scene_1_00007#0'" in said.split("features that are no finite numbers:")[1]
+
+
+def test_a_rate_that_explodes_is_named(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(NotFinite, match=r"update \d+, \w+[-\w]*: .*(not finite|norm is (nan|inf)).*lower optimizer.learning_rate|Lower"):
+        pretrain(small(steps=40, optimizer={"learning_rate": 1e30, "warmup_steps": 0, "clip": -1}), tmp_path / "run")
+
+
+def test_start_from_another_run_takes_its_weights(small: Make, tmp_path: Path) -> None:
+    pretrain(small(steps=2, validate_every=2), tmp_path / "first")
+    settings = small(steps=2, validate_every=2, model={}, **{"from": str(tmp_path / "first")})
+    model = build_model(settings, open_data(settings))
+    weights = load_file(state.checkpoint_path(tmp_path / "first", 2) / "model.safetensors")
+    assert torch.equal(model.state_dict()["uniter.pooler.dense.weight"], weights["uniter.pooler.dense.weight"])
+    pretrain(settings, tmp_path / "second")
+
+
+def test_soft_labels_decide_the_tasks(small: Make, tmp_path: Path, made_up: Any, caplog: pytest.LogCaptureFixture) -> None:
+    texts, images = made_up.World(width=16).write(tmp_path / "bare", soft_labels=False)
+    corpus = {"name": "bare", "text": [str(texts)], "images": [str(images)]}
+    assert open_data(small(corpora=[corpus])).tasks["bare"] == {"itm": 2, "mlm": 2, "mrfr": 1}
+    assert "no soft labels, so mrc-kl is left out" in caplog.text
+    with pytest.raises(BadInput, match="task mrc-kl needs the detector's soft labels"):
+        open_data(small(corpora=[{**corpus, "tasks": {"mlm": 1, "mrckl": 1}}]))
+
+
+def test_databases_of_two_detectors_are_refused(small: Make, databases: tuple[Path, Path], tmp_path: Path, made_up: Any) -> None:
+    other = made_up.World(width=24).write(tmp_path / "other")
+    corpora = [{"name": name, "text": [str(texts)], "images": [str(images)]} for name, (texts, images) in (("a", databases), ("b", other))]
+    with pytest.raises(UniterError, match="differ in width"):
+        open_data(small(corpora=corpora))
