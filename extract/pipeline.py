@@ -123,7 +123,7 @@ class ExtractSummary:
             "regions per image": self.mean_regions,
             "failures": self.failures,
             "this run": f"{self.extracted:,} images, {self.failed:,} failures, {self.images_per_second:g} images/s",
-            "units left to others": self.units_left,
+            **({} if self.complete else {"units still to do": self.units_left}),
             "on disk": human_bytes(self.bytes_on_disk),
             "detector": self.detector,
             "weights": self.weights or "-",
@@ -297,7 +297,7 @@ def finish(store: UnitStore, listed: ImageList, detector: Detector, work: Work, 
         images_per_second=round(tally.done / seconds, 2) if tally.done and seconds > 0 else 0.0,
         bytes_on_disk=folder_bytes(store.path),
         detector=detector.name,
-        weights=str(header["weights"] or ""),
+        weights=described_weights(header["weights"]),
         box_kind=header["box_kind"],
         feature_width=detector.feature_width,
         classes=len(detector.class_names),
@@ -338,7 +338,7 @@ def plan_work(
     if batch_size is None and not overwrite:
         batch_size = begun_with(Path(out))
     if batch_size is None:
-        batch_size = fitting_batch_size(str(getattr(detector, "device", "cpu")))
+        batch_size = fitting_batch_size(device_of(detector))
     return Work(low, high, conf_threshold, batch_size, max_pixels, given)
 
 
@@ -394,13 +394,14 @@ def selection_settings(work: Work) -> dict[str, Any]:
 def run_header(detector: Detector, work: Work) -> dict[str, Any]:
     """What `header.json` says besides the counts."""
     settings = detector.settings()
+    weights = settings.get("weights", {})
     return {
         "feature_width": detector.feature_width,
         "label_classes": len(detector.class_names) + 1,
         "detector": detector.name,
         "detector_settings": settings,
-        "weights": settings.get("weights"),
-        "weights_sha256": settings.get("weights_sha256"),
+        "weights": weights,
+        "weights_sha256": weights.get("sha256"),
         "box_kind": "given" if work.given is not None else settings.get("box_kind", "proposal"),
         "selection": selection_settings(work),
         "batch_size": work.batch_size,
@@ -408,6 +409,12 @@ def run_header(detector: Detector, work: Work) -> dict[str, Any]:
         "class_names": list(detector.class_names),
         "attribute_names": list(detector.attribute_names),
     }
+
+
+def described_weights(weights: Mapping[str, Any]) -> str:
+    """Weights in a few words, a warning included where they are random."""
+    sha256 = str(weights.get("sha256", ""))[:12]
+    return str(weights.get("note") or f"{weights.get('layout', 'unknown layout')}, sha256 {sha256}...")
 
 
 def write_box_ids(out: Path, listed: ImageList, given: GivenBoxes) -> None:
@@ -511,7 +518,7 @@ def extract_units(
         stop: when it is set, the batch at hand is finished and the function returns.
     """
     halt = stop or threading.Event()
-    device = str(getattr(detector, "device", "cpu"))
+    device = device_of(detector)
     threads = workers or fitting_workers(device)
     open_writers: list[UnitWriter] = []
     cv2_threads = cv2.getNumThreads()
@@ -690,6 +697,11 @@ def in_words(error: BaseException | None) -> str:
         return error.strerror or str(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def device_of(detector: Detector) -> str:
+    """Where a detector computes: "cpu", "cuda:0" ..."""
+    return str(getattr(detector, "device", None) or getattr(getattr(detector, "network", None), "device", "cpu"))
 
 
 def fitting_workers(device: str) -> int:

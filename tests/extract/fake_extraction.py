@@ -37,7 +37,8 @@ class FakeDetector:
     batches: list[int] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
-        return {"name": self.name, "weights": "none", "weights_sha256": "0" * 64, "preparation": self.preparation.settings()}
+        weights = {"layout": "none", "sha256": "0" * 64}
+        return {"name": self.name, "weights": weights, "box_kind": "proposal", "preparation": self.preparation.settings()}
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
         return self.preparation(image)
