@@ -106,7 +106,7 @@ def _detect_lines(path: Path) -> str | None:
         names = [cell.strip().strip('"').lower() for cell in first.split(mark)]
         if column_named(names, IMAGE_COLUMNS) and column_named(names, CAPTION_COLUMNS):
             return "csv"
-    if len(cells) == 4:
+    if len(cells) >= 4:
         return "sbu"
     try:
         two_files(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from uniter.datasets.captions.caption import Caption
 from uniter.datasets.captions.downloads import PARQUET_MAGIC, URL_COLUMNS, find_urls, names_of_urls, parquet_rows
-from uniter.datasets.captions.files import lines_of
+from uniter.datasets.captions.files import lines_of, starts_with
 from uniter.datasets.captions.rows import CAPTION_COLUMNS, column_named
 from uniter.datasets.errors import BadInput
 
@@ -26,9 +26,7 @@ def read_conceptual(path: Path, *, split: str | None, join: Sequence[Path], coun
     if split is not None:
         raise BadInput(f"{path} is one part of Conceptual Captions; leave --split away and give the file of the part")
     names = names_of_urls(join) if join else None
-    with open(path, "rb") as file:
-        parquet = file.read(4) == PARQUET_MAGIC
-    rows = enumerate(_parquet_pairs(path) if parquet else _pairs(path))
+    rows = enumerate(_parquet_pairs(path) if starts_with(path, PARQUET_MAGIC) else _pairs(path))
     while batch := list(islice(rows, BATCH)):
         if names is None:
             for row, (text, _) in batch:

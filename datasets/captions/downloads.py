@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from uniter.datasets.captions.files import first_character, json_events, json_items, lines_of, object_of
+from uniter.datasets.captions.files import first_character, json_events, json_items, lines_of, object_of, starts_with
 from uniter.datasets.captions.names import NameTable
 from uniter.datasets.captions.rows import column_named, csv_rows
 from uniter.datasets.errors import BadInput
@@ -64,9 +64,7 @@ def tables_in(path: Path) -> list[Path]:
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start == PARQUET_MAGIC:
+    if starts_with(path, PARQUET_MAGIC):
         yield from parquet_rows(path, (*URL_COLUMNS, *FILE_COLUMNS, "status"))
         return
     first = first_character(path)

@@ -51,6 +51,12 @@ def first_character(path: Path) -> str:
     return ""
 
 
+def starts_with(path: Path, magic: bytes) -> bool:
+    """Whether a file begins with these bytes."""
+    with open_stream(path) as stream:
+        return stream.read(len(magic)) == magic
+
+
 def lines_of(path: Path) -> Iterator[str]:
     """The lines of a text file without their ends; bytes that are not UTF-8 become U+FFFD, which no tokeniser sees."""
     with open_stream(path) as stream:

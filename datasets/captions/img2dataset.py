@@ -107,6 +107,11 @@ def _tar_captions(path: Path, counts: Counter[str]) -> Iterator[Caption]:
                     sample[suffix] = file.read() if file is not None else b""
                 elif f".{suffix}" in IMAGE_SUFFIXES:
                     sample["image"] = suffix.encode()
+            # tarfile takes a file that stops between two members, or within a header, for a whole one.
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise BadInput(f"{path} has no end; was it cut off? Download the shard again")
     except (tarfile.TarError, EOFError, ValueError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise BadInput(f"{path} is not there; expected one of img2dataset's tars") from None

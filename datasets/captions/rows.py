@@ -55,20 +55,22 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = lines_of(path)
     header_line = next((line for line in lines if line.strip()), "")
     delimiter = delimiter_of(header_line)
-    # Quotes in a tab-separated file are just quotes, as in Conceptual Captions; elsewhere they hold cells together.
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    # Between tabs and bars (Flickr30k's results.csv) quotes are just quotes; elsewhere they hold cells together.
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter in "\t|" else csv.QUOTE_MINIMAL
     try:
         header = [cell.strip() for cell in next(csv.reader([header_line], delimiter=delimiter, quoting=quoting), [])]
-        reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting, skipinitialspace=delimiter == "|")
+        reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting)
         for number, cells in enumerate(reader):
             if not cells:
                 continue
-            if len(cells) > len(header) and delimiter == "|":  # Flickr30k's results.csv does not quote
+            if len(cells) > len(header) and delimiter == "|":
                 cells = [*cells[: len(header) - 1], delimiter.join(cells[len(header) - 1 :])]
             if len(cells) != len(header):
                 raise BadInput(
                     f"row {number} of {path} has {len(cells)} cells, the header {len(header)}; is a quote or a separator missing?"
                 )
+            if delimiter == "|":
+                cells = [cell.strip() for cell in cells]
             yield f"row {number} of {path}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise BadInput(f"{path} is no readable CSV ({error})") from None
@@ -106,7 +108,7 @@ def _captions(
     for number, (where, row) in enumerate(rows):
         image_column, caption_column = column_named(row, IMAGE_COLUMNS), column_named(row, CAPTION_COLUMNS)
         if image_column is None or caption_column is None:
-            missing = "an image" if image_column is None else "a caption"
+            missing = "image" if image_column is None else "caption"
             shown = ", ".join(list(row)[:8])
             raise BadInput(f"{where} has no {missing} column (it has: {shown}); expected `image` and `caption`")
         if wanted is not None:
