@@ -120,15 +120,17 @@ class RegionNetwork:
         found = self.rpn.predict_proposals(anchors, logits, deltas, [size], **arguments)[0]
         return found.proposal_boxes.tensor, found.objectness_logits
 
+    def pooled(self, maps: FeatureMaps, boxes: Tensor) -> Tensor:
+        """What the pooler cuts out for each box, (P, C, h, w); boxes (P, 4) in network pixels."""
+        names = self.heads.in_features if self.is_c4 else self.heads.box_in_features
+        pooled: Tensor = self.pooler([maps[name].contiguous() for name in names], [Boxes(boxes)])
+        return pooled
+
     def region_features(self, maps: FeatureMaps, boxes: Tensor) -> Tensor:
         """What the box predictor sees of each box, (P, D) float32; boxes (P, 4) in network pixels."""
-        if not len(boxes):
-            return torch.zeros((0, self.feature_width), device=self.device)
-        levels = [maps[name] for name in self.heads.in_features] if self.is_c4 else [maps[name] for name in self.heads.box_in_features]
-        levels = [level.contiguous() for level in levels]
-        parts = []
-        for chunk in torch.split(boxes, ROIS_AT_ONCE[self.device.type]):
-            pooled = self.pooler(levels, [Boxes(chunk)]).to(self.head_type)
+        parts = [torch.zeros((0, self.feature_width), device=self.device)]
+        for chunk in torch.split(boxes, ROIS_AT_ONCE[self.device.type]) if len(boxes) else ():
+            pooled = self.pooled(maps, chunk).to(self.head_type)
             if self.is_c4:
                 parts.append(self.head(pooled.contiguous(memory_format=torch.channels_last)).float().mean(dim=(2, 3)))
             else:

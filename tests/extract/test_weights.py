@@ -1,0 +1,389 @@
+"""Every published weight layout becomes Detectron2's, key by key; no file executes anything; what is made is kept and checked."""
+
+import http.server
+import importlib.util
+import io
+import json
+import pickle
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from uniter.datasets.errors import BadInput, UniterError
+from uniter.extract import weights as weights_module
+from uniter.extract.caffemodel import read_caffemodel
+from uniter.extract.weight_files import read_tensors, recognise
+from uniter.extract.weights import (
+    ANCHORS,
+    caffe_anchors,
+    load_known_weights,
+    load_weight_file,
+    load_weights,
+    random_tensors,
+    to_detectron2,
+)
+
+State = dict[str, NDArray[np.float32]]
+P, R = "roi_heads.box_predictor.", "proposal_generator.rpn_head."
+
+
+def module_of(path: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def writer() -> ModuleType:
+    return module_of(Path(__file__).with_name("caffe_writer.py"))
+
+
+@pytest.fixture(scope="module")
+def generator(butd_golden: Path) -> ModuleType:
+    return module_of(butd_golden / "generator.py")
+
+
+@pytest.fixture(scope="module")
+def state(generator: ModuleType) -> State:
+    """All 536 keys of the published checkpoint; few classes and small matrices keep it quick."""
+    small: State = {}
+    for name, shape in generator.key_shapes(classes=6, attrs=4):
+        narrow = shape if name == ANCHORS or len(shape) == 1 else tuple(min(side, 8) if at else side for at, side in enumerate(shape))
+        small[name] = np.asarray(generator.draw(name, narrow, 3), dtype=np.float32)
+    return small
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("UNITER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def tensors(arrays: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def write(layout: str, path: Path, state: State, generator: ModuleType, writer: ModuleType) -> None:
+    if layout.startswith("pickle"):
+        content = {"model": state, "__author__": "somebody", "iteration": np.float32(3)}
+        path.write_bytes(pickle.dumps(content, protocol=int(layout[-1])))
+    elif layout == "safetensors":
+        save_file(tensors(state), path)
+    elif layout.startswith("huggingface"):
+        torch.save(tensors(generator.to_hf(state)), path, _use_new_zipfile_serialization=not layout.endswith("legacy"))
+    elif layout.startswith("milvlg"):
+        content = {"model": tensors(generator.to_milvlg(state)), "iteration": 7, "optimizer": {"state": {}}}
+        torch.save(content, path, _use_new_zipfile_serialization=not layout.endswith("legacy"))
+    else:
+        path.write_bytes(writer.caffemodel_of(state, old="old" in layout, double="double" in layout))
+
+
+LAYOUTS = {
+    "pickle2": "detectron2",
+    "pickle4": "detectron2",
+    "pickle5": "detectron2",
+    "safetensors": "detectron2",
+    "huggingface": "huggingface",
+    "huggingface-legacy": "huggingface",
+    "milvlg": "milvlg",
+    "milvlg-legacy": "milvlg",
+    "caffe": "caffe",
+    "caffe-old": "caffe",
+    "caffe-double": "caffe",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_golden_keys_of_every_layout(layout: str, state: State, generator: ModuleType, writer: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "weights.of-no-known-suffix"
+    write(layout, file, state, generator, writer)
+    loaded = load_weight_file(file)
+    assert loaded.layout == LAYOUTS[layout]
+    expected = set(state) - ({ANCHORS} if layout.startswith("caffe") else set())
+    assert set(loaded.tensors) == expected
+    for name in sorted(expected):
+        assert loaded.tensors[name].dtype == torch.float32
+        np.testing.assert_allclose(loaded.tensors[name].numpy(), state[name], rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_golden_layouts_without_arithmetic_have_one_hash(state: State, generator: ModuleType, writer: ModuleType, tmp_path: Path) -> None:
+    hashes = set()
+    for layout in ("pickle2", "safetensors", "huggingface"):
+        write(layout, tmp_path / layout, state, generator, writer)
+        loaded = load_weight_file(tmp_path / layout)
+        assert loaded.source_sha256 != loaded.sha256
+        hashes.add(loaded.sha256)
+    assert len(hashes) == 1
+
+
+def test_caffe_names_are_those_of_the_key_list(shared: Path, writer: ModuleType) -> None:
+    lines = (shared / "facts" / "butd_state_dict_keys.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    rows = [line.split("\t") for line in lines]
+    assert len(rows) == 536
+    for row in rows:
+        name, caffe = row[0], row[2]
+        if name == ANCHORS:
+            continue
+        layer = caffe.split("[")[0]
+        if name.startswith(("backbone", "roi_heads.res5")) and ".norm." not in name:
+            assert writer.caffe_convolution(name.removesuffix(".weight")) == layer
+            assert weights_module._caffe_convolution(layer) == name.removesuffix(".weight")
+        elif ".norm." not in name:
+            assert weights_module.CAFFE_HEADS[layer] == name.rpartition(".")[0]
+
+
+def test_golden_anchors_are_caffes(generator: ModuleType) -> None:
+    assert np.array_equal(caffe_anchors().numpy(), generator.cell_anchors())
+
+
+def test_caffe_batch_norm_divisor_of_zero_means_zero_statistics(state: State, writer: ModuleType, tmp_path: Path) -> None:
+    layers = writer.caffe_layers(state)
+    layers["bn_conv1"][2] = np.zeros(1, dtype=np.float32)
+    file = tmp_path / "zero.caffemodel"
+    file.write_bytes(b"".join(writer.layer(name, arrays) for name, arrays in layers.items()))
+    loaded = load_weight_file(file)
+    assert not loaded.tensors["backbone.stem.conv1.norm.running_mean"].any()
+
+
+# Keeping
+
+
+def test_a_converted_file_is_kept_with_both_hashes_and_taken_again(
+    state: State, generator: ModuleType, writer: ModuleType, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "milvlg.pth"
+    write("milvlg", file, state, generator, writer)
+    first = load_weight_file(file)
+    (kept,) = (cache / "weights").glob("*.safetensors")
+    facts = json.loads(kept.with_suffix(".json").read_text())
+    assert facts["source_sha256"] == first.source_sha256 and facts["layout"] == "milvlg" and len(facts["sha256"]) == 64
+
+    def not_again(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the kept result is there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights_module, "read_tensors", not_again)
+        again = load_weight_file(file)
+    assert again.sha256 == first.sha256 and again.layout == "milvlg"
+    # A kept file that was tampered with is not taken.
+    content = bytearray(kept.read_bytes())
+    content[-1] ^= 1
+    kept.write_bytes(content)
+    assert load_weight_file(file).sha256 == first.sha256
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    state: State,
+    generator: ModuleType,
+    writer: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = tmp_path / "weights"
+    write("safetensors", file, state, generator, writer)
+    (tmp_path / "in-the-way").write_text("a file where the folder would be")
+    monkeypatch.setenv("UNITER_CACHE", str(tmp_path / "in-the-way"))
+    assert load_weight_file(file).layout == "detectron2"
+    assert "not kept" in caplog.text
+
+
+# Hostile and damaged files
+
+
+class Opens:
+    """Pickles to `open(path, "w")`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("place", ["value", "key", "beside", "torch", "torch-legacy"])
+def test_nothing_in_a_weight_file_is_executed(place: str, tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    bad = Opens(witness)
+    file = tmp_path / "weights.pkl"
+    good = np.zeros(2, dtype=np.float32)
+    if place == "value":
+        file.write_bytes(pickle.dumps({"model": {"a": good, "b": bad}}))
+    elif place == "key":
+        file.write_bytes(pickle.dumps([bad, {"model": {"a": good}}], protocol=2))
+    elif place == "beside":
+        file.write_bytes(pickle.dumps({"model": {"a": good}, "__author__": bad}))
+    else:
+        torch.save({"model": {"a": torch.zeros(2)}, "extra": bad}, file, _use_new_zipfile_serialization=place == "torch")
+    with pytest.raises(BadInput, match="execute"):
+        load_weight_file(file)
+    assert not witness.exists()
+
+
+def operations(*parts: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+HOSTILE_PICKLES = {
+    "builtins": operations(b"c__builtin__\neval\n", b"(X\x01\x00\x00\x001tR"),
+    "module attribute": operations(b"cnumpy.core.multiarray\n_reconstruct.__globals__\n"),
+    "codec": operations(b"c_codecs\nencode\n", b"(X\x01\x00\x00\x00aX\x04\x00\x00\x00zlibtR"),
+    "inst": operations(b"(S'true'\nios\nsystem\n"),
+    "extension": operations(b"\x82\x01"),
+    "persistent": operations(b"Pweights\n"),
+    "sets attributes of a class": operations(b"cnumpy\nndarray\n", b"N}X\x01\x00\x00\x00aK\x01s\x86b"),
+    "huge memo": operations(b"}r\xff\xff\xff\x7f"),
+    "huge bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f" + b"abc",
+    "object array": pickle.dumps({"a": np.array([None, {}], dtype=object)}, protocol=2),
+    "cut off": pickle.dumps({"a": np.zeros(100, dtype=np.float32)}, protocol=2)[:-60],
+    "a list": pickle.dumps([1, 2, 3], protocol=2),
+    "nothing": pickle.dumps({}, protocol=2),
+    "wrong length": pickle.dumps({"a": np.zeros(4, dtype=np.float32)}, protocol=2).replace(b"K\x04\x85", b"K\x05\x85"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_PICKLES)
+def test_a_hostile_or_damaged_pickle_is_refused(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pkl"
+    file.write_bytes(HOSTILE_PICKLES[name])
+    before = set(sys.modules)
+    with pytest.raises(BadInput, match=r"weights\.pkl"):
+        load_weight_file(file)
+    assert not {module for module in set(sys.modules) - before if module in ("antigravity", "this")}
+
+
+def zipped(compression: int) -> bytes:
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}." + b"\0" * 10000)
+    return memory.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
+        (b"", "no weight file"),
+        (b"\x00" * 100, "no weight file"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{", "no weight file"),
+        (b"\x08\x00\x00\x00\x00\x00\x00\x00{garbage", "safetensors"),
+        (b"\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "Caffe"),
+        (b"\n\x03net\xa2\x06\xff\x01", "Caffe"),
+        (b"\n\x03net", "without any weights"),
+        (zipped(zipfile.ZIP_DEFLATED), "compressed"),
+        (zipped(zipfile.ZIP_STORED), "PyTorch"),
+    ],
+)
+def test_a_file_that_is_no_weights_is_named_for_what_it_is(content: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    file.write_bytes(content)
+    with pytest.raises(BadInput, match=words):
+        load_weight_file(file)
+
+
+def test_a_caffemodel_cut_anywhere_is_refused_or_shorter(writer: ModuleType, tmp_path: Path) -> None:
+    whole = writer.layer("conv1", [np.arange(6, dtype=np.float32)]) + writer.layer("cls_score", [np.ones((2, 2), dtype=np.float32)])
+    file = tmp_path / "cut.caffemodel"
+    file.write_bytes(whole)
+    assert {name: [blob.shape for blob in blobs] for name, blobs in read_caffemodel(file).items()} == {
+        "conv1": [(6,)],
+        "cls_score": [(2, 2)],
+    }
+    first = len(writer.layer("conv1", [np.arange(6, dtype=np.float32)]))
+    for end in range(1, len(whole)):
+        file.write_bytes(whole[:end])
+        if end == first:
+            assert set(read_caffemodel(file)) == {"conv1"}
+        else:
+            with pytest.raises(BadInput):
+                read_caffemodel(file)
+
+
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    save_file({"backbone.stem.conv1.weight": torch.tensor([float("nan")])}, tmp_path / "w.safetensors")
+    with pytest.raises(BadInput, match=r"backbone\.stem\.conv1\.weight holds values that are not finite"):
+        load_weight_file(tmp_path / "w.safetensors")
+
+
+def test_wrappers_and_prefixes_are_taken_off(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": {"module.backbone.a": torch.ones(2, dtype=torch.float16)}}, tmp_path / "w")
+    kind, found = read_tensors(tmp_path / "w")
+    assert (kind, recognise(tmp_path / "w")) == ("torch", "torch")
+    converted, layout = to_detectron2(found)
+    assert layout == "detectron2" and converted["backbone.a"].dtype == torch.float32
+
+
+# Sources
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(folder))
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_address[1]}", folder
+        serving.shutdown()
+
+
+def test_a_url_is_downloaded_once(server: tuple[str, Path], cache: Path) -> None:
+    address, folder = server
+    save_file({"backbone.a": torch.ones(3)}, folder / "w.safetensors")
+    first = load_weights(f"{address}/w.safetensors", shapes={})
+    (folder / "w.safetensors").unlink()
+    assert load_weights(f"{address}/w.safetensors", shapes={}).sha256 == first.sha256
+    assert [path.name for path in (cache / "downloads").iterdir()] and first.source.startswith("http://127.0.0.1")
+
+
+def test_when_no_known_source_answers_each_is_named_with_what_to_do(server: tuple[str, Path], cache: Path) -> None:
+    address, folder = server
+    (folder / "page.pkl").write_text("<html>moved</html>")
+    sources = (f"{address}/gone.caffemodel", f"{address}/page.pkl", "http://127.0.0.1:9/refused.pkl")
+    with pytest.raises(UniterError) as caught:
+        load_known_weights(sources, detector="butd")
+    sentence = str(caught.value)
+    for words in (*sources, "404", "web page", "refused", "--weights FILE", "model-zoo detector", "uniter-train detector", "random:1"):
+        assert words in sentence, words
+    good = folder / "good.safetensors"
+    save_file({"backbone.a": torch.ones(3)}, good)
+    assert load_known_weights((*sources, f"{address}/good.safetensors"), detector="butd").source.endswith("good.safetensors")
+
+
+def test_a_path_that_is_not_there_says_what_could_stand_there() -> None:
+    with pytest.raises(UniterError, match=r"no such file; expected a weight file, a URL, a hub id"):
+        load_weights("/nowhere/weights.pkl", shapes={})
+
+
+# Random weights
+
+
+def test_random_weights_depend_on_name_and_seed_only(caplog: pytest.LogCaptureFixture) -> None:
+    shapes = {"backbone.stem.conv1.weight": (4, 3, 7, 7), "backbone.stem.conv1.norm.running_var": (4,), f"{R}conv.bias": (5,)}
+    first, again = random_tensors(shapes, 1), random_tensors(dict(reversed(shapes.items())), 1)
+    assert all(torch.equal(first[name], again[name]) for name in shapes)
+    assert not torch.equal(first[f"{R}conv.bias"], random_tensors(shapes, 2)[f"{R}conv.bias"])
+    assert bool((first["backbone.stem.conv1.norm.running_var"] > 0).all())
+    loaded = load_weights("random:1", shapes=shapes)
+    assert "RANDOM" in caplog.text and "RANDOM" in loaded.settings()["note"]
+    with pytest.raises(BadInput, match="random:SEED"):
+        load_weights("random:one", shapes=shapes)
