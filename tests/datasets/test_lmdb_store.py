@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,11 +63,16 @@ def contents(out: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir()) if path.is_file()}
 
 
-@pytest.fixture
-def unbroken(tmp_path: Path) -> Path:
-    out = tmp_path / "unbroken"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "out"
     assert build(out)
     return out
+
+
+@pytest.fixture
+def unbroken(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "unbroken"))
 
 
 def test_a_finished_database_holds_what_was_put_and_nothing_else(unbroken: Path) -> None:
@@ -167,7 +173,7 @@ def test_killed_and_repeated_it_equals_an_unbroken_run(unbroken: Path, tmp_path:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_thirty_kills(unbroken: Path, tmp_path: Path, processes: int) -> None:
     total = 0
-    for attempt in range(20):
+    for attempt in range(60):
         out = tmp_path / f"killed{attempt}"
         total += run_until_done(out, kills=6, processes=processes, seed=attempt)
         assert build(out)
@@ -464,4 +470,4 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), pause=0.02)
+    build(Path(sys.argv[1]), pause=0.05)
