@@ -90,7 +90,7 @@ class ShortestEdgePreparation:
         _check_network_size(height, width, new_height, new_width)
         ordered = image[:, :, ::-1] if self.channels == "RGB" else image
         resized = Image.fromarray(np.ascontiguousarray(ordered)).resize((new_width, new_height), Image.Resampling.BILINEAR)
-        return PreparedImage(np.asarray(resized), (new_width / width, new_height / height), (height, width))
+        return PreparedImage(np.array(resized), (new_width / width, new_height / height), (height, width))
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the network's input; `shortest` 0 leaves the image as it is."""

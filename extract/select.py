@@ -88,10 +88,12 @@ def _confidences_of_the_best(boxes: Float32Array, foreground: Float32Array, *, w
     A class whose best probability is below a floor cannot give a confidence above it, nor can a lower probability suppress a higher
     one. So the floor starts at the threshold and sinks only while fewer regions than wanted stand above it; most images end at once.
     """
+    if not foreground.size:
+        return np.zeros(len(boxes), dtype=np.float32)
     overlaps = overlapping(boxes)
     # A half-precision step below the threshold, since confidences are compared after rounding to half precision.
     floor = float(np.nextafter(np.float16(threshold), np.float16(-1)))
-    best_first = np.sort(foreground.max(axis=1))[::-1] if foreground.size else np.zeros(0, dtype=np.float32)
+    best_first = np.sort(foreground.max(axis=1))[::-1]
     wanted = min(wanted, len(boxes))
     # No confidence exceeds its region's best probability: below the floor chosen here fewer than `wanted` can be found.
     if wanted and best_first[wanted - 1] < floor:
