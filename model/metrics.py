@@ -1,0 +1,267 @@
+"""What is reported: per-example metrics of the down-stream tasks, and the official figures over a whole split.
+
+What a reader would get wrong: a rank counts everything that scores at least as high as the right one, so ties count against the
+model - a model that gives every pair the same score must not look good.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from uniter.datasets.errors import BadInput
+
+FloatArray = NDArray[np.floating]
+IntArray = NDArray[np.integer]
+DEPTHS = (1, 5, 10)
+IOU_THRESHOLD = 0.5
+
+
+# Per example: (outputs of a head, PackedBatch.targets) -> values whose mean is reported.
+
+
+def answer_score(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """VQA and SNLI-VE: the soft score of the best-scoring answer, (B,); for one-hot labels that is the accuracy."""
+    best_B = outputs["scores"].argmax(dim=1, keepdim=True)
+    return {"accuracy": targets["answers"].gather(1, best_B).squeeze(1).float()}
+
+
+def statement_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """NLVR2: whether the better of the two scores is the true one, (P,)."""
+    return {"accuracy": (outputs["scores"].argmax(dim=1) == targets["truth"]).float()}
+
+
+def referred_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """RefCOCO on annotated boxes: whether the best-scoring region is the referred one, (B,)."""
+    return {"accuracy": (outputs["scores"].argmax(dim=1) == targets["region"]).float()}
+
+
+def choice_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, choices: int = 4) -> dict[str, Tensor]:
+    """VCR: whether the best of the choices of each question, end to end in the batch, is the right one, (B / choices,)."""
+    scores = outputs["scores"][:, 1].view(-1, choices)
+    return {"accuracy": targets["correct"].view(-1, choices).gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1).float()}
+
+
+def rank_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, group_size: int) -> dict[str, Tensor]:
+    """Retrieval in training: whether the positive, first in its group, scores higher than all its negatives, (groups,)."""
+    scores = outputs["scores"].view(-1, group_size)
+    return {"accuracy": (scores[:, 0] > scores[:, 1:].amax(dim=1)).float()}
+
+
+# Retrieval.
+
+
+def retrieval_recalls(scores: FloatArray, image_of_text: IntArray) -> dict[str, float]:
+    """R@1, 5 and 10 both ways over all pairs.
+
+    Differs from the published code, which counts the first texts twice in image retrieval.
+
+    Args:
+        scores: (texts, images), the higher the better.
+        image_of_text: (texts,) the column of each text's image; every image needs a text to count in text retrieval.
+
+    Returns:
+        `txt_r1`, `txt_r5`, `txt_r10` (text retrieval: per image, the rank of its best caption), `img_r1` ... (image retrieval: per
+        text, the rank of its image), `txt_r_mean`, `img_r_mean`, `r_mean`; all from 0 to 1.
+
+    Raises:
+        BadInput: the scores are not finite or do not fit the texts.
+    """
+    texts, images = scores.shape
+    if len(image_of_text) != texts or texts == 0 or int(image_of_text.min()) < 0 or int(image_of_text.max()) >= images:
+        raise BadInput(
+            f"retrieval: scores of shape {scores.shape} do not fit {len(image_of_text)} texts; score every text with every image"
+        )
+    own = scores[np.arange(texts), image_of_text].astype(np.float32)
+    best = np.full(images, -np.inf, dtype=np.float32)
+    np.maximum.at(best, image_of_text, own)
+    image_ranks = np.empty(texts, dtype=np.int64)
+    rivals = np.zeros(images, dtype=np.int64)
+    # In slices: the matrix of 25,000 captions and 5,000 pictures has 125 million entries.
+    for start in range(0, texts, 1024):
+        part = scores[start : start + 1024].astype(np.float32)
+        if not np.isfinite(part).all():
+            raise BadInput(
+                f"retrieval: the scores of texts {start} to {start + len(part) - 1} are not all finite; look at the model's outputs"
+            )
+        image_ranks[start : start + 1024] = (part >= own[start : start + 1024, None]).sum(axis=1) - 1
+        rivals += (part >= best).sum(axis=0)
+    captions_at_best = np.bincount(image_of_text[own >= best[image_of_text]], minlength=images)
+    text_ranks = (rivals - captions_at_best)[np.isfinite(best)]
+    figures = {f"txt_r{depth}": float((text_ranks < depth).mean()) for depth in DEPTHS}
+    figures |= {f"img_r{depth}": float((image_ranks < depth).mean()) for depth in DEPTHS}
+    for side in ("txt", "img"):
+        figures[f"{side}_r_mean"] = float(np.mean([figures[f"{side}_r{depth}"] for depth in DEPTHS]))
+    return figures | {"r_mean": (figures["txt_r_mean"] + figures["img_r_mean"]) / 2}
+
+
+def fold_recalls(scores: FloatArray, image_of_text: IntArray, *, folds: int = 5) -> dict[str, float]:
+    """The recalls within equal runs of consecutive images and their texts, averaged (COCO 1k: five folds of the 5,000 images).
+
+    Raises:
+        BadInput: the images cannot be cut into that many equal folds.
+    """
+    images = scores.shape[1]
+    if folds < 1 or images % folds:
+        raise BadInput(f"retrieval: {images} images cannot be cut into {folds} equal folds; leave images out or choose another number")
+    size = images // folds
+    parts = []
+    for start in range(0, images, size):
+        texts = np.flatnonzero((image_of_text >= start) & (image_of_text < start + size))
+        parts.append(retrieval_recalls(scores[texts, start : start + size], image_of_text[texts] - start))
+    return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+
+
+# VQA v2. Source: GT-Vision-Lab/VQA, vqaEval.py; constants and quirks are the official ones.
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_NUMBERS = {word: str(value) for value, word in enumerate(_words("zero one two three four five six seven eight nine ten"))} | {"none": "0"}
+_ARTICLES = {"a", "an", "the"}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_MOST_PERIODS = 32  # the official code passes a flag where the number of replacements belongs
+_ONE_APOSTROPHE = _words("""ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't
+it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd
+someone'll someone's something'd something'll that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't
+what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all
+you'd you'll you're you've""")
+_TWO_APOSTROPHES = _words("""couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've 
+something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've""")
+
+
+def _contractions() -> dict[str, str]:
+    table = {word.replace("'", ""): word for word in _ONE_APOSTROPHE}
+    for word in _TWO_APOSTROPHES:
+        first, second = (match.start() for match in re.finditer("'", word))
+        table |= {word[:first] + word[first + 1 :]: word, word[:second] + word[second + 1 :]: word}
+    for form in ("ow's'at", "'ows'at", "'ow'sat"):
+        table[form] = "'ow's'at"
+    for form in ("yall'd've", "y'alld've", "y'all'dve"):
+        table[form] = "y'all'd've"
+    # The official table has this one the wrong way round.
+    return table | {"somebody'd": "somebodyd"}
+
+
+_CONTRACTIONS = _contractions()
+
+
+def strip_punctuation(answer: str) -> str:
+    """The official handling of punctuation: away beside a space or where a number has a comma, a space elsewhere."""
+    text = answer
+    number_with_comma = _COMMA_IN_NUMBER.search(answer) is not None
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if beside_space or number_with_comma else " ")
+    return _PERIOD.sub("", text, count=_MOST_PERIODS)
+
+
+def normalise_answer(answer: str) -> str:
+    """An answer in the official normal form: punctuation, lower case, digits for number words, no articles, apostrophes."""
+    words = strip_punctuation(answer.replace("\n", " ").replace("\t", " ").strip()).lower().split()
+    kept = [word for word in (_NUMBERS.get(word, word) for word in words) if word not in _ARTICLES]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in kept)
+
+
+def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
+    """The official score of an answer: the mean over all ways to leave one of the people out of min(1, people who said it / 3).
+
+    Args:
+        answer: the predicted one, as it is.
+        human_answers: what (ten) people said, as they are; their punctuation counts only where they all agree, as officially.
+
+    Raises:
+        BadInput: nobody answered.
+    """
+    if not human_answers:
+        raise BadInput("a question without human answers cannot be scored; is this the test split?")
+    predicted = normalise_answer(answer)
+    people = list(map(strip_punctuation, human_answers)) if len(set(human_answers)) > 1 else list(human_answers)
+    agreeing = people.count(predicted)
+    return sum(min(1.0, (agreeing - (person == predicted)) / 3) for person in people) / len(people)
+
+
+def soft_score(people: int) -> float:
+    """The training target of an answer that so many of ten people gave: 0, 0.3, 0.6, 0.9, 1 (the official score of such an answer)."""
+    return min(1.0, round(0.3 * people, 1))
+
+
+# NLVR2.
+
+
+def nlvr2_figures(predictions: Mapping[str, bool], truths: Mapping[str, bool]) -> dict[str, float]:
+    """Accuracy, and consistency: the share of sentences that are judged rightly for all their pairs of pictures.
+
+    Args:
+        predictions, truths: by identifier, such as `dev-850-1-0` (split, set, pair, sentence).
+
+    Raises:
+        BadInput: an identifier has no prediction or is not of that form.
+    """
+    by_sentence: dict[tuple[str, ...], list[bool]] = defaultdict(list)
+    for identifier, truth in truths.items():
+        fields = identifier.split("-")
+        if len(fields) != 4:
+            raise BadInput(f"NLVR2 identifier {identifier!r} has {len(fields)} fields, expected four such as in 'dev-850-1-0'")
+        if identifier not in predictions:
+            raise BadInput(f"NLVR2: no prediction for {identifier!r}; predict all {len(truths)} statements")
+        by_sentence[(fields[0], fields[1], fields[3])].append(predictions[identifier] == truth)
+    right = [verdict for verdicts in by_sentence.values() for verdict in verdicts]
+    return {"accuracy": float(np.mean(right)), "consistency": float(np.mean([all(verdicts) for verdicts in by_sentence.values()]))}
+
+
+# RefCOCO.
+
+
+def inclusive_iou(box: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union as published: boxes x, y, w, h in pixels, both ends of an intersection counted, areas plainly w * h.
+
+    Boxes whose intersection is a single row or column of pixels do not meet.
+    """
+    left, top = max(box[0], other[0]), max(box[1], other[1])
+    right = min(box[0] + box[2] - 1, other[0] + other[2] - 1)
+    bottom = min(box[1] + box[3] - 1, other[1] + other[3] - 1)
+    common = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0.0
+    return float(common / (box[2] * box[3] + other[2] * other[3] - common))
+
+
+def box_from_position(position: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """x, y, w, h in pixels of an image of (height, width), from a region's seven position numbers."""
+    height, width = size
+    return position[0] * width, position[1] * height, position[4] * width, position[5] * height
+
+
+def referring_accuracy(boxes: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> float:
+    """The share of predicted boxes (x, y, w, h) that overlap the wanted ones by more than one half."""
+    if not boxes or len(boxes) != len(wanted):
+        raise BadInput(f"RefCOCO: {len(boxes)} predicted boxes for {len(wanted)} phrases; predict one box a phrase")
+    return float(np.mean([inclusive_iou(box, other) > IOU_THRESHOLD for box, other in zip(boxes, wanted, strict=True)]))
+
+
+# VCR.
+
+
+def vcr_figures(answer_scores: FloatArray, rationale_scores: FloatArray, answers: IntArray, rationales: IntArray) -> dict[str, float]:
+    """Q->A, QA->R (given the true answer) and Q->AR (both right).
+
+    Args:
+        answer_scores: (questions, 4).
+        rationale_scores: (questions, 4) with the true answer, or (questions, 4, 4) with each answer, first the answer's number.
+        answers, rationales: (questions,) the right numbers.
+    """
+    questions = np.arange(len(answers))
+    given_truth = rationale_scores[questions, answers] if rationale_scores.ndim == 3 else rationale_scores
+    right_answers = answer_scores.argmax(axis=1) == answers
+    right_rationales = given_truth.argmax(axis=1) == rationales
+    return {
+        "q_a": float(right_answers.mean()),
+        "qa_r": float(right_rationales.mean()),
+        "q_ar": float((right_answers & right_rationales).mean()),
+    }
