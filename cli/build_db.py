@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summar
 from uniter.datasets import annotations
 from uniter.datasets.build_text import build_text_db
 from uniter.datasets.captions import CAPTIONS, Caption, detect
-from uniter.datasets.captions.caption import key_maker
+from uniter.datasets.captions.caption import key_maker, last_number
 from uniter.datasets.captions.img2dataset import shards_in
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db import match_image_key, open_image_dbs
@@ -26,6 +26,11 @@ from uniter.datasets.tokenizer import Tokenizer
 
 HASHED_WHOLE = 1 << 30  # bytes; of larger files the size, the first and the last part tell them apart
 HASHED_PART = 1 << 26
+# How UNITER's published region databases call the images of a source (facts 1.4), tried after the rules of the contract.
+PUBLISHED_KEYS = {
+    "karpathy": ("coco_{parent}_{id:012d}.npz", "flickr30k_{id:012d}.npz", "flickr30k_{stem}.npz"),
+    "vg": ("vg_{stem}.npz", "vg_{id:012d}.npz"),
+}
 PARTS_BY_LISTS = ("coco", "vg")  # sources whose parts the --exclude lists know
 
 
@@ -62,7 +67,7 @@ class BuildCommand(click.Command):
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="TABLE",
-    help="What became of urls (img2dataset's output) for cc and sbu; image_data.json for vg; repeatable.",
+    help="Companion files: what became of urls (img2dataset's output) for cc and sbu; image_data.json for vg; a task's further files.",
 )
 @click.option("--overwrite", is_flag=True, help="Begin anew, whatever OUT holds.")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a text was empty or without an image.")
@@ -108,7 +113,8 @@ def main(
         texts = chain.from_iterable(read(path, split=read_split, join=join, counts=counts) for path in paths)
         return texts if part is None else _of_part(texts, part, exclusion, counts)
 
-    pieces = _tokenizer(tokenizer, source, exclusion)
+    pieces = _tokenizer(tokenizer, source, exclusion).with_words(getattr(read, "added_words", ()))
+    side_files: Callable[..., Mapping[str, Any]] | None = getattr(read, "side_files", None)
     settings = {
         "task": task,
         "source": [_fingerprint(path) for path in paths],
@@ -122,7 +128,7 @@ def main(
     if images:
         databases = open_image_dbs(list(images))
         settings["images"] = [{"names": [Path(name).name for name in images], "count": len(databases), "key": key}]
-        match = _matcher(databases, key)
+        match = _matcher(databases, key, getattr(read, "published_keys", PUBLISHED_KEYS.get(kind, ())))
     report = build_text_db(
         source(),
         folder,
@@ -134,6 +140,7 @@ def main(
         source_counts=counts,
         lengths=getattr(read, "lengths", None),
         meta={"task": task, "annotations": [path.name for path in paths], "output": folder.name},
+        side_files=(lambda: side_files(paths, split=split, join=join)) if side_files is not None else None,
         overwrite=overwrite,
     )
     seconds = time.monotonic() - start
@@ -267,13 +274,23 @@ def _tokenizer(name: str, source: Callable[[], Iterator[Caption]], exclusion: Ex
     return Tokenizer.learn(texts, size=int(size))
 
 
-def _matcher(databases: Any, key: str | None) -> Callable[[str], tuple[str, str] | None]:
+def _matcher(databases: Any, key: str | None, published: Sequence[str]) -> Callable[[str], tuple[str, str] | None]:
     make_key = key_maker(key) if key is not None else None
+    published_makers = [key_maker(template) for template in published]
 
     def match(name: str) -> tuple[str, str] | None:
         if make_key is not None and (made := make_key(name)) in databases:
             return made, "template"
-        return match_image_key(databases, name)
+        found = match_image_key(databases, name) or match_published(name)
+        # A name without folders has no path: what is left of it without its suffix is the stem.
+        return (found[0], "stem") if found is not None and found[1] == "path" and "/" not in name else found
+
+    def match_published(name: str) -> tuple[str, str] | None:
+        stem = Path(name).stem
+        made = [f"{stem.lower()}.npz"] if stem.startswith("COCO_") else []
+        has_digits = last_number(stem) is not None
+        made += [make(name) for make, template in zip(published_makers, published, strict=True) if has_digits or "{id" not in template]
+        return next(((key, "published") for key in made if key in databases), None)
 
     return match
 

@@ -6,6 +6,7 @@ of its keys is compact and touches one page at a time; what the side files and t
 and the same command starts it anew.
 """
 
+import contextlib
 import fcntl
 import heapq
 import json
@@ -14,7 +15,6 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -54,6 +54,14 @@ OURS = (
     "vocab.txt",
     INDEX,
 )
+TASK_FILES = (
+    "ans2label.json",
+    "refs.json",
+    "images.json",
+    "annotations.json",
+    "categories.json",
+    "boxes.json",
+)  # may lie there of an earlier task
 
 MatchImage = Callable[[str], tuple[str, str] | None]
 
@@ -91,6 +99,7 @@ def build_text_db(
     source_counts: Counter[str] | None = None,
     lengths: Mapping[str, Callable[[Mapping[str, Any]], int]] | None = None,
     meta: Mapping[str, Any] | None = None,
+    side_files: Callable[[], Mapping[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> BuildReport:
     """Write a text database, or find it finished.
@@ -106,6 +115,7 @@ def build_text_db(
         source_counts: what the source counts while it is read; goes into the report.
         lengths: what side files of lengths to write, by name, from the finished record; by default `id2len` of `input_ids`.
         meta: what meta.json says beside the tokeniser.
+        side_files: the further JSON files of a task, by name; asked for once the texts are read.
         overwrite: begin anew whatever was there.
 
     Raises:
@@ -126,34 +136,65 @@ def build_text_db(
         finished = _prepare_folder(folder, wanted, overwrite=overwrite)
         if finished is not None:
             return finished
-        work = folder / "building"
-        work.mkdir()
-        spool = _Spool(work, folder, tokenizer, images, make_key, lengths or {"id2len": _length_of_input_ids}, excluded)
-        with Progress(None, unit="captions", label="reading") as progress:
-            source = iter(captions)
-            while batch := list(islice(source, BATCH)):
-                spool.add(batch)
-                progress.update(len(batch))
-        spool.close()
-        counts = {**spool.counts(), **(source_counts or {})}
-        if not spool.kept:
-            raise BadInput(_nothing_left(counts, images is not None, folder))
-        _merge(work, folder, spool)
-        image_count, coverage = _write_index(work, folder, spool)
-        counts["duplicate"] = spool.duplicates()
-        _write_meta(folder, tokenizer, meta or {})
-        shutil.rmtree(work)
-        sync_folder(folder)
-        report = BuildReport(counts, coverage if images is not None else {}, image_count)
-        header = {
-            "format": TEXT_FORMAT,
-            "kind": "text",
-            "examples": spool.kept,
-            "settings": wanted,
-            "report": report.as_dict(),
-            "software": f"uniter-toolkit {version('uniter-toolkit')}",
-        }
-        write_json(folder / "header.json", header)
+        try:
+            return _build(
+                captions,
+                folder,
+                spool_of=lambda work: _Spool(
+                    work, folder, tokenizer, images, make_key, lengths or {"id2len": _length_of_input_ids}, excluded
+                ),
+                finish=lambda: _write_meta(folder, tokenizer, meta or {}, side_files),
+                source_counts=source_counts,
+                wanted=wanted,
+                with_images=images is not None,
+            )
+        except UniterError:
+            # What cannot be built with these settings must not stand in the way of others. (A killed run leaves its settings.)
+            _clear(folder)
+            (folder / "settings.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds files of somebody else
+                folder.rmdir()
+            raise
+
+
+def _build(
+    captions: Iterable[Caption],
+    folder: Path,
+    *,
+    spool_of: Callable[[Path], "_Spool"],
+    finish: Callable[[], None],
+    source_counts: Counter[str] | None,
+    wanted: Mapping[str, Any],
+    with_images: bool,
+) -> BuildReport:
+    work = folder / "building"
+    work.mkdir()
+    spool = spool_of(work)
+    with Progress(None, unit="captions", label="reading") as progress:
+        source = iter(captions)
+        while batch := list(islice(source, BATCH)):
+            spool.add(batch)
+            progress.update(len(batch))
+    spool.close()
+    counts = {**spool.counts(), **(source_counts or {})}
+    if not spool.kept:
+        raise BadInput(_nothing_left(counts, with_images, folder))
+    _merge(folder, spool)
+    image_count, coverage = _write_index(work, folder, spool)
+    counts["duplicate"] = spool.duplicates()
+    finish()
+    shutil.rmtree(work)
+    sync_folder(folder)
+    report = BuildReport(counts, coverage if with_images else {}, image_count)
+    header = {
+        "format": TEXT_FORMAT,
+        "kind": "text",
+        "examples": spool.kept,
+        "settings": wanted,
+        "report": report.as_dict(),
+        "software": f"uniter-toolkit {version('uniter-toolkit')}",
+    }
+    write_json(folder / "header.json", header)
     return report
 
 
@@ -177,7 +218,7 @@ def _nothing_left(counts: Mapping[str, int], with_images: bool, folder: Path) ->
 # The folder: who may write, and what stands there already.
 
 
-@contextmanager
+@contextlib.contextmanager
 def _only_builder(folder: Path) -> Iterator[None]:
     """Hold the folder against another build; a killed process gives it back."""
     if folder.exists() and not folder.is_dir():
@@ -196,7 +237,7 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
 def _prepare_folder(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> BuildReport | None:
     settings, header = folder / "settings.json", folder / "header.json"
-    for name in ("settings.json", "header.json", *OURS):
+    for name in ("settings.json", "header.json", *OURS, *TASK_FILES):
         for unfinished in folder.glob(f"{name}.*.tmp"):  # of a killed write
             unfinished.unlink()
     if settings.is_file() and not overwrite:
@@ -210,13 +251,18 @@ def _prepare_folder(folder: Path, wanted: dict[str, Any], *, overwrite: bool) ->
             return BuildReport(report.get("texts", {}), report.get("coverage", {}), report.get("images", 0), already_complete=True)
     elif not settings.is_file() and any(folder.iterdir()) and not overwrite:
         raise BadInput(f"{folder} holds files that are no text database of ours; choose another OUT, or pass --overwrite")
-    header.unlink(missing_ok=True)  # first: from here on it is not complete
-    sync_folder(folder)
-    for name in OURS:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "building", ignore_errors=True)
+    _clear(folder)
     write_json(settings, wanted)
     return None
+
+
+def _clear(folder: Path) -> None:
+    """Take away everything of a database but its settings, and what a killed write left."""
+    (folder / "header.json").unlink(missing_ok=True)  # first: from here on it is not complete
+    sync_folder(folder)
+    for name in (*OURS, *TASK_FILES):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "building", ignore_errors=True)
 
 
 # Reading: one pass over the captions, everything that is needed later onto disk.
@@ -470,7 +516,7 @@ def _whole(value: Any) -> Any:
 # Merging: the sorted runs into one LMDB.
 
 
-def _merge(work: Path, folder: Path, spool: _Spool) -> None:
+def _merge(folder: Path, spool: _Spool) -> None:
     # Twice what is needed costs nothing: the file grows only as far as it is filled.
     map_size = 2 * spool.record_bytes + (64 << 20)
     records = heapq.merge(*map(_read_run, spool.runs)) if len(spool.runs) > 1 else _read_run(spool.runs[0])
@@ -582,10 +628,12 @@ def _mapped(path: Path) -> NDArray[np.uint8]:
     return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
 
 
-def _write_meta(folder: Path, tokenizer: Tokenizer, more: Mapping[str, Any]) -> None:
+def _write_meta(folder: Path, tokenizer: Tokenizer, more: Mapping[str, Any], side_files: Callable[[], Mapping[str, Any]] | None) -> None:
     # The pieces themselves lie beside it: a learned vocabulary is nowhere else, and `--tokenizer OTHER.db` takes it from here.
     with open(folder / "vocab.txt", "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{piece}\n" for piece in tokenizer.vocabulary)
         file.flush()
         os.fsync(file.fileno())
     write_json(folder / "meta.json", {**more, **tokenizer.meta()})
+    for name, value in (side_files() if side_files is not None else {}).items():
+        write_json(folder / name, value)

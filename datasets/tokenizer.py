@@ -51,16 +51,20 @@ class Tokenizer:
         vocabulary: the pieces; a piece's place is its id.
         name: what the pieces are known as (`bert-base-cased`); text databases that are trained together must agree on it.
         lowercase: lower the letters and strip the accents first.
+        added: words that a task adds behind the vocabulary (VCR's tags of persons and things); one that stands alone between white space
+            is that piece. Random replacements are not drawn from them.
 
     Raises:
-        BadInput: a special piece is missing.
+        BadInput: a special piece is missing, or an added word is there already.
     """
 
-    def __init__(self, vocabulary: Sequence[str], *, name: str, lowercase: bool) -> None:
-        self.name, self.lowercase = name, lowercase
-        self.vocabulary = tuple(vocabulary)
+    def __init__(self, vocabulary: Sequence[str], *, name: str, lowercase: bool, added: Sequence[str] = ()) -> None:
+        self.name, self.lowercase, self.added = name, lowercase, tuple(added)
+        self.vocabulary = (*vocabulary, *self.added)
         # Of equal lines the last one counts, as in the original.
         self._ids = {piece: number for number, piece in enumerate(self.vocabulary)}
+        if len(set(vocabulary) | set(self.added)) < len(set(vocabulary)) + len(self.added):
+            raise BadInput(f"vocabulary {name!r} holds some of the words that were to be added to it: {', '.join(self.added[:5])} ...")
         missing = [piece for piece in (UNK, CLS, SEP, MASK) if piece not in self._ids]
         if missing:
             raise BadInput(
@@ -72,9 +76,9 @@ class Tokenizer:
         self.vocab_size = len(self._ids)
         # Random replacements in MLM skip the special and unused rows, which stand before "!" (facts 2.3).
         first = self._ids.get("!", 1 + max(self._ids.get(piece, 0) for piece in SPECIALS))
-        self.v_range: tuple[int, int] = (first, self.vocab_size)
+        self.v_range: tuple[int, int] = (first, self.vocab_size - len(self.added))
         model = WordPiece(self._ids, unk_token=UNK, max_input_chars_per_word=MAX_WORD_LETTERS)
-        self._words = _Words(model, lowercase=lowercase)
+        self._words = _Words(model, {word: self._ids[word] for word in self.added}, lowercase=lowercase)
 
     @classmethod
     def load(cls, name_or_path: str | Path = "bert-base-cased") -> Self:
@@ -92,8 +96,8 @@ class Tokenizer:
         if name in ON_BOARD:
             return cls(_read_vocabulary(bert_base_cased_path()), name=name.rsplit("/", 1)[-1], lowercase=False)
         if path.is_dir():
-            vocabulary, name, lowercase = _read_folder(path)
-            return cls(vocabulary, name=name, lowercase=lowercase)
+            vocabulary, name, lowercase, added = _read_folder(path)
+            return cls(vocabulary, name=name, lowercase=lowercase, added=added)
         if path.is_file():
             if path.suffix == ".json":
                 vocabulary, lowercase = _read_tokenizer_json(path)
@@ -103,6 +107,13 @@ class Tokenizer:
         if name.startswith("train:"):
             raise BadInput(f"{name!r} learns a vocabulary from captions, which only uniter-build-db does; give a vocabulary here")
         return cls(_read_vocabulary(_from_hub(name)), name=name, lowercase="uncased" in name)
+
+    def with_words(self, words: Sequence[str]) -> Self:
+        """The same vocabulary with a task's words behind it; itself where it has them already."""
+        if not words or self.added == tuple(words):
+            return self
+        plain = self.vocabulary[: len(self.vocabulary) - len(self.added)]
+        return type(self)(plain, name=self.name, lowercase=self.lowercase, added=words)
 
     @classmethod
     def learn(cls, texts: Iterable[str], *, size: int) -> Self:
@@ -184,24 +195,28 @@ class Tokenizer:
             "MASK": self.mask_id,
             "v_range": list(self.v_range),
             "lowercase": self.lowercase,
+            "added_words": list(self.added),
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.vocabulary, self.name, self.lowercase)
+        plain = self.vocabulary[: len(self.vocabulary) - len(self.added)]
+        return _rebuild, (plain, self.name, self.lowercase, self.added)
 
 
-def _rebuild(vocabulary: tuple[str, ...], name: str, lowercase: bool) -> Tokenizer:
-    return Tokenizer(vocabulary, name=name, lowercase=lowercase)
+def _rebuild(vocabulary: tuple[str, ...], name: str, lowercase: bool, added: tuple[str, ...]) -> Tokenizer:
+    return Tokenizer(vocabulary, name=name, lowercase=lowercase, added=added)
 
 
 class _Words(dict[str, list[int]]):
     """Word between white space -> ids, worked out when first asked for."""
 
-    def __init__(self, model: WordPiece, *, lowercase: bool) -> None:
+    def __init__(self, model: WordPiece, added: dict[str, int], *, lowercase: bool) -> None:
         super().__init__()
-        self._model, self._lowercase = model, lowercase
+        self._model, self._added, self._lowercase = model, added, lowercase
 
     def __missing__(self, word: str) -> list[int]:
+        if word in self._added:
+            return [self._added[word]]
         plain = word.isascii() and word.isalnum() and not self._lowercase
         parts = [word] if plain else basic_words(word, lowercase=self._lowercase)
         ids = [piece.id for part in parts for piece in self._model.tokenize(part)]
@@ -282,21 +297,30 @@ def _read_vocabulary(path: Path) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def _read_folder(path: Path) -> tuple[list[str], str, bool]:
-    """Vocabulary, name and lowercase of a folder: a text database of ours, or a model's folder."""
+def _read_folder(path: Path) -> tuple[list[str], str, bool, list[str]]:
+    """Vocabulary, name, lowercase and added words of a folder: a text database of ours, or a model's folder."""
     name, lowercase = str(path), "uncased" in path.resolve().name
+    added: list[str] = []
     if (path / "meta.json").is_file() and (path / "vocab.txt").is_file():
         meta = _read_json(path / "meta.json")
         name = str(meta.get("bert", name))
         lowercase = bool(meta.get("lowercase", "uncased" in name))
+        words = meta.get("added_words", [])
+        added = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
     elif (path / "tokenizer_config.json").is_file():
         stated = _read_json(path / "tokenizer_config.json").get("do_lower_case")
         lowercase = stated if isinstance(stated, bool) else lowercase
     if (path / "vocab.txt").is_file():
-        return _read_vocabulary(path / "vocab.txt"), name, lowercase
+        vocabulary = _read_vocabulary(path / "vocab.txt")
+        plain = len(vocabulary) - len(added)
+        if vocabulary[plain:] != added:
+            raise BadInput(
+                f"{path / 'vocab.txt'} does not end with the words that {path / 'meta.json'} says were added; rebuild the database"
+            )
+        return vocabulary[:plain], name, lowercase, added
     if (path / "tokenizer.json").is_file():
         vocabulary, lowercase = _read_tokenizer_json(path / "tokenizer.json")
-        return vocabulary, name, lowercase
+        return vocabulary, name, lowercase, added
     raise BadInput(f"tokenizer folder {path} holds neither vocab.txt nor tokenizer.json")
 
 

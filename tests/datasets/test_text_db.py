@@ -256,10 +256,8 @@ def test_messages_of_a_build(bert: Tokenizer, tmp_path: Path) -> None:
         build_text_db([Caption("", "a", "b")], tmp_path / "empty", tokenizer=bert)
     with pytest.raises(BadInput, match="the fields of text '1' cannot be stored"):
         build_text_db([Caption("1", "a", "b", fields={"x": object()})], tmp_path / "object", tokenizer=bert)
-    for failed in ("twice", "none", "uncovered", "long", "empty", "object"):
-        with pytest.raises(BadInput, match="is not finished"):
-            TextDB(tmp_path / failed)
-    # ... and a mended source finishes what failed.
+    # What cannot be built leaves nothing behind, and nothing stands in the way of a mended source or of other settings.
+    assert not list(tmp_path.iterdir())
     build_text_db(one, tmp_path / "twice", tokenizer=bert)
     assert list(TextDB(tmp_path / "twice").ids) == ["1"]
 

@@ -1,0 +1,177 @@
+"""uniter-build-db on the command line: defaults, images, parts, lists, exit codes, messages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from uniter.cli.build_db import expand, main
+from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db import encode_record
+from uniter.datasets.lmdb_store import UnitStore
+from uniter.datasets.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.text_db import TextDB
+from uniter.datasets.tokenizer import Tokenizer
+
+IMAGES = ["COCO_train2014_000000000009.jpg", "COCO_train2014_000000000025.jpg", "COCO_train2014_000000000030.jpg"]
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    document = {
+        "images": [{"id": place + 1, "file_name": name} for place, name in enumerate(IMAGES)],
+        "annotations": [
+            {"id": 10 * place + turn, "image_id": place + 1, "caption": f"Caption {turn} of a dog ."}
+            for place in range(3)
+            for turn in range(2)
+        ],
+    }
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def region_database(path: Path, keys: list[str]) -> Path:
+    store = UnitStore(path, settings={"made": "up"})
+    unit = store.unit(0)
+    assert unit is not None
+    with unit:
+        for key in sorted(keys):
+            boxes = np.array([[0, 0, 10, 10], [5, 5, 20, 30]], np.float32)
+            record = RegionFeatures(
+                features=np.ones((2, 4), np.float16),
+                norm_bb=normalised_boxes(boxes, (40, 40)).astype(np.float16),
+                conf=np.array([0.9, 0.5], np.float16),
+                boxes=boxes,
+                size=(40, 40),
+            )
+            unit.put(key, encode_record(record), regions=2)
+        unit.complete()
+    assert store.finish(units=1, header={})
+    return path
+
+
+def run(*words: Any, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def summary(*words: Any, code: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(*words, "--json", code=code).stdout)
+    return found
+
+
+def test_two_words_are_enough(captions: Path) -> None:
+    result = run(captions)
+    assert "Text database made." in result.stdout and "captions.db" in result.stdout
+    database = TextDB(captions.parent / "captions.db")
+    assert len(database) == 6 and database.image_key(0) == "COCO_train2014_000000000009"
+    assert database.record(5) == {
+        "input_ids": Tokenizer.load().encode("Caption 1 of a dog ."),
+        "img_fname": "COCO_train2014_000000000030",
+        "sent": "Caption 1 of a dog .",
+    }
+    assert database.meta["bert"] == "bert-base-cased" and database.meta["annotations"] == ["captions.json"]
+    again = summary(captions)
+    assert again["already_complete"] and again["texts"]["kept"] == 6
+    assert "Already complete" in run(captions).stdout
+
+
+def test_images_are_looked_up_and_reported(captions: Path, tmp_path: Path) -> None:
+    one = region_database(tmp_path / "one.lmdb", ["COCO_train2014_000000000009", "something else"])
+    two = region_database(tmp_path / "two.lmdb", ["COCO_train2014_000000000025.npz"])
+    report = summary(captions, tmp_path / "a.db", "--images", one, "--images", two)
+    assert report["coverage"] == {"missing": 1, "stem": 1, "npz": 1} and report["images"] == 2
+    assert report["texts"]["kept"] == 4 and report["texts"]["without_image"] == 2
+    database = TextDB(tmp_path / "a.db")
+    assert list(database.image_keys) == ["COCO_train2014_000000000009", "COCO_train2014_000000000025.npz"]
+    assert summary(captions, tmp_path / "b.db", "--images", one, "--strict", code=3)["texts"]["kept"] == 2
+    # UNITER's own databases are keyed in small letters; and a template beside --images is tried first.
+    published = region_database(tmp_path / "published.lmdb", [f"coco_train2014_{n:012d}.npz" for n in (9, 25, 30)])
+    assert summary(captions, tmp_path / "p.db", "--images", published)["coverage"] == {"missing": 0, "published": 3}
+    other = region_database(tmp_path / "other.lmdb", ["something else"])
+    assert "do --images and the captions belong together?" in run(captions, tmp_path / "c.db", "--images", other, code=1).stderr
+    report = summary(captions, tmp_path / "c.db", "--images", published, "--key", "coco_train2014_{id:012d}.npz")
+    assert report["coverage"] == {"missing": 0, "template": 3}
+    result = run(captions, tmp_path / "a.db", "--images", one, code=1)
+    assert "images.0.count was 3, now 2" in result.stderr or "was made with other settings" in result.stderr
+
+
+def test_keys_and_tokenizers(captions: Path, tmp_path: Path) -> None:
+    run(captions, tmp_path / "a.db", "--key", "coco_{id:012d}.npz", "--tokenizer", "train:120")
+    learned = TextDB(tmp_path / "a.db")
+    assert learned.image_key(0) == "coco_000000000009.npz"
+    assert learned.meta["bert"].startswith("wordpiece-cased-") and learned.unk_id not in learned.record(0)["input_ids"]
+    # Another part is made with the first one's vocabulary, and says so under the same name.
+    run(captions, tmp_path / "b.db", "--tokenizer", tmp_path / "a.db")
+    assert TextDB(tmp_path / "b.db").meta["bert"] == learned.meta["bert"]
+    assert TextDB(tmp_path / "b.db").record(3)["input_ids"] == learned.record(3)["input_ids"]
+    assert "expected train:SIZE" in run(captions, tmp_path / "c.db", "--tokenizer", "train:many", code=1).stderr
+    assert "could not be had" in run(captions, tmp_path / "c.db", "--tokenizer", "no such name !", code=1).stderr
+
+
+def test_lists_and_parts(captions: Path, tmp_path: Path) -> None:
+    karpathy = [
+        {"filename": name, "cocoid": place + 1, "split": split, "sentences": []}
+        for place, (name, split) in enumerate(zip(IMAGES, ("train", "val", "test"), strict=True))
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": karpathy, "dataset": "coco"}))
+    lists = tmp_path / "excluded.json"
+    result = run("exclude", "--karpathy", tmp_path / "dataset_coco.json", "--out", lists)
+    assert "karpathy_val_iids" in result.stdout and "without --coco the Flickr photos" in result.stderr
+    assert json.loads(lists.read_text())["karpathy_test_iids"] == [3]
+    report = summary("exclude", "--karpathy", tmp_path / "dataset_coco.json", "--out", lists)
+    assert (report["karpathy_train_iids"], report["karpathy_val_iids"], report["forbidden_coco_images"]) == (1, 1, 1)
+
+    assert summary(captions, tmp_path / "all.db", "--exclude", lists)["texts"]["excluded"] == 2
+    train = summary(captions, tmp_path / "train.db", "--exclude", lists, "--split", "train")["texts"]
+    assert (train["kept"], train["excluded"], train["texts_of_other_parts"]) == (2, 2, 2)
+    run(captions, tmp_path / "val.db", "--exclude", lists, "--split", "val")
+    assert list(TextDB(tmp_path / "val.db").image_keys) == ["COCO_train2014_000000000025"]
+    header = TextDB(tmp_path / "val.db").header
+    assert header is not None and list(header["settings"]["exclude"]) == ["excluded.json"]
+    assert "unknown split 'test'" in run(captions, tmp_path / "x.db", "--exclude", lists, "--split", "test", code=1).stderr
+    assert "--split needs Karpathy's" in run(captions, tmp_path / "x.db", "--split", "val", code=1).stderr
+    # A changed list is another database.
+    lists.write_text("[1]")
+    assert "exclude" in run(captions, tmp_path / "val.db", "--exclude", lists, code=1).stderr
+
+
+def test_messages_and_exit_codes(captions: Path, tmp_path: Path) -> None:
+    assert "unknown caption format 'cocoo'; did you mean 'coco'?" in run(captions, "--format", "cocoo", code=1).stderr
+    assert "is not there" in run(tmp_path / "nowhere.json", code=1).stderr
+    assert "unknown task 'vqaa'" in run(captions, "--task", "vqaa", code=1).stderr
+    assert "Usage: " in run(code=2).stderr and "Usage: " in run("exclude", code=2).stderr
+    assert run(captions, tmp_path / "a.db", "--key", "{what}", code=1).stderr.startswith("error: key template")
+    assert not (tmp_path / "a.db").exists()
+    result = run(captions, "--format", "karpathy", "--traceback", code=1)
+    assert "Traceback" in result.stderr and "lacks filename" in result.stderr
+    assert "uniter-build-db captions.json" in run("--help").stdout and "--karpathy" in run("exclude", "--help").stdout
+    assert "version" in run("--version").stdout
+    assert not list(tmp_path.glob("*.db")), "what failed leaves nothing"
+    captions.write_text(captions.read_text()[:-30])
+    assert "was it cut off?" in run(captions, code=1).stderr
+
+
+def test_several_files(tmp_path: Path, captions: Path) -> None:
+    assert expand("cc3m/{00000..00002}.tar") == [Path(f"cc3m/0000{n}.tar") for n in range(3)]
+    assert expand("a_{train,val}{1..2}.json") == [Path(f"a_{part}{n}.json") for part in ("train", "val") for n in (1, 2)]
+    (tmp_path / "x{1..2}.json").write_text("{}")
+    assert expand(str(tmp_path / "x{1..2}.json")) == [tmp_path / "x{1..2}.json"]
+    with pytest.raises(BadInput, match="expected at most a million, upwards"):
+        expand("{5..1}.tar")
+    document = json.loads(captions.read_text())
+    for part, annotations in (("train", document["annotations"][:4]), ("val", document["annotations"][4:])):
+        (tmp_path / f"captions_{part}2014.json").write_text(json.dumps({**document, "annotations": annotations}))
+    run(tmp_path / "captions_{train,val}2014.json", tmp_path / "both.db")
+    assert len(TextDB(tmp_path / "both.db")) == 6
+    assert "the id '0' is used twice" in run(tmp_path / "{captions_train2014,captions}.json", tmp_path / "twice.db", code=1).stderr
+
+
+def test_the_ten_photographs(shared: Path, tmp_path: Path) -> None:
+    report = summary(shared / "data" / "coco10" / "captions.json", tmp_path / "db")
+    assert report["texts"]["kept"] == 50 and report["images"] == 10
