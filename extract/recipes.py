@@ -25,7 +25,7 @@ from uniter.extract.preparation import CaffePreparation, Preparation, ShortestEd
 
 ROI_HEADS = ("Res5ROIHeads", "StandardROIHeads", "UniterDilatedRes5ROIHeads")
 PROPOSAL_GENERATORS = ("RPN", "UniterCaffeRPN")
-LARGEST_CONFIG = 1 << 20
+LARGEST_CONFIG, LARGEST_VALUES = 1 << 20, 100_000
 
 # Bottom-Up-Attention's weights, in the order in which they are tried: the original files, then ports of the same weights.
 UNC = "http://nlp.cs.unc.edu/models"
@@ -177,13 +177,12 @@ def read_config(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         if path.stat().st_size > LARGEST_CONFIG:
             raise BadInput(f"{path}: {path.stat().st_size:,} bytes; a Detectron2 configuration is far smaller")
         text = path.read_text(encoding="utf-8")
-        # Aliases are not used in configurations, and nested ones grow without bound when they are copied.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise BadInput(f"{path}: uses YAML aliases; write the values out")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"{path}: no readable Detectron2 YAML of plain values ({reason[:300]})") from error
+    if _values_in(values, LARGEST_VALUES) >= LARGEST_VALUES:
+        raise BadInput(f"{path}: more than {LARGEST_VALUES:,} values once its aliases are written out; a configuration has a few hundred")
     if not isinstance(values, dict):
         raise BadInput(f"{path}: a {type(values).__name__} where a mapping of Detectron2 settings was expected")
     base = values.pop("_BASE_", None)
@@ -192,6 +191,19 @@ def read_config(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str) or "://" in base:
         raise BadInput(f"{path}: _BASE_ {base!r}; expected the path of one YAML file")
     return _merged(read_config(path.parent / Path(base).expanduser(), above=(*above, path)), values)
+
+
+def _values_in(value: Any, most: int) -> int:
+    """How many values there are, shared ones counted each time they are met (aliases nested in aliases grow without bound)."""
+    count, left = 0, [value]
+    while left and count < most:
+        current = left.pop()
+        count += 1
+        if isinstance(current, dict):
+            left += current.values()
+        elif isinstance(current, list):
+            left += current
+    return count
 
 
 def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
