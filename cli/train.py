@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from uniter.cli.common import common_options, print_summary, version
+from uniter.cli.train_detector import detector_command
 from uniter.datasets.errors import BadInput, unknown_name
 
 Command = Callable[..., Any]
@@ -212,6 +213,9 @@ def _until_told(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Stopped as stopped:
         click.echo(str(stopped), err=True)
         sys.exit(128 + signal.Signals(stopped.signal_number).value)
+
+
+main.add_command(detector_command)
 
 
 if __name__ == "__main__":
