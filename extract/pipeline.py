@@ -521,8 +521,9 @@ def extract_units(
     device = device_of(detector)
     threads = workers or fitting_workers(device)
     open_writers: list[UnitWriter] = []
-    cv2_threads = cv2.getNumThreads()
+    cv2_threads, cv2_loudness = cv2.getNumThreads(), cv2.utils.logging.getLogLevel()
     cv2.setNumThreads(1)  # images run side by side already
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong with a file stands in failures.jsonl
     reading = ThreadPoolExecutor(threads, thread_name_prefix="read")
     writing = ThreadPoolExecutor(1, thread_name_prefix="write")
     ahead: deque[_Batch] = deque()
@@ -593,6 +594,7 @@ def extract_units(
         for writer in open_writers:
             writer.__exit__(None, None, None)
         cv2.setNumThreads(cv2_threads)
+        cv2.utils.logging.setLogLevel(cv2_loudness)
 
 
 def prepare_item(item: ImageItem, *, detector: Detector, work: Work, device: str = "cpu") -> PreparedImage:

@@ -204,6 +204,28 @@ def test_help_has_examples() -> None:
         assert words in text
 
 
+@pytest.mark.slow
+def test_one_photograph_through_the_whole_network(tmp_path: Path) -> None:
+    """Bottom-Up-Attention with random weights in a process of its own: minutes of setting up a real run are not needed to try it."""
+    pytest.importorskip("detectron2", reason="Detectron2 is brought by `uniter-extract --install-detectron2`")
+    rng = np.random.default_rng(3)
+    picture = cv2.resize(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8), (320, 240), interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(tmp_path / "photo.jpg"), picture)
+    command = [sys.executable, "-m", "uniter.cli.extract", str(tmp_path / "photo.jpg"), str(tmp_path / "out")]
+    done = subprocess.run([*command, "--weights", "random:1", "--json"], capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["complete"] and summary["images"] == 1 and 10 <= summary["regions"] <= 100
+    assert "NOTHING" in done.stderr and "RANDOM" in summary["weights"]
+    database = ImageDB(tmp_path / "out")
+    record = database["photo"]
+    assert record.features.shape == (summary["regions"], 2048) and np.isfinite(record.features).all()
+    assert record.soft_labels is not None and record.soft_labels.shape[1] == 1601 and database.class_names is not None
+    np.testing.assert_allclose(record.soft_labels.astype(np.float32).sum(axis=1), 1, atol=2e-2)
+    again = subprocess.run([*command, "--weights", "random:2"], capture_output=True, text=True, check=False, timeout=500)
+    assert again.returncode == 1 and "was begun with other settings" in again.stderr
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {folder!r})
