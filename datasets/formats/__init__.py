@@ -4,6 +4,7 @@
 invented: Caffe's TSV has no confidences, only UNITER's formats have soft labels (MRC-KL needs them).
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ class Format:
         read: (path, selection) -> items; a broken image is an item, a broken file an exception.
         write: (path, records, selection); None for our own database, which `convert` writes itself (it alone can be resumed).
         needs_pixels: whether writing needs the size of each image.
-        holds: which of "soft labels", "classes", "confidences" the format has room for.
+        holds: which of "soft labels", "classes" (best ones, apart from soft labels), "confidences" the format has room for.
     """
 
     means: str
@@ -61,12 +62,13 @@ def _write_uniter_compressed(path: Path, records: _Records, selection: Selection
 
 
 _LABELS: Final = ("soft labels", "classes", "confidences")
+_NO_IDS: Final = ("soft labels", "confidences")
 
 FORMATS: Final[dict[str, Format]] = {
     "lmdb": Format("this project's region database", lmdbs.read, None, False, _LABELS),
-    "uniter": Format("UNITER's LMDB with its nbb JSON", lmdbs.read, _write_uniter, False, _LABELS),
-    "uniter-compressed": Format("the same with npz values", lmdbs.read, _write_uniter_compressed, False, _LABELS),
-    "npz": Format("a folder of .npz files, as UNITER's docker writes them", npz.read, _ignoring_selection(npz.write), False, _LABELS),
+    "uniter": Format("UNITER's LMDB with its nbb JSON", lmdbs.read, _write_uniter, False, _NO_IDS),
+    "uniter-compressed": Format("the same with npz values", lmdbs.read, _write_uniter_compressed, False, _NO_IDS),
+    "npz": Format("a folder of .npz files, as UNITER's docker writes them", npz.read, _ignoring_selection(npz.write), False, _NO_IDS),
     "butd-tsv": Format("Caffe's TSV", _whole(tsv.read_caffe), _ignoring_selection(tsv.write_caffe), True, ()),
     "lxmert-tsv": Format("LXMERT's TSV", _whole(tsv.read_lxmert), _ignoring_selection(tsv.write_lxmert), True, _LABELS[1:]),
     "hdf5": Format("adaptive HDF5", _whole(hdf5.read), _ignoring_selection(hdf5.write_adaptive), True, ()),
@@ -162,13 +164,14 @@ class _Seen:
             yield key, regions
 
     def lacks(self, holds: tuple[str, ...]) -> str:
+        labels = self.label_columns > 0 and "soft labels" in holds
         known = {
-            "soft labels": self.label_columns > 0,
-            "classes": self.label_columns > 0 or self.top_object >= 0,
-            "confidences": self.confidences,
+            "soft labels": labels,
+            "classes": labels or ("classes" in holds and (self.label_columns > 0 or self.top_object >= 0)),
+            "confidences": self.confidences and "confidences" in holds,
         }
         reasons = {"soft labels": " (MRC-KL cannot be trained on it)", "classes": " (MRC neither)", "confidences": ""}
-        return ", ".join(name + reasons[name] for name, there in known.items() if not there or name not in holds) or "nothing"
+        return ", ".join(name + reasons[name] for name, there in known.items() if not there) or "nothing"
 
     def header(self) -> dict[str, Any]:
         objects, attributes = visual_genome_objects(), visual_genome_attributes()
@@ -213,38 +216,48 @@ def convert(
     sizes = ImageSizes(images) if images is not None else None
     seen = _Seen()
     form = FORMATS[to]
+    if form.write is not None and target.is_file() and not overwrite:
+        raise BadInput(f"{target} is there already; choose another name, or --overwrite")
     with Progress(None, unit="images", label=f"{name} to {to}") as progress:
         items: Iterable[Item] = read_items(source, selection=rule, source=name)
         if form.needs_pixels or sizes is not None:
             items = with_pixels(items, sizes)
-        watched = seen.watch(items, progress)
+        watched = _not_in_vain(seen.watch(items, progress), seen, source, name)
         if form.write is None:
-            first = _origin(source)
-            settings = {"made_by": "uniter-db convert", "source": source.name, "source_format": name, "selection": asdict(rule)}
-            seen.skipped = lmdbs.write_ours(
-                target, watched, settings=settings, header=lambda: {**seen.header(), **first, "converted_from": name}, overwrite=overwrite
+            settings: dict[str, Any] = {
+                "made_by": "uniter-db convert",
+                "source": source.name,
+                "source_format": name,
+                "selection": asdict(rule),
+            }
+            settings["images"] = None if images is None else images.name
+            origin = _origin(source)
+
+            def header() -> dict[str, Any]:
+                return {**seen.header(), **origin, "converted_from": name, "lacks": seen.lacks(form.holds)}
+
+            seen.skipped = lmdbs.write_ours(target, watched, settings=settings, header=header, overwrite=overwrite)
+            written = read_json(target / "header.json")
+            return ConvertReport(
+                name, to, written["images"], written["regions"], seen.skipped, written["label_classes"] > 0, str(written.get("lacks", ""))
             )
-        else:
-            if target.is_file() and not overwrite:
-                raise BadInput(f"{target} is there already; choose another name, or --overwrite")
-            try:
-                form.write(target, ((key, regions) for key, regions in watched if not isinstance(regions, BadInput)), rule)
-            except OSError as error:
-                raise UniterError(
-                    f"writing {target} failed ({error.strerror or error}); make room and run the same command again"
-                ) from None
-    if not seen.images:
-        reason = f": {seen.skipped[0]['error']}" if seen.skipped else ""
-        raise BadInput(f"{source} ({name}) holds no image that could be converted{reason}")
-    return ConvertReport(
-        source=name,
-        target=to,
-        images=seen.images,
-        regions=seen.regions,
-        skipped=seen.skipped,
-        soft_labels=seen.label_columns > 0 and "soft labels" in form.holds,
-        lacks=seen.lacks(form.holds),
-    )
+        try:
+            form.write(target, ((key, regions) for key, regions in watched if not isinstance(regions, BadInput)), rule)
+        except OSError as error:
+            raise UniterError(f"writing {target} failed ({error.strerror or error}); make room and run the same command again") from None
+    labels = seen.label_columns > 0 and "soft labels" in form.holds
+    return ConvertReport(name, to, seen.images, seen.regions, seen.skipped, labels, seen.lacks(form.holds))
+
+
+def _not_in_vain(items: Iterator[Item], seen: _Seen, source: Path, name: str) -> Iterator[Item]:
+    """The same items; but BadInput, before anything is written, if there is not one good among them."""
+    broken = []
+    for item in items:
+        broken.append(item)
+        if not isinstance(item[1], BadInput):
+            return itertools.chain(broken, items)
+    reason = f": {seen.skipped[0]['error']}" if seen.skipped else ""
+    raise BadInput(f"{source} ({name}) holds no image that could be converted{reason}")
 
 
 def _origin(source: Path) -> dict[str, Any]:
