@@ -9,6 +9,7 @@ Imports Detectron2: load this module only where a detector is built.
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +49,7 @@ class RegionNetwork:
         self.feature_width: int = self.predictor.cls_score.in_features
         self.has_attributes = hasattr(self.predictor, "attr_score")
         self._mean, self._deviation = self.model.pixel_mean.to(self.device), self.model.pixel_std.to(self.device)
+        self._cores = ThreadPoolExecutor(torch.get_num_threads())
         self._takes_scales = "scales" in inspect.signature(self.rpn.predict_proposals).parameters
         self._guard = PaddingGuard(self.backbone, self.rpn.rpn_head)
         self.mixes_sizes = supports_padding(self.backbone, self.rpn.rpn_head)
@@ -123,8 +125,18 @@ class RegionNetwork:
     def pooled(self, maps: FeatureMaps, boxes: Tensor) -> Tensor:
         """What the pooler cuts out for each box, (P, C, h, w); boxes (P, 4) in network pixels."""
         names = self.heads.in_features if self.is_c4 else self.heads.box_in_features
-        pooled: Tensor = self.pooler([maps[name].contiguous() for name in names], [Boxes(boxes)])
-        return pooled
+        levels = [maps[name].contiguous() for name in names]
+
+        def pool(part: Tensor) -> Tensor:
+            with torch.inference_mode():
+                pooled: Tensor = self.pooler(levels, [Boxes(part)])
+            return pooled
+
+        # torchvision pools on one core and without Python's lock, so each core takes a share of the boxes.
+        share = -(-len(boxes) // torch.get_num_threads())
+        if self.device.type != "cpu" or share == len(boxes):
+            return pool(boxes)
+        return torch.cat(list(self._cores.map(pool, torch.split(boxes, share))))
 
     def region_features(self, maps: FeatureMaps, boxes: Tensor) -> Tensor:
         """What the box predictor sees of each box, (P, D) float32; boxes (P, 4) in network pixels."""

@@ -22,6 +22,7 @@ from uniter.datasets.errors import BadInput, UniterError, unknown_name
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
 from uniter.extract.butd import butd_config
 from uniter.extract.preparation import CaffePreparation, Preparation, ShortestEdgePreparation
+from uniter.extract.weight_files import sha256_of
 
 ROI_HEADS = ("Res5ROIHeads", "StandardROIHeads", "UniterDilatedRes5ROIHeads")
 PROPOSAL_GENERATORS = ("RPN", "UniterCaffeRPN")
@@ -152,6 +153,11 @@ def _trained(folder: Path) -> Recipe:
         if Path(entry).is_absolute() or ".." in Path(entry).parts:
             raise BadInput(f"{described}: names {entry!r}, which lies outside its folder")
     recipe = _from_yaml(folder / config, folder.resolve().name)
+    expected = content.get("sha256")
+    if expected is not None and (not (folder / weights).is_file() or sha256_of(folder / weights) != expected):
+        raise BadInput(
+            f"{folder / weights}: not the weights that detector.json was written for; was the folder copied in part? Copy it again"
+        )
     if len(classes) != len(recipe.class_names):
         raise BadInput(f"{described}: {len(classes)} class names, but {config} is for {len(recipe.class_names)} classes")
     return Recipe(

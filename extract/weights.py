@@ -182,14 +182,15 @@ def _download(url: str) -> Path:
 
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for name in ("model.safetensors", "pytorch_model.bin"):
         try:
             return Path(hf_hub_download(repository, name))
-        except EntryNotFoundError:
-            continue
         except Exception as error:  # the hub's client raises errors of half a dozen libraries
+            # The error for "no network" is, of all things, a kind of "no such file".
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise UniterError(f"hub id {repository}: {reason[:200]}") from error
     raise UniterError(f"hub id {repository}: holds neither model.safetensors nor pytorch_model.bin")
@@ -210,9 +211,10 @@ def load_weight_file(path: Path, *, source: str | None = None) -> Weights:
     if (cached := _cached(kept)) is not None:
         tensors, layout = cached
     else:
-        _, found = read_tensors(path)
+        kind, found = read_tensors(path)
         tensors, layout = to_detectron2(found, path=path)
-        _keep(kept, tensors, {"source": source, "source_sha256": source_sha256, "layout": layout})
+        if (kind, layout) != ("safetensors", "detectron2"):
+            _keep(kept, tensors, {"source": source, "source_sha256": source_sha256, "layout": layout})
     return Weights(tensors, layout, source, source_sha256, tensors_sha256(tensors))
 
 

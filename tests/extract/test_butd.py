@@ -29,6 +29,10 @@ from uniter.extract.select import RawRegions, class_confidences, select_regions
 GOLDEN = Path(os.environ.get("BUTD_GOLDEN", Path(__file__).parent.parent / "golden" / "butd"))
 FACTS = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
 IMAGES = sorted(Path(name).stem for name in FACTS["images"])
+# A pass over all proposals takes seconds: by default on the first image, the others are slow. Whole records are checked on all.
+FIRST_IMAGE_BY_DEFAULT = pytest.mark.parametrize(
+    "image", [IMAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in IMAGES[1:])], indirect=True, scope="session"
+)
 MEAN = np.array(CAFFE_MEAN_BGR, dtype=np.float32)
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -52,7 +56,6 @@ def state(generator: ModuleType) -> dict[str, NDArray[np.float32]]:
 @pytest.fixture(scope="session")
 def detector(state: dict[str, NDArray[np.float32]], tmp_path_factory: pytest.TempPathFactory) -> Detectron2Detector:
     folder = tmp_path_factory.mktemp("weights")
-    os.environ["UNITER_CACHE"] = str(folder / "cache")
     save_file({name: torch.from_numpy(array) for name, array in state.items()}, folder / "butd.safetensors")
     return Detectron2Detector("butd", weights=str(folder / "butd.safetensors"), attributes=True)
 
@@ -227,6 +230,7 @@ def test_golden_proposals_by_detectron2s_rule(
 # Heads and selection on the golden proposals
 
 
+@FIRST_IMAGE_BY_DEFAULT
 def test_golden_heads_on_all_proposals(
     network: RegionNetwork, levels: tuple[FeatureMaps, FeatureMaps], golden: Arrays, facts: dict[str, Any], image: str
 ) -> None:
@@ -273,6 +277,7 @@ def hugging_face_selection(
     assert largest_difference(features[kept][rows][:8], golden["hf36_feat8"]) <= 1e-3
 
 
+@FIRST_IMAGE_BY_DEFAULT
 def test_golden_caffe_selection(
     network: RegionNetwork, levels: tuple[FeatureMaps, FeatureMaps], golden: Arrays, facts: dict[str, Any]
 ) -> None:

@@ -399,6 +399,7 @@ def test_a_trained_detectors_folder(butd_state: dict[str, torch.Tensor], tmp_pat
         ({"class_names": ["one"]}, "1 class names"),
         ({"format": 9}, "format 9"),
         ({"class_names": None}, "cannot be used"),
+        ({"sha256": "0" * 64}, "not the weights that"),
     ):
         with pytest.raises(BadInput, match=words):
             Detectron2Detector(str(trained_folder(tmp_path / "mine", butd_state, **changes)))

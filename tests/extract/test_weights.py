@@ -193,7 +193,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     file = tmp_path / "weights"
-    write("safetensors", file, state, generator, writer)
+    write("pickle2", file, state, generator, writer)
     (tmp_path / "in-the-way").write_text("a file where the folder would be")
     monkeypatch.setenv("UNITER_CACHE", str(tmp_path / "in-the-way"))
     assert load_weight_file(file).layout == "detectron2"
@@ -372,6 +372,30 @@ def test_when_no_known_source_answers_each_is_named_with_what_to_do(server: tupl
 def test_a_path_that_is_not_there_says_what_could_stand_there() -> None:
     with pytest.raises(UniterError, match=r"no such file; expected a weight file, a URL, a hub id"):
         load_weights("/nowhere/weights.pkl", shapes={})
+
+
+def test_a_hub_id_that_does_not_answer_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    asked: list[str] = []
+
+    def answer(_: str, name: str) -> str:
+        asked.append(name)
+        if name == "model.safetensors":
+            raise missing()
+        raise LocalEntryNotFoundError("no network, and nothing kept")
+
+    def missing() -> Exception:
+        error = EntryNotFoundError.__new__(EntryNotFoundError)
+        Exception.__init__(error, "no such file there")
+        return error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UniterError, match="hub id somebody/detector: no network"):
+        load_weights("somebody/detector", shapes={})
+    assert asked == ["model.safetensors", "pytorch_model.bin"]
 
 
 # Random weights
