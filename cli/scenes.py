@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from uniter.cli.common import common_options, print_summary
+from uniter.datasets.scene_tasks import write_tasks
 from uniter.datasets.scenes import WORLDS, load_world, write_world
 
 
@@ -20,6 +21,7 @@ from uniter.datasets.scenes import WORLDS, load_world, write_world
 @click.option("--colours", metavar="WORD,...", help="Only these of the world's colours.")
 @click.option("--attributes/--no-attributes", default=None, help="Annotate colours as attributes of the boxes.  [default: as the world]")
 @click.option("--format", "image_format", default="jpeg", show_default=True, type=click.Choice(["jpeg", "png"]))
+@click.option("--tasks", is_flag=True, help="Also write OUT/tasks: the down-stream tasks over these pictures, in their authors' formats.")
 @click.option("--overwrite", is_flag=True, help="Replace a world that was made with other settings.")
 @common_options
 def main(
@@ -33,6 +35,7 @@ def main(
     colours: str | None,
     attributes: bool | None,
     image_format: Any,
+    tasks: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -69,6 +72,8 @@ def main(
         image_format=image_format,
         overwrite=overwrite,
     )
+    if tasks:
+        summary["tasks"] = write_tasks(out, seed=seed)
     print_summary(summary, as_json=as_json, title=f"a world of {images:,} pictures in {out}")
 
 
