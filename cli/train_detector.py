@@ -1,0 +1,68 @@
+"""uniter-train detector: train a detector on COCO's instances JSON."""
+
+import sys
+from typing import Any
+
+import click
+import yaml
+
+from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
+from uniter.extract.install import require_detectron2
+
+
+@click.command("detector", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--images", required=True, type=click.Path(exists=True, file_okay=False), help="The folder of the photographs.")
+@click.option("--annotations", required=True, type=click.Path(exists=True, dir_okay=False), help="COCO's instances JSON.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="The detector's folder; the same command again continues.")
+@click.option(
+    "--model",
+    default="tiny",
+    show_default=True,
+    type=click.Choice(["tiny", "r101-c4"]),
+    help="tiny: minutes on two cores. r101-c4: Bottom-Up-Attention's size, work for a GPU.",
+)
+@click.option("--val-annotations", type=click.Path(exists=True, dir_okay=False), help="Held-out annotations of images in the same folder.")
+@click.option("--held-out", default=0.1, show_default=True, type=float, help="Without them, this fraction of the images (at most 500).")
+@click.option("--attributes/--no-attributes", default=True, show_default=True, help="Learn attributes where they are annotated.")
+@click.option("--from", "from_weights", type=click.Path(exists=True, dir_okay=False), help="Start from this weight file, where it fits.")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False), help="A Detectron2 YAML of plain values in the model's place.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One of Detectron2's settings, or checkpoint_every=N.")
+@click.option("--steps", type=click.IntRange(1), help="Updates.  [default: ten epochs, at least 600]")
+@click.option("--batch-size", type=click.IntRange(1), help="Images an update.  [default: 16; r101-c4: 2]")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="[default: fitted to model and batch]")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: none where all images fit into memory]")
+@click.option("--overwrite", is_flag=True, help="Start anew where --out holds another run.")
+@click.option("--strict", is_flag=True, help="Exit with code 3 if anything of the annotations was left out.")
+@common_options
+def detector_command(assignments: tuple[str, ...], strict: bool, as_json: bool, **options: Any) -> None:
+    """Train a detector of one's own; its folder is a --detector of uniter-extract.
+
+    \b
+    Example:
+      uniter-train detector --images photos/ --annotations instances.json --out detector/
+      uniter-extract photos/ out.lmdb --detector detector/
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"--set {assignment!r}: expected KEY=VALUE, e.g. MODEL.RPN.NMS_THRESH=0.6")
+        try:
+            overrides[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise click.UsageError(f"--set {assignment!r}: {text!r} is no plain value") from error
+    for name in ("checkpoint_every", "validate_every"):
+        if name in overrides:
+            value = overrides.pop(name)
+            if type(value) is not int or value < 1:
+                raise click.UsageError(f"--set {name}={value}: expected a number of updates, 1 or more")
+            options[name] = value
+    require_detectron2()
+    from uniter.extract.train_detector import train_detector
+
+    summary = train_detector(overrides=overrides, **options)
+    print_summary(summary, as_json=as_json, title=f"a detector in {options['out']}")
+    if strict and summary["skipped"]:
+        sys.exit(SKIPPED_UNDER_STRICT)
