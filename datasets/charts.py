@@ -38,8 +38,10 @@ def histogram(values: NDArray[np.number], *, title: str, axis: str, low: float, 
     return _svg(parts, title)
 
 
-def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, axis: str = "update") -> str:
-    """Curves over the same axes as an `<svg>` element, with a legend where there is more than one.
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, colours: Mapping[str, str], title: str, axis: str = "update"
+) -> str:
+    """Curves over the same axes as an `<svg>` element; whose curve has which colour is said once, beside the charts.
 
     Args:
         lines: for each name its (x, y) points, in the order of x; points that are not finite break the line. A noisy line (more than
@@ -55,18 +57,11 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
     x_range = _widened(min(x.min() for x, _ in finite), max(x.max() for x, _ in finite))
     y_range = _widened(min(y.min() for _, y in finite), max(y.max() for _, y in finite))
     parts = [_axes(title, axis, x_range=x_range, y_range=y_range)]
-    for index, (name, (x, y)) in enumerate(arrays.items()):
-        colour = LINE_COLOURS[index % len(LINE_COLOURS)]
+    for name, (x, y) in arrays.items():
         noisy = len(y) > 60
-        parts.append(_path(x, y, x_range, y_range, colour, opacity=0.25 if noisy else 1.0))
+        parts.append(_path(x, y, x_range, y_range, colours[name], opacity=0.25 if noisy else 1.0))
         if noisy:
-            parts.append(_path(x, _moving_mean(y, max(3, len(y) // 50)), x_range, y_range, colour, opacity=1.0))
-        if len(arrays) > 1:
-            y_text = _TOP + 12 + 14 * index
-            parts.append(
-                f'<line x1="{_WIDTH - 120}" y1="{y_text - 4}" x2="{_WIDTH - 106}" y2="{y_text - 4}" stroke="{colour}" stroke-width="3"/>'
-            )
-            parts.append(_text(_WIDTH - 102, y_text, name if len(name) <= 15 else "…" + name[-14:], "start"))
+            parts.append(_path(x, _moving_mean(y, max(3, len(y) // 50)), x_range, y_range, colours[name], opacity=1.0))
     return _svg(parts, title)
 
 
@@ -113,7 +108,8 @@ def _axes(title: str, axis: str, *, x_range: tuple[float, float], y_range: tuple
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
         parts.append(_text(_LEFT - 6, y + 4, _number(y_range[0] + share * (y_range[1] - y_range[0])), "end"))
         x = _LEFT + share * (right - _LEFT)
-        parts.append(_text(x, bottom + 16, _number(x_range[0] + share * (x_range[1] - x_range[0])), "middle"))
+        anchor = {0.0: "start", 1.0: "end"}.get(share, "middle")
+        parts.append(_text(x, bottom + 16, _number(x_range[0] + share * (x_range[1] - x_range[0])), anchor))
     return "".join(parts)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uniter.datasets.charts import curves, histogram
+from uniter.datasets.charts import LINE_COLOURS, curves, histogram
 from uniter.datasets.drawing import (
     Photographs,
     RegionLabel,
@@ -431,15 +431,19 @@ def write_runs_report(runs: Mapping[str, Iterable[Mapping[str, Any]]], out: str 
             f"the logs of {', '.join(runs) or 'no run'} hold no line with a step and a number yet; let the run do its first update"
         )
     folder = _fresh_folder(Path(out))
+    colours = {name: LINE_COLOURS[place % len(LINE_COLOURS)] for place, name in enumerate(runs)}
     rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{row["last_update"]:,}</td><td class="number">{row["lines"]:,}</td></tr>'
+        f'<tr><td><span class="swatch" style="background:{colours[name]}"></span>{html.escape(name)}</td>'
+        f'<td class="number">{row["last_update"]:,}</td><td class="number">{row["lines"]:,}</td></tr>'
         for name, row in summary.items()
     )
     heads = '<th>run</th><th class="number">last update</th><th class="number">lines</th>'
     body = [f'<table class="facts"><thead><tr>{heads}</tr></thead>{rows}</table>']
     for kind in dict.fromkeys(figure.split(" ")[0] for figure in figures):
         charts = [
-            curves(lines, title=figure) for figure, lines in sorted(figures.items(), key=_losses_first) if figure.split(" ")[0] == kind
+            curves(lines, colours=colours, title=figure)
+            for figure, lines in sorted(figures.items(), key=_losses_first)
+            if figure.split(" ")[0] == kind
         ]
         body.append(f'<h2>{html.escape(kind)}</h2><div class="charts">{"".join(charts)}</div>')
     (folder / "index.html").write_text(_page(", ".join(runs), "".join(body)), encoding="utf-8")

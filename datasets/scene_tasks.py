@@ -104,6 +104,10 @@ def _phrase(thing: Thing) -> str:
     return thing.phrase()
 
 
+def _with_article(phrase: str) -> str:
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
 def _shown(things: Sequence[Thing]) -> set[str]:
     return {thing.phrase() for thing in things}
 
@@ -129,8 +133,8 @@ def _questions(world: World, scene: Scene, rng: random.Random) -> Iterator[tuple
         yield f"What is the {thing.colour} thing?", thing.shape, "other", [s for s in world.shapes if s != thing.shape]
     yield "How many things are there?", str(len(things)), "number", [str(len(things) + 1)]
     if things:
-        yield f"Is there a {rng.choice(things).phrase()}?", "yes", "yes/no", ["no"]
-    yield f"Is there a {_absent(world, things, rng)}?", "no", "yes/no", ["yes"]
+        yield f"Is there {_with_article(rng.choice(things).phrase())}?", "yes", "yes/no", ["no"]
+    yield f"Is there {_with_article(_absent(world, things, rng))}?", "no", "yes/no", ["yes"]
     for relation in scene.relations:
         subject, other = things[relation.subject], things[relation.object]
         alone = sum(r.object == relation.object and r.name == relation.name for r in scene.relations) == 1
@@ -202,8 +206,8 @@ def _write_entailment(folder: Path, world: World, scenes: _Parts, suffix: str, i
 
 def _hypotheses(world: World, scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:
     things = scene.things
-    yield "entailment", f"There is a {rng.choice(things).phrase()}."
-    yield "contradiction", f"There is a {_absent(world, things, rng)}."
+    yield "entailment", f"There is {_with_article(rng.choice(things).phrase())}."
+    yield "contradiction", f"There is {_with_article(_absent(world, things, rng))}."
     yield "neutral", f"The {rng.choice(things).phrase()} {rng.choice(_UNSEEN)}."
     certain = [
         relation for relation in scene.relations if {things[relation.subject], things[relation.object]} <= set(_unique(things, _phrase))

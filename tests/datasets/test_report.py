@@ -203,7 +203,7 @@ def test_histogram_counts_what_it_is_given():
 
 
 def test_a_curve_goes_down_where_the_values_do():
-    chart = curves({"a": ([1, 2, 3], [3.0, float("inf"), 1.0])}, title="loss")
+    chart = curves({"a": ([1, 2, 3], [3.0, float("inf"), 1.0])}, colours={"a": "#000"}, title="loss")
     path = chart.split('d="')[1].split('"')[0]
     assert path.count("M") == 2, "a value that is not finite breaks the line"
     first, second = (float(part.split()[1].split("h")[0]) for part in path.split("M")[1:])
