@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db import ImageDB, decode_record, kind_of
 from uniter.datasets.index_file import KeyList, map_arrays
-from uniter.datasets.lmdb_pages import Fault, PageFile, Place
-from uniter.datasets.lmdb_store import INDEX, check_data_file, read_json
+from uniter.datasets.lmdb_pages import Fault, PageFile, Place, check_data_file
+from uniter.datasets.lmdb_store import INDEX, read_json
 from uniter.datasets.progress import Progress
 from uniter.datasets.regions import RegionFeatures
 from uniter.datasets.text_db import TextDB, decode_text_record
@@ -116,7 +116,7 @@ def _records(path: Path, report: CheckReport, table: bytes | None = None) -> Ite
         whole = False
     try:
         pages = PageFile(data, whole=whole)
-    except (UniterError, OSError, ValueError, ArithmeticError) as error:
+    except (UniterError, OSError) as error:
         if whole:
             report.problem("file", f"{data} cannot be read ({error})")
         return
@@ -140,7 +140,7 @@ def _salvaged(path: Path, checksums: Mapping[bytes, int]) -> Iterator[tuple[byte
     """Records that no longer hang on the tree but whose checksum confirms them."""
     try:
         pages = PageFile(path / "data.mdb", whole=False)
-    except (UniterError, OSError, ValueError, ArithmeticError):
+    except (UniterError, OSError):
         return
     with pages:
         wanted = dict(checksums)

@@ -9,6 +9,7 @@ max_bb, num_bb`), by the `nbb_*.json` beside the database where there is one. Ou
 Source: facts/uniter.md sections 1.2, 1.3 and 8 (rows 16, 17, 18, 20: mended, not copied).
 """
 
+import mmap
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 from uniter.datasets.array_codec import find_arrays, npz_rows, pack_arrays, unpack_npz
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.index_file import KeyList, key_columns, map_arrays
-from uniter.datasets.lmdb_store import INDEX, open_reader, read_json
+from uniter.datasets.lmdb_pages import Fault, PageFile, check_data_file
+from uniter.datasets.lmdb_store import INDEX, read_json, value_places
 from uniter.datasets.regions import RegionFeatures
 
 DEFAULT_FIELDS: Final = ("features", "norm_bb")
@@ -85,36 +87,30 @@ def decode_record(value: bytes | memoryview, *, key: str) -> RegionFeatures:
     Raises:
         BadInput: the value is damaged or hostile; names `key`.
     """
-    return _decode(value, value, key=key, fields=ALL_FIELDS, rows=None)
+    try:
+        return _decode(value, fields=ALL_FIELDS, rows=None)
+    except BadInput as error:
+        raise BadInput(f"image {key!r}: {error}") from None
 
 
 def _decode(
-    value: bytes | memoryview,
-    owner: Any,
-    *,
-    key: str,
-    fields: Sequence[str],
-    rows: int | None,
-    soft_label_rows: NDArray[Any] | None = None,
+    value: bytes | memoryview, *, fields: Sequence[str], rows: int | None, soft_label_rows: NDArray[Any] | None = None
 ) -> RegionFeatures:
-    """Views of the wanted fields; `owner` is the buffer that the arrays keep alive, `rows` how many to take (None: all)."""
+    """Views of the wanted fields; `rows` says how many to take (None: all)."""
     found: Iterable[str]
-    try:
-        if _is_npz(value):
-            whole = unpack_npz(value)
-            arrays = {name: whole[name] for name in (*fields, "features", "norm_bb", "conf") if name in whole}
-            found = whole.keys()
-        else:
-            places = find_arrays(value)
-            arrays = {
-                name: np.ndarray(place.shape, dtype=place.dtype, buffer=owner, offset=place.offset)
-                for name in {*fields, "norm_bb", "conf"}
-                if (place := places.get(name)) is not None and name in _DISK_TYPES
-            }
-            found = places.keys()
-        return _as_regions(arrays, found, fields=fields, rows=rows, soft_label_rows=soft_label_rows)
-    except BadInput as error:
-        raise BadInput(f"image {key!r}: {error}") from None
+    if _is_npz(value):
+        whole = unpack_npz(value)
+        arrays = {name: whole[name] for name in {*fields, "norm_bb", "conf"} if name in whole}
+        found = whole.keys()
+    else:
+        places = find_arrays(value)
+        arrays = {
+            name: np.ndarray(place.shape, dtype=place.dtype, buffer=value, offset=place.offset)
+            for name in {*fields, "norm_bb", "conf"}
+            if (place := places.get(name)) is not None and name in _DISK_TYPES
+        }
+        found = places.keys()
+    return _as_regions(arrays, found, fields=fields, rows=rows, soft_label_rows=soft_label_rows)
 
 
 def _as_regions(
@@ -168,50 +164,39 @@ def count_boxes(conf: NDArray[Any], *, conf_th: float, min_bb: int, max_bb: int)
     return min(max_bb, max(min_bb, int((conf > conf_th).sum())))
 
 
-class _Mapped(np.ndarray[Any, Any]):
-    """A value's bytes inside the mapped file. It keeps the transaction, and so the mapping, alive for every view of it."""
-
-    transaction: Any
-
-
 # --------------------------------------------------------------------------------------------------------------------- parts
 
 
-class _Store:
-    """An LMDB opened lazily, once in each process; what pickles and forks is its path."""
+class _DataFile:
+    """A `data.mdb` that nobody writes any more, mapped once in each process; what pickles is its path.
+
+    Values are found by their place in the file, which is checked against its size: damage gives an error, never SIGBUS or
+    anything else that LMDB, which believes the file, could do. A fork inherits the mapping; views keep it alive.
+    """
 
     def __init__(self, path: Path, *, readahead: bool) -> None:
         self.path, self._readahead = path, readahead
-        self._transaction: Any = None
+        self._view: memoryview | None = None
 
-    def transaction(self) -> Any:
-        """A read transaction that lives as long as anybody uses a view of it."""
-        if self._transaction is None:
-            self._transaction = open_reader(self.path, readahead=self._readahead).begin(buffers=True)
-        return self._transaction
+    def value(self, offset: int, size: int) -> memoryview:
+        view = self._view
+        if view is None:
+            view = self._open()
+        if not 0 < offset <= offset + size <= len(view):
+            raise BadInput("its place lies outside the file; the index or the file is damaged")
+        return view[offset : offset + size]
 
-    def value(self, key: bytes) -> memoryview | bytes | None:
-        transaction = self._transaction or self.transaction()
-        try:
-            found: memoryview | None = transaction.get(key)
-        except lmdb.Error as error:
-            raise BadInput(f"{self.path}/data.mdb is damaged at key {key.decode(errors='replace')!r}: {error}") from None
-        return found
-
-    def owner(self, value: memoryview | bytes) -> Any:
-        """The buffer that views of a value are made of, so that they keep the mapping alive."""
-        owner = np.ndarray.__new__(_Mapped, (len(value),), np.uint8, buffer=value)
-        owner.transaction = self._transaction
-        return owner
-
-    def keys(self) -> list[bytes]:
-        try:
-            return [bytes(key) for key in self.transaction().cursor().iternext(values=False) if key != _KEYS_ENTRY]
-        except lmdb.Error as error:
-            raise BadInput(f"{self.path}/data.mdb is damaged: {error}; see `uniter-db check`") from None
+    def _open(self) -> memoryview:
+        check_data_file(self.path / "data.mdb")
+        with open(self.path / "data.mdb", "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not self._readahead:
+            mapping.madvise(mmap.MADV_RANDOM)
+        self._view = memoryview(mapping)
+        return self._view
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_transaction": None}
+        return {**self.__dict__, "_view": None}
 
 
 class _LiveStore:
@@ -243,16 +228,13 @@ class _LiveStore:
         finally:
             environment.close()
 
-    def value(self, key: bytes) -> memoryview | bytes | None:
+    def value(self, key: bytes) -> bytes | None:
         def get(transaction: Any, table: Any) -> bytes | None:
             value = transaction.get(key, db=table) if table is not None else transaction.get(key)
             return None if value is None else bytes(value)
 
         found: bytes | None = self._read(get)
         return found
-
-    def owner(self, value: memoryview | bytes) -> Any:
-        return value
 
     def counts(self) -> dict[bytes, int]:
         """Every key with its number of regions."""
@@ -267,50 +249,86 @@ class _LiveStore:
         return self._read(scan) or {}
 
 
-class _Database:
-    """One LMDB whose records are read whole: ours, complete or a part of an unfinished one."""
+class _Live:
+    """One LMDB of an unfinished database."""
 
-    def __init__(self, store: _Store | _LiveStore, *, header: dict[str, Any] | None, columns: Mapping[str, NDArray[Any]] | None) -> None:
-        self.store, self.path, self.header = store, store.path, header
-        self._index = store.path / INDEX if columns is None else None
-        self._own = columns
+    header = None
+
+    def __init__(self, store: _LiveStore, counts: Mapping[bytes, int]) -> None:
+        self.store, self.path = store, store.path
+        self.keys = KeyList(key_columns(list(counts)))
+        self.region_counts = np.fromiter(counts.values(), dtype=np.int32, count=len(counts))
+
+    def value(self, key: str) -> bytes | None:
+        return self.store.value(key.encode(errors="surrogatepass"))
+
+    def rows_of(self, key: str) -> int | None:
+        return None
+
+
+class _Complete:
+    """A complete database of ours, by its index."""
+
+    def __init__(self, path: Path, *, readahead: bool, header: dict[str, Any]) -> None:
+        self.path, self.header = path, header
+        self.file = _DataFile(path, readahead=readahead)
         self._load()
 
     def _load(self) -> None:
-        columns = self._own if self._own is not None else map_arrays(self._index or self.path)
+        columns = map_arrays(self.path / INDEX)
+        with PageFile(self.path / "data.mdb") as pages:
+            current = "data_file" in columns and columns["data_file"].tolist() == list(pages.identity)
         self.keys = KeyList(columns)
+        if not current:  # the file was rewritten since, e.g. by `mdb_copy -c`: the places are looked up anew
+            columns = {**columns, **value_places(self.path / "data.mdb", [self.keys.raw(row) for row in range(len(self.keys))])}
         self.region_counts: NDArray[np.int32] = columns["region_counts"]
-        self.checksums: NDArray[np.uint32] | None = columns.get("checksums")
+        self._offsets, self._sizes = columns["offsets"], columns["sizes"]
+        if not len(self.keys) == len(self.region_counts) == len(self._offsets) == len(self._sizes):
+            raise BadInput(f"{self.path / INDEX} has columns of different lengths; run `uniter-db check --repair OUT` on the database")
+
+    def value(self, key: str) -> memoryview | None:
+        row = self.keys.find(key)
+        return None if row < 0 else self.file.value(int(self._offsets[row]), int(self._sizes[row]))
 
     def rows_of(self, key: str) -> int | None:
         """How many rows of a record are read; None: all."""
         return None
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        if self._index is not None:  # each process maps the index itself
-            for name in ("keys", "region_counts", "checksums"):
-                del state[name]
-        return state
+    def __getstate__(self) -> dict[str, Any]:  # each process maps the index itself
+        return {"path": self.path, "header": self.header, "file": self.file}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._index is not None:
-            self._load()
+        self._load()
 
 
 class _Published:
     """One of UNITER's LMDBs. Keys come from its own pages (`__keys__` may be absent or wrong), counts from JSON and records."""
 
-    checksums = None
     header = None
 
-    def __init__(self, store: _Store, *, conf_th: float, min_bb: int, max_bb: int, num_bb: int, counts: dict[str, int] | None) -> None:
-        self.store, self.path = store, store.path
-        self._rule = {"conf_th": conf_th, "min_bb": min_bb, "max_bb": max_bb}
-        self._num_bb, self._stated = num_bb, counts
-        self.keys = KeyList(key_columns(store.keys()))
+    def __init__(
+        self, path: Path, *, readahead: bool, conf_th: float, min_bb: int, max_bb: int, num_bb: int, counts: dict[str, int] | None
+    ) -> None:
+        self.path = path
+        self.file = _DataFile(path, readahead=readahead)
+        self._conf_th, self._min_bb, self._max_bb, self._num_bb, self._stated = conf_th, min_bb, max_bb, num_bb, counts
+        keys, offsets, sizes = [], [], []
+        with PageFile(path / "data.mdb") as pages:
+            for found in pages.records(look_at_values=False):
+                if isinstance(found, Fault):
+                    raise BadInput(f"{path}/data.mdb is damaged: {found.words}; see `uniter-db check`")
+                if found.key != _KEYS_ENTRY:
+                    keys.append(found.key)
+                    offsets.append(found.offset)
+                    sizes.append(found.size)
+        self.keys = KeyList(key_columns(keys))
+        self._offsets, self._sizes = np.array(offsets, dtype=np.int64), np.array(sizes, dtype=np.int64)
         self._counts: NDArray[np.int32] | None = None
+
+    def value(self, key: str) -> memoryview | None:
+        row = self.keys.find(key)
+        return None if row < 0 else self.file.value(int(self._offsets[row]), int(self._sizes[row]))
 
     @property
     def region_counts(self) -> NDArray[np.int32]:
@@ -321,10 +339,8 @@ class _Published:
 
     def _count(self, row: int) -> int:
         key = self.keys[row]
-        value = self.store.value(key.encode())
-        if value is None:
-            raise BadInput(f"{self.path}: key {key!r} vanished while reading")
         try:
+            value = self.file.value(int(self._offsets[row]), int(self._sizes[row]))
             if _is_npz(value):
                 stored = npz_rows(value, "norm_bb")
             else:
@@ -338,19 +354,22 @@ class _Published:
 
     def stated(self, key: str) -> int:
         """What UNITER's reader calls the number of boxes of this name: the JSON's, or by the rule, or `num_bb`."""
-        if self._rule["conf_th"] == -1:
+        if self._conf_th == -1:
             return self._num_bb
         if self._stated is not None and key in self._stated:
             return self._stated[key]
-        value = self.store.value(key.encode())
+        value = self.value(key)
         if value is None:
             raise MissingImage(f"image {key!r} is not in {self.path}")
         conf = decode_record(value, key=key).conf
-        return count_boxes(conf, conf_th=self._rule["conf_th"], min_bb=int(self._rule["min_bb"]), max_bb=int(self._rule["max_bb"]))
+        return count_boxes(conf, conf_th=self._conf_th, min_bb=self._min_bb, max_bb=self._max_bb)
 
     def rows_of(self, key: str) -> int | None:
         """How many rows of a record are read, if it has them."""
         return self.stated(key)
+
+
+_Part = _Complete | _Live | _Published
 
 
 # ------------------------------------------------------------------------------------------------------------------- reading
@@ -391,7 +410,7 @@ class ImageDB(Mapping[str, RegionFeatures]):
     ) -> None:
         self.path = path
         selection = {"conf_th": conf_th, "min_bb": min_bb, "max_bb": max_bb, "num_bb": num_bb}
-        self._parts: list[_Database | _Published] = []
+        self._parts: list[_Part] = []
         for one in [path] if isinstance(path, str | Path) else list(path):
             halves = str(one).split(";") if ";" in str(one) and not Path(one).exists() else [str(one)]
             if len(halves) > 2:
@@ -518,23 +537,20 @@ class ImageDB(Mapping[str, RegionFeatures]):
             MissingImage: no such key.
             BadInput: the record is damaged.
         """
-        raw = key.encode(errors="surrogatepass")
         # A live part a second time: a unit may have moved into data.mdb between our two looks.
-        for part in (*self._parts, *(part for part in self._parts if isinstance(part.store, _LiveStore))):
-            value = part.store.value(raw) if raw != _KEYS_ENTRY else None
-            if value is None:
-                continue
+        for part in (*self._parts, *(part for part in self._parts if isinstance(part, _Live))):
             try:
+                value = part.value(key)
+                if value is None:
+                    continue
                 return _decode(
                     value,
-                    part.store.owner(value),
-                    key=key,
                     fields=fields,
                     rows=part.rows_of(key),
                     soft_label_rows=None if soft_label_rows is None else np.asarray(soft_label_rows),
                 )
             except BadInput as error:
-                raise BadInput(f"{part.path}: {error}; see `uniter-db check`") from None
+                raise BadInput(f"{part.path}, image {key!r}: {error}; see `uniter-db check`") from None
         raise MissingImage(f"image {key!r} is not in {self._name()}; was it extracted, and under this key?")
 
     def raw_record(self, key: str) -> bytes | None:
@@ -544,9 +560,9 @@ class ImageDB(Mapping[str, RegionFeatures]):
             MissingImage: no such key.
         """
         for part in self._parts:
-            value = part.store.value(key.encode())
+            value = part.value(key)
             if value is not None:
-                return bytes(value) if isinstance(part, _Database) else None
+                return None if isinstance(part, _Published) else bytes(value)
         raise MissingImage(f"image {key!r} is not in {self._name()}")
 
 
@@ -629,10 +645,10 @@ _VARIANT = re.compile(
 )
 
 
-def _open_parts(path: Path, allow_partial: bool, readahead: bool, selection: dict[str, Any]) -> list[_Database | _Published]:
+def _open_parts(path: Path, allow_partial: bool, readahead: bool, selection: dict[str, Any]) -> list[_Part]:
     kind = kind_of(path)
     if kind == "complete":
-        return [_open_complete(path, readahead)]
+        return [_open_complete(path, readahead=readahead)]
     if kind == "unfinished":
         if not allow_partial:
             raise BadInput(f"{path} is unfinished (no header.json): run its command again to finish it, or pass --allow-partial")
@@ -642,7 +658,7 @@ def _open_parts(path: Path, allow_partial: bool, readahead: bool, selection: dic
     if kind == "split":
         return [_open_published(_variant(path, selection), readahead, selection)]
     if kind == "folder":
-        parts: list[_Database | _Published] = []
+        parts: list[_Part] = []
         for child in sorted(path.iterdir()):
             if kind_of_child(child):
                 parts += _open_parts(child, allow_partial, readahead, selection)
@@ -650,7 +666,7 @@ def _open_parts(path: Path, allow_partial: bool, readahead: bool, selection: dic
     raise BadInput(f"{path} is no region database; expected a folder with data.mdb (from uniter-extract, uniter-db convert or UNITER)")
 
 
-def _open_complete(path: Path, readahead: bool) -> _Database:
+def _open_complete(path: Path, *, readahead: bool) -> _Complete:
     header = read_json(path / "header.json")
     if not isinstance(header, dict) or header.get("kind", "regions") != "regions":
         raise BadInput(f"{path} is a {header.get('kind') if isinstance(header, dict) else 'damaged'} database, expected a region database")
@@ -658,18 +674,17 @@ def _open_complete(path: Path, readahead: bool) -> _Database:
         raise BadInput(f"{path} has format version {header.get('format_version')}, expected 1; update the toolkit")
     if not (path / INDEX).exists():
         raise BadInput(f"{path} has no {INDEX}; write a whole one with `uniter-db check --repair OUT`")
-    return _Database(_Store(path, readahead=readahead), header=header, columns=None)
+    return _Complete(path, readahead=readahead, header=header)
 
 
-def _open_unfinished(path: Path) -> Iterator[_Database]:
+def _open_unfinished(path: Path) -> Iterator[_Live]:
     """What is committed so far: `data.mdb`, then the units that are not in it yet, finished or not."""
     units = sorted((path / "units").glob("[0-9]*")) if (path / "units").is_dir() else []
     seen: set[bytes] = set()
     for store in [_LiveStore(path, table=None), *(_LiveStore(unit, table=b"records") for unit in units)]:
         counts = {key: count for key, count in store.counts().items() if key not in seen}
         seen |= counts.keys()
-        region_counts = np.fromiter(counts.values(), dtype=np.int32, count=len(counts))
-        yield _Database(store, header=None, columns={**key_columns(list(counts)), "region_counts": region_counts})
+        yield _Live(store, counts)
 
 
 def _rule_of_name(name: str, selection: dict[str, Any]) -> dict[str, Any]:
@@ -707,4 +722,4 @@ def _open_published(path: Path, readahead: bool, selection: dict[str, Any]) -> _
             counts = read_json(beside)
             if not isinstance(counts, dict) or not all(type(number) is int and number >= 0 for number in counts.values()):
                 raise BadInput(f"{beside} is no object of numbers; remove it, the numbers are then counted from the records")
-    return _Published(_Store(path, readahead=readahead), counts=counts, **selection)
+    return _Published(path, readahead=readahead, counts=counts, **selection)

@@ -17,16 +17,51 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from uniter.datasets.lmdb_store import check_data_file
+from uniter.datasets.errors import BadInput
 
 _HEADER: Final = struct.Struct("<QHHHH")  # page number, pad, flags, lower, upper
 _NODE: Final = struct.Struct("<HHHH")  # low and high half of size (or child), flags, key length
 _PAGE_NUMBER: Final = struct.Struct("<Q")
 _TREE: Final = struct.Struct("<IHHQQQQQ")  # pad, flags, depth, branch, leaf and overflow pages, entries, root
 _BRANCH, _LEAF, _OVERFLOW = 0x01, 0x02, 0x04
+_MAGIC: Final = 0xBEEFC0DE
 _BIG, _SUBTREE, _DUPLICATES = 0x01, 0x02, 0x04
 _EMPTY: Final = (1 << 64) - 1
 _MAX_DEPTH: Final = 32
+
+
+def check_data_file(data: Path) -> None:
+    """Look at the two meta pages of a `data.mdb` without LMDB: right format, sane, and the file as long as they say.
+
+    Raises:
+        BadInput: not LMDB, of another format version, or cut off. (A cut-off file would kill the process with SIGBUS.)
+    """
+    try:
+        size = data.stat().st_size
+        with open(data, "rb") as file:
+            head = file.read(1 << 17)
+    except FileNotFoundError:
+        raise BadInput(f"{data.parent} holds no data.mdb; is it a database?") from None
+    if len(head) < 4096:
+        raise BadInput(f"{data} has {size} bytes, less than an empty LMDB; was it cut off?")
+    page_size = struct.unpack_from("<I", head, 16 + 24)[0]
+    best = (-1, 0)
+    for number in range(2):
+        start = number * page_size
+        if number and (page_size < 512 or page_size > 32768 or page_size & (page_size - 1) or len(head) < start + 160):
+            raise BadInput(f"{data} is damaged: its first page names a page size of {page_size}")
+        magic, version = struct.unpack_from("<II", head, start + 16)
+        if magic != _MAGIC:
+            if struct.unpack_from("<I", head, start + 24)[0] == _MAGIC:
+                raise BadInput(f"{data} is LMDB of format version 3 (lmdb 1.0); expected version 1; dump it with the lmdb that wrote it")
+            raise BadInput(f"{data} is no LMDB file, or its meta page {number} is damaged")
+        if version != 1:
+            raise BadInput(f"{data} is LMDB of format version {version}, expected version 1")
+        last_page, transaction = struct.unpack_from("<QQ", head, start + 16 + 24 + 96)
+        best = max(best, (transaction, last_page))
+    needed = (best[1] + 1) * page_size
+    if size < needed:
+        raise BadInput(f"{data} has {size} bytes but its header says {needed}; it was cut off (a broken copy or download?): copy it again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +83,10 @@ class Fault:
 class PageFile:
     """The pages of one `data.mdb`, read-only.
 
+    Attributes:
+        entries, root: of the main tree.
+        identity: last transaction, number of entries and root page; they change with whatever moves a value.
+
     Raises:
         BadInput: the file is no LMDB of version 1, or its header is damaged (see `check_data_file`).
     """
@@ -56,18 +95,22 @@ class PageFile:
         if whole:
             check_data_file(data)
         self.path = data
+        self._look_at_values = True
         self._descriptor = os.open(data, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
         head = os.pread(self._descriptor, 1 << 17, 0)
-        self.page_size = struct.unpack_from("<I", head, 40)[0]
+        stated = struct.unpack_from("<I", head, 40)[0] if len(head) >= 44 else 0
+        # With a damaged first page the usual size is the best guess.
+        self.page_size = stated if 512 <= stated <= 32768 and stated & (stated - 1) == 0 else 4096
         metas: list[tuple[int, tuple[int, ...]]] = []
         for number in range(2):
             start = number * self.page_size + 16
-            if start + 136 <= len(head):
+            if start + 136 <= len(head) and struct.unpack_from("<I", head, start)[0] == _MAGIC:
                 transaction = struct.unpack_from("<Q", head, start + 128)[0]
                 metas.append((transaction, _TREE.unpack_from(head, start + 24 + 48)))
-        tree = max(metas, default=(0, (0,) * 8))[1]
+        transaction_number, tree = max(metas, default=(0, (0,) * 7 + (_EMPTY,)))
         self.entries, self.root = tree[6], tree[7]
+        self.identity = (transaction_number, tree[6], tree[7] if tree[7] != _EMPTY else -1)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -87,12 +130,14 @@ class PageFile:
         page = os.pread(self._descriptor, self.page_size, number * self.page_size)
         return page if len(page) == self.page_size else None
 
-    def records(self, table: bytes | None = None) -> Iterator[Place | Fault]:
+    def records(self, table: bytes | None = None, *, look_at_values: bool = True) -> Iterator[Place | Fault]:
         """All records in key order as far as the tree can be walked, and a `Fault` for each part that cannot.
 
         Args:
             table: a named database inside the file; None: the main one.
+            look_at_values: also read the header in front of each large value; without, only the tree itself is read.
         """
+        self._look_at_values = look_at_values
         root = self.root
         if table is not None:
             for found in self._walk(self.root, "main", subtrees=True):
@@ -162,6 +207,8 @@ class PageFile:
             if begin + 8 > self.page_size:
                 return f"key {key[:60]!r} has no value"
             page_number = _PAGE_NUMBER.unpack_from(page, begin)[0]
+            if not self._look_at_values and page_number >= 2 and (page_number * self.page_size) + 16 + size <= self.size:
+                return Place(key, page_number * self.page_size + 16, size)
             header = os.pread(self._descriptor, 16, page_number * self.page_size) if 2 <= page_number < 1 << 48 else b""
             if len(header) < 16:
                 return f"the value of key {key[:60]!r} lies beyond the end of the file"

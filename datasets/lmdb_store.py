@@ -23,7 +23,7 @@ import struct
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.index_file import KeyList, key_columns, map_arrays, save_arrays
+from uniter.datasets.lmdb_pages import Fault, PageFile, check_data_file
 
 FORMAT_VERSION = 1
 MAX_KEY_BYTES = 511
@@ -127,44 +128,8 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------------- reading
 
 
-_METAS = struct.Struct("<QHHHHIIQQ")  # page header (16 bytes), then magic, version, address, map size
-_MAGIC = 0xBEEFC0DE
 _environments: dict[tuple[int, int], "weakref.ref[lmdb.Environment]"] = {}
 _opening = threading.Lock()
-
-
-def check_data_file(data: Path) -> None:
-    """Look at the two meta pages of a `data.mdb` without LMDB: right format, sane, and the file as long as they say.
-
-    Raises:
-        BadInput: not LMDB, of another format version, or cut off. (A cut-off file would kill the process with SIGBUS.)
-    """
-    try:
-        size = data.stat().st_size
-        with open(data, "rb") as file:
-            head = file.read(1 << 17)
-    except FileNotFoundError:
-        raise BadInput(f"{data.parent} holds no data.mdb; is it a database?") from None
-    if len(head) < 4096:
-        raise BadInput(f"{data} has {size} bytes, less than an empty LMDB; was it cut off?")
-    page_size = struct.unpack_from("<I", head, 16 + 24)[0]
-    best = (-1, 0)
-    for number in range(2):
-        start = number * page_size
-        if number and (page_size < 512 or page_size > 32768 or page_size & (page_size - 1) or len(head) < start + 160):
-            raise BadInput(f"{data} is damaged: its first page names a page size of {page_size}")
-        magic, version = struct.unpack_from("<II", head, start + 16)
-        if magic != _MAGIC:
-            if struct.unpack_from("<I", head, start + 24)[0] == _MAGIC:
-                raise BadInput(f"{data} is LMDB of format version 3 (lmdb 1.0); expected version 1; dump it with the lmdb that wrote it")
-            raise BadInput(f"{data} is no LMDB file, or its meta page {number} is damaged")
-        if version != 1:
-            raise BadInput(f"{data} is LMDB of format version {version}, expected version 1")
-        last_page, transaction = struct.unpack_from("<QQ", head, start + 16 + 24 + 96)
-        best = max(best, (transaction, last_page))
-    needed = (best[1] + 1) * page_size
-    if size < needed:
-        raise BadInput(f"{data} has {size} bytes but its header says {needed}; it was cut off (a broken copy or download?): copy it again")
 
 
 def open_reader(path: Path, *, readahead: bool = True, max_dbs: int = 0) -> lmdb.Environment:
@@ -519,6 +484,7 @@ class UnitStore:
                     f"{self.path}/data.mdb holds {stored} records but its units {len(keys)}; was a file replaced? Use --overwrite"
                 )
             order = sorted(range(len(keys)), key=keys.__getitem__)
+            places = value_places(self.path / "data.mdb", [keys[row] for row in order])
             region_counts = np.concatenate([*counts, np.zeros(0, np.int32)])[order].astype(np.int32)
             save_arrays(
                 self.path / INDEX,
@@ -528,6 +494,7 @@ class UnitStore:
                     "checksums": np.concatenate([*checksums, np.zeros(0, np.uint32)])[order].astype(np.uint32),
                     "units": np.concatenate([*unit_numbers, np.zeros(0, np.int32)])[order].astype(np.int32),
                     "failure_units": np.array(failure_units, dtype=np.int32),
+                    **places,
                 },
             )
             _write_failures(self.path / "failures.jsonl", failed)
@@ -554,6 +521,27 @@ class UnitStore:
         for name in ("settings.json", "header.json", "failures.jsonl", INDEX):
             for leftover in self.path.glob(f"{name}.*"):
                 leftover.unlink(missing_ok=True)
+
+
+def value_places(data: Path, keys: Sequence[bytes]) -> dict[str, NDArray[Any]]:
+    """Where the value of each key lies in a `data.mdb`: the index columns `offsets`, `sizes`, and `data_file`, by which a
+    reader sees whether they still hold (`PageFile.identity`).
+
+    Args:
+        keys: all of the file, in order.
+    """
+    with PageFile(data) as pages:
+        offsets, sizes = np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=np.int64)
+        row = -1
+        for row, found in enumerate(pages.records()):
+            if isinstance(found, Fault):
+                raise BadInput(f"{data}: {found.words}; is the disk broken?")
+            if row >= len(keys) or found.key != keys[row]:
+                raise BadInput(f"{data}: key {found.key[:80]!r} is stored but was not written; was the file replaced?")
+            offsets[row], sizes[row] = found.offset, found.size
+        if row + 1 != len(keys):
+            raise BadInput(f"{data} holds {row + 1} records, expected {len(keys)}; was the file replaced?")
+        return {"offsets": offsets, "sizes": sizes, "data_file": np.array(pages.identity, dtype=np.int64)}
 
 
 class UnitWriter:
@@ -673,6 +661,22 @@ def checked_key(key: str) -> bytes:
             f"key {key[:40]!r}{'...' if len(key) > 40 else ''} has {len(raw)} bytes, expected 1 to {MAX_KEY_BYTES}; choose another --key"
         )
     return raw
+
+
+__all__ = [
+    "INDEX",
+    "UnitStore",
+    "UnitWriter",
+    "check_data_file",
+    "checked_key",
+    "difference_in_words",
+    "open_reader",
+    "read_failures",
+    "read_json",
+    "sync_folder",
+    "value_places",
+    "write_json",
+]
 
 
 class _Unit:

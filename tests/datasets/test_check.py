@@ -1,0 +1,523 @@
+"""Every fault of an LMDB database is found, said, and leaves the rest readable; nothing crashes the process."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from uniter.datasets.array_codec import pack_arrays
+from uniter.datasets.check import CheckReport, check_coverage, check_database, database_kind, faults_of
+from uniter.datasets.databases import describe, merge, repair, split
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.image_db import ImageDB, encode_record
+from uniter.datasets.lmdb_pages import Fault, PageFile
+from uniter.datasets.lmdb_store import INDEX, UnitStore
+from uniter.datasets.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.text_db import TextDB
+
+IMAGES = 60
+PADDING = "_" * 180  # long keys, so that the tree has several leaves
+
+
+def key_of(number: int) -> str:
+    return f"image{number:03d}{PADDING}"
+
+
+def record_of(number: int, *, width: int = 600) -> RegionFeatures:
+    dice = np.random.default_rng(number)
+    size = (480, 640)
+    corners = np.sort(dice.random((4, 2, 2), dtype=np.float32), axis=1).reshape(4, 4) * np.float32([640, 480] * 2)
+    soft = dice.random((4, 9), dtype=np.float32)
+    return RegionFeatures(
+        features=dice.random((4, width), dtype=np.float32),
+        norm_bb=normalised_boxes(corners, size),
+        conf=np.sort(dice.random(4, dtype=np.float32))[::-1],
+        boxes=corners,
+        soft_labels=soft / soft.sum(axis=1, keepdims=True),
+        size=size,
+    )
+
+
+def write(
+    out: Path, numbers: range, *, header: dict[str, Any] | None = None, change: Callable[[RegionFeatures], None] | None = None
+) -> Path:
+    store = UnitStore(out, settings={"made": "up"})
+    with store.unit(0) as writer:
+        assert writer is not None
+        for number in numbers:
+            record = record_of(number)
+            if change is not None and number == numbers[2]:
+                change(record)
+            writer.put(key_of(number), encode_record(record), regions=4)
+        writer.fail("broken", "broken.jpg", "cannot be decoded")
+        writer.complete()
+    store.finish(units=1, header={"feature_width": 600, "label_classes": 9, "detector": "made up", **(header or {})})
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("check") / "whole.lmdb", range(IMAGES))
+
+
+@pytest.fixture
+def damaged(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "damaged.lmdb"))
+
+
+def pages_of_kind(data: Path, flag: int) -> list[int]:
+    content = data.read_bytes()
+    return [page for page in range(2, len(content) // 4096) if content[page * 4096 + 10] == flag and content[page * 4096 + 11] == 0]
+
+
+def test_a_whole_database_is_clean(whole: Path) -> None:
+    report = check_database(whole)
+    assert (report.kind, report.records, report.good) == ("regions", IMAGES, IMAGES)
+    assert not report.problems
+    assert not report.notes
+
+
+def test_the_walk_sees_what_lmdb_sees(whole: Path) -> None:
+    with (
+        PageFile(whole / "data.mdb") as pages,
+        lmdb.open(str(whole), readonly=True, lock=False) as environment,
+        environment.begin() as reader,
+    ):
+        found = list(pages.records())
+        assert not [item for item in found if isinstance(item, Fault)]
+        assert [(item.key, pages.value(item)) for item in found if not isinstance(item, Fault)] == list(reader.cursor())
+        assert pages.entries == IMAGES
+
+
+def test_golden_databases_are_clean(uniter_data_golden: Path, uniter_tasks_golden: Path) -> None:
+    seen = 0
+    for root in (uniter_data_golden, uniter_tasks_golden):
+        for data in sorted(root.rglob("data.mdb")):
+            report = check_database(data.parent)
+            assert not report.problems, (data, report.examples)
+            assert report.good == report.records > 0
+            seen += 1
+    assert seen > 5
+
+
+def flip(data: Path, place: int) -> None:
+    content = bytearray(data.read_bytes())
+    content[place] ^= 0x40
+    data.write_bytes(content)
+
+
+def good_after_repair(source: Path, out: Path) -> set[str]:
+    report = CheckReport("")
+    repair(source, out, report)
+    again = check_database(out)
+    assert not again.problems, again.examples
+    database, original = ImageDB(out), {key_of(number): record_of(number) for number in range(IMAGES)}
+    for key in database:
+        np.testing.assert_array_equal(database[key].features, original[key].features.astype(np.float16))
+    return set(database)
+
+
+def test_a_flipped_bit_in_a_value(damaged: Path, tmp_path: Path) -> None:
+    page = pages_of_kind(damaged / "data.mdb", 0x04)[3]
+    flip(damaged / "data.mdb", page * 4096 + 2000)
+    report = check_database(damaged)
+    assert dict(report.problems) == {"checksum": 1}
+    assert "differs from its checksum" in report.examples[0]
+    assert report.good == IMAGES - 1
+    assert len(good_after_repair(damaged, tmp_path / "repaired")) == IMAGES - 1
+
+
+def test_a_damaged_leaf_page(damaged: Path, tmp_path: Path) -> None:
+    page = pages_of_kind(damaged / "data.mdb", 0x02)[0]
+    content = bytearray((damaged / "data.mdb").read_bytes())
+    content[page * 4096 : page * 4096 + 16] = os.urandom(16)
+    (damaged / "data.mdb").write_bytes(content)
+    report = check_database(damaged)
+    assert report.problems["pages"] >= 1
+    assert 0 < report.good < IMAGES
+    assert report.problems["lost"] == IMAGES - report.good
+    assert len(good_after_repair(damaged, tmp_path / "repaired")) == report.good
+
+
+def test_a_damaged_root_still_yields_what_checksums_confirm(damaged: Path, tmp_path: Path) -> None:
+    page = pages_of_kind(damaged / "data.mdb", 0x01)[-1]
+    content = bytearray((damaged / "data.mdb").read_bytes())
+    content[page * 4096 : page * 4096 + 64] = b"\xff" * 64
+    (damaged / "data.mdb").write_bytes(content)
+    report = check_database(damaged)
+    assert report.problems["salvaged"] == IMAGES
+    assert good_after_repair(damaged, tmp_path / "repaired") == {key_of(number) for number in range(IMAGES)}
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_truncated_file(damaged: Path, tmp_path: Path, share: float) -> None:
+    data = damaged / "data.mdb"
+    os.truncate(data, int(data.stat().st_size * share))
+    report = check_database(damaged)
+    assert report.problems["file"] == 1
+    assert "it was cut off" in report.examples[0]
+    with pytest.raises(BadInput, match="cut off"):
+        ImageDB(damaged)[key_of(0)]
+    if report.good:
+        assert len(good_after_repair(damaged, tmp_path / "repaired")) == report.good
+    told = describe(damaged)
+    assert "cut off" in told["error"]
+
+
+def test_a_file_of_another_format_version(damaged: Path) -> None:
+    data = damaged / "data.mdb"
+    content = bytearray(data.read_bytes())
+    content[20] = content[4096 + 20] = 3
+    data.write_bytes(content)
+    report = check_database(damaged)
+    assert "format version 3" in report.examples[0]
+
+
+@pytest.mark.parametrize("name", [INDEX, "header.json", "failures.jsonl", "settings.json", "data.mdb"])
+@pytest.mark.parametrize("how", ["absent", "garbage", "empty"])
+def test_side_files_that_are_absent_or_garbage(damaged: Path, name: str, how: str) -> None:
+    path = damaged / name
+    path.unlink()
+    if how != "absent":
+        path.write_bytes(b"\x00garbage" * 2000 if how == "garbage" else b"")
+    report = check_database(damaged)
+    describe(damaged)
+    if name == "data.mdb":
+        assert report.good == 0
+        assert report.problems
+    elif name in (INDEX, "settings.json") or (name == "header.json" and how != "absent"):
+        assert report.problems
+        assert report.good == IMAGES
+    elif name == "header.json":
+        assert report.kind == "unfinished regions"
+
+
+def test_leftover_lock_files_are_noted(damaged: Path) -> None:
+    (damaged / "lock.mdb").write_bytes(b"\0" * 8192)
+    report = check_database(damaged)
+    assert not report.problems
+    assert "lock.mdb is left over" in report.notes[0]
+
+
+def test_an_unfinished_database_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
+    store = UnitStore(tmp_path / "out", settings={})
+    with store.unit(0) as writer:
+        assert writer is not None
+        writer.put("a", encode_record(record_of(1)), regions=4)
+        writer.commit()
+    report = check_database(tmp_path / "out")
+    assert (report.kind, report.records, report.good) == ("unfinished regions", 1, 1)
+    assert "is unfinished" in report.notes[0]
+    assert describe(tmp_path / "out")["begun_units"] == 1
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(seed=st.integers(0, 1 << 30), count=st.integers(1, 40), cut=st.booleans())
+def test_whatever_is_damaged_checking_ends_and_good_is_good(
+    whole: Path, tmp_path_factory: pytest.TempPathFactory, seed: int, count: int, cut: bool
+) -> None:
+    root = tmp_path_factory.mktemp("fuzz")
+    copy = Path(shutil.copytree(whole, root / "copy"))
+    dice = random.Random(seed)
+    content = bytearray((copy / "data.mdb").read_bytes())
+    important = [page * 4096 for flag in (1, 2) for page in pages_of_kind(copy / "data.mdb", flag)] + [0, 4096]
+    for _ in range(count):
+        start = dice.choice(important) if dice.random() < 0.7 else dice.randrange(len(content) // 4096) * 4096
+        content[min(len(content) - 1, start + dice.randrange(4096))] = dice.randrange(256)
+    if cut:
+        del content[dice.randrange(len(content)) :]
+    (copy / "data.mdb").write_bytes(content)
+    report = check_database(copy)
+    assert report.good <= IMAGES
+    out = root / "out"
+    try:
+        repair(copy, out, CheckReport(""))
+        for key in (database := ImageDB(out)):
+            np.testing.assert_array_equal(database[key].features, record_of(int(key[5:8])).features.astype(np.float16))
+        assert len(database) == report.good
+    except BadInput as error:
+        assert "not one good record" in str(error)
+        assert report.good == 0
+    shutil.rmtree(root)
+
+
+READ_EVERYTHING = """
+import sys
+from uniter.datasets.image_db import ImageDB
+from uniter.datasets.errors import UniterError
+for path in sys.argv[1:]:
+    try:
+        database = ImageDB(path)
+        for key in database.keys_list:
+            try:
+                database[key].features.sum()
+            except UniterError:
+                pass
+    except UniterError as error:
+        assert str(error)
+"""
+
+
+def test_reading_a_damaged_file_does_not_kill_the_process(whole: Path, tmp_path: Path) -> None:
+    """The reader trusts LMDB after a look at the header; what LMDB itself refuses comes as our error."""
+    dice = random.Random(5)
+    copies = []
+    for number in range(12):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(whole, copy)
+        data = copy / "data.mdb"
+        content = bytearray(data.read_bytes())
+        for flag in (1, 2):
+            for page in pages_of_kind(data, flag):
+                content[page * 4096 + dice.randrange(4096)] ^= 1 << dice.randrange(8)
+        data.write_bytes(content)
+        copies.append(str(copy))
+    done = subprocess.run([sys.executable, "-c", READ_EVERYTHING, *copies], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+# ----------------------------------------------------------------------------------------------------------------------- numbers
+
+
+def _set(name: str, place: Any, value: float) -> Callable[[RegionFeatures], None]:
+    def change(record: RegionFeatures) -> None:
+        getattr(record, name)[place] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (_set("norm_bb", (1, 2), 1.2), "box", "outside the image"),
+        (_set("norm_bb", (1, 4), 0.9), "box", "are its boxes x, y, width, height"),
+        (_set("boxes", (1, 2), 900), "box", "outside its 640x480 pixels"),
+        (_set("boxes", (1, 0), 1), "box", "do not fit norm_bb"),
+        (_set("conf", 0, 1.5), "confidence", "confidences from"),
+        (_set("soft_labels", (2, 3), 0.9), "probabilities", "instead of 1"),
+        (_set("soft_labels", (2, 3), -0.1), "probabilities", "instead of 1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_said(tmp_path: Path, change: Callable[[RegionFeatures], None], kind: str, words: str) -> None:
+    out = write(tmp_path / "odd.lmdb", range(10), change=change)
+    report = check_database(out)
+    assert set(report.problems) == {kind}
+    assert any(words in sentence for sentence in report.examples)
+    assert "image 'image002" in report.examples[0]
+    assert report.good == 9
+
+
+def test_faults_of_single_records() -> None:
+    record = record_of(0)
+    assert faults_of(record) == []
+    assert faults_of(record.rows(slice(0)))[0][0] == "no regions"
+    record.features[1, 1] = np.nan
+    assert faults_of(record) == [("not finite", "has NaN or infinity in features")]
+    swapped = record_of(1)
+    swapped.norm_bb[:, 2:4] = swapped.norm_bb[:, :2] - 0.0
+    swapped.norm_bb[:, 4:6] = 0
+    assert "x1 <= x0" in faults_of(swapped)[0][1]
+
+
+# --------------------------------------------------------------------------------------------------------------------- published
+
+
+def publish(root: Path, *, keys: Any = None, nbb: Any = None) -> Path:
+    leaf = root / "feat_th0.2_max100_min10"
+    leaf.mkdir(parents=True)
+    names = [f"image{number}.npz" for number in range(3)]
+    with lmdb.open(str(leaf), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
+        for number, name in enumerate(names):
+            record = record_of(number)
+            arrays = {"features": record.features, "norm_bb": record.norm_bb, "conf": record.conf[:, None]}
+            transaction.put(name.encode(), pack_arrays({field: array.astype(np.float16) for field, array in arrays.items()}))
+        if keys is not False:
+            transaction.put(b"__keys__", json.dumps(names if keys is None else keys).encode())
+    if nbb is not False:
+        (root / "nbb_th0.2_max100_min10.json").write_text(json.dumps(dict.fromkeys(names, 10) if nbb is None else nbb))
+    return leaf
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "note"),
+    [
+        ({}, None, None),
+        ({"keys": False}, None, "__keys__ is absent"),
+        ({"keys": ["image0.npz", "gone.npz"]}, "1 listed but absent, 2 stored but not listed", None),
+        ({"keys": {"not": "a list"}}, "no JSON list", None),
+        ({"nbb": False}, None, "is absent; the numbers of boxes are counted"),
+        ({"nbb": {"image0.npz": 10, "gone.npz": 4}}, "is stale: 1 of its names are not stored, 2 stored ones have no number", None),
+        ({"nbb": dict.fromkeys([f"image{number}.npz" for number in range(3)], 50)}, "is stale: it says 50 boxes", None),
+        ({"nbb": ["what"]}, "no object of numbers", None),
+    ],
+)
+def test_side_files_of_published_databases(tmp_path: Path, changes: dict[str, Any], problem: str | None, note: str | None) -> None:
+    report = check_database(publish(tmp_path / "split", **changes))
+    assert report.good == 3
+    assert bool(report.problems) == (problem is not None), report.examples
+    if problem is not None:
+        assert any(problem in sentence for sentence in report.examples)
+    if note is not None:
+        assert any(note in sentence for sentence in report.notes)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- text
+
+
+def text_golden(golden: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(golden / "txt_db" / "pretrain_toy_train.db", tmp_path / "text.db"))
+
+
+def test_golden_text_with_lost_and_altered_records(uniter_data_golden: Path, tmp_path: Path) -> None:
+    path = text_golden(uniter_data_golden, tmp_path)
+    ids = list(TextDB(path).ids)
+    with lmdb.open(str(path), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(ids[0].encode())
+        transaction.put(ids[1].encode(), b"\x04\x22\x4d\x18 not lz4")
+        transaction.put(b"unknown", bytes(transaction.get(ids[2].encode())))
+    lengths = json.loads((path / "id2len.json").read_text())
+    (path / "id2len.json").write_text(json.dumps({**lengths, ids[3]: 99}))
+    report = check_database(path)
+    # 'unknown' is counted as an index problem, the unreadable one as lost besides.
+    assert report.problems == {"record": 1, "lost": 2, "index": 1, "text": 1}
+    repair(path, tmp_path / "good.db", CheckReport(""))
+    good = TextDB(tmp_path / "good.db")
+    assert set(good.ids) == set(ids) - {ids[0], ids[1], ids[3]}
+    assert not check_database(tmp_path / "good.db").problems
+
+
+def test_golden_coverage_of_texts_and_images(uniter_data_golden: Path) -> None:
+    texts = TextDB(uniter_data_golden / "txt_db" / "pretrain_toy_train.db")
+    images = ImageDB(uniter_data_golden / "img_db" / "scenes")
+    coverage = check_coverage([texts], images)
+    named = set(texts.image_keys)
+    assert coverage.texts == len(texts)
+    assert coverage.images_named == len(named)
+    assert coverage.images_found == len(named & set(images))
+    assert coverage.images_without_text == len(set(images) - named)
+    wanted = sum(texts.image_key(row) in images for row in range(len(texts)))
+    assert coverage.texts_with_image == wanted
+    assert set(coverage.missing) <= named - set(images)
+
+
+# ------------------------------------------------------------------------------------------------------------- merging, splitting
+
+
+def same_records(one: Path, other: Path) -> None:
+    mine, theirs = ImageDB(one), ImageDB(other)
+    assert list(mine) == sorted(theirs)
+    for key in mine:
+        assert mine.raw_record(key) == theirs.raw_record(key)
+
+
+@pytest.mark.parametrize("count", ["1", "7"])
+def test_what_is_split_merges_to_the_same(whole: Path, tmp_path: Path, count: str) -> None:
+    told = split(whole, tmp_path / "parts", by=count)
+    assert sum(told["parts"].values()) == IMAGES
+    assert max(told["parts"].values()) - min(told["parts"].values()) <= 1
+    same_records(whole, tmp_path / "parts")
+    merge([tmp_path / "parts"], tmp_path / "again")
+    same_records(tmp_path / "again", whole)
+    header, original = (json.loads((path / "header.json").read_text()) for path in (tmp_path / "again", whole))
+    assert {**header, "failures": 1} == original
+    assert not check_database(tmp_path / "again").problems
+
+
+def test_splitting_by_lists(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(f"{key_of(3)}\n{key_of(5)}\nnobody\n")
+    assert split(whole, tmp_path / "a", by=str(tmp_path / "keys.txt"))["parts"] == {"listed": 2, "rest": IMAGES - 2}
+    (tmp_path / "parts.tsv").write_text("".join(f"{key_of(number)}\t{'val' if number % 3 else 'train'}\n" for number in range(IMAGES)))
+    assert split(whole, tmp_path / "b", by=str(tmp_path / "parts.tsv"))["parts"] == {"train": 20, "val": 40}
+    for text, words in (("nobody\n", "none of the 1 keys"), (f"{key_of(1)}\t../evil\n", "no name of a part")):
+        (tmp_path / "keys.txt").write_text(text)
+        with pytest.raises(BadInput, match=words):
+            split(whole, tmp_path / "c", by=str(tmp_path / "keys.txt"))
+    for by in ("0", "1000", "nowhere.txt"):
+        with pytest.raises(BadInput, match=f"--by {by}"):
+            split(whole, tmp_path / "c", by=by)
+
+
+def test_golden_texts_split_and_merge(uniter_data_golden: Path, tmp_path: Path) -> None:
+    source = uniter_data_golden / "txt_db" / "pretrain_toy_train.db"
+    original = TextDB(source)
+    split(source, tmp_path / "parts", by="3")
+    merge(sorted((tmp_path / "parts").iterdir()), tmp_path / "again.db")
+    again = TextDB(tmp_path / "again.db")
+    assert {key: again[key] for key in again.ids} == {key: original[key] for key in original.ids}
+    assert {key: int(again.lengths[again.index_of(key)]) for key in again.ids} == {
+        key: int(original.lengths[original.index_of(key)]) for key in original.ids
+    }
+    assert again.meta == original.meta
+    (tmp_path / "keys.txt").write_text(f"{original.image_keys[0]}\n")
+    told = split(source, tmp_path / "by_image", by=str(tmp_path / "keys.txt"))
+    assert told["parts"]["listed"] == len(original.images()[original.image_keys[0]])
+
+
+def test_merging_what_does_not_belong_together(whole: Path, tmp_path: Path, uniter_data_golden: Path) -> None:
+    other = write(tmp_path / "other", range(90, 95), header={"detector": "another"})
+    with pytest.raises(SettingsDiffer, match='detector was "made up", now "another"'):
+        merge([whole, other], tmp_path / "out")
+    with pytest.raises(BadInput, match="text and region databases"):
+        merge([whole, uniter_data_golden / "txt_db" / "pretrain_toy_train.db"], tmp_path / "out")
+    texts = [
+        uniter_data_golden / "txt_db" / name
+        for name in ("nlvr2_dev.db", "nlvr2_dev_uncased.db")
+        if (uniter_data_golden / "txt_db" / name).exists()
+    ]
+    if len(texts) == 2:
+        with pytest.raises(SettingsDiffer, match="different tokenizers"):
+            merge(texts, tmp_path / "out")
+    with pytest.raises(BadInput, match="both a source and the target"):
+        merge([whole], whole)
+    assert not (tmp_path / "out" / "header.json").exists()
+
+
+def test_merging_overlapping_databases(whole: Path, tmp_path: Path) -> None:
+    overlapping = write(tmp_path / "overlapping", range(50, 70))
+    told = merge([whole, overlapping], tmp_path / "out")
+    assert (told["images"], told["equal_records_dropped"]) == (70, 10)
+    different = write(tmp_path / "different", range(40, 50), change=_set("features", (0, 0), 0.123))
+    with pytest.raises(BadInput, match=r"'image042_+' is in .*whole.* and in .*different.* with different regions"):
+        merge([whole, different], tmp_path / "out2")
+
+
+def test_a_merge_that_was_killed_goes_on(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from uniter.datasets import databases
+
+    monkeypatch.setattr(databases, "_UNIT", 8)
+    merge([whole], tmp_path / "unbroken")
+    real, calls = UnitStore.unit, 0
+
+    def dying(self: UnitStore, number: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return real(self, number)
+
+    monkeypatch.setattr(UnitStore, "unit", dying)
+    with pytest.raises(KeyboardInterrupt):
+        merge([whole], tmp_path / "out")
+    merge([whole], tmp_path / "out")
+    assert (tmp_path / "out" / "data.mdb").read_bytes() == (tmp_path / "unbroken" / "data.mdb").read_bytes()
+
+
+def test_kinds(whole: Path, tmp_path: Path, uniter_data_golden: Path) -> None:
+    assert database_kind(whole) == "regions"
+    assert database_kind(uniter_data_golden / "txt_db" / "pretrain_toy_train.db") == "published text"
+    assert database_kind(uniter_data_golden / "img_db" / "scenes") == "folder of regions"
+    with pytest.raises(UniterError, match="is no database"):
+        database_kind(tmp_path)
+    with pytest.raises(UniterError, match="is no folder"):
+        database_kind(tmp_path / "x")
