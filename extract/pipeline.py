@@ -517,7 +517,7 @@ def extract_units(
         report: called with the number of images after each commit, from the writing thread.
         stop: when it is set, the batch at hand is finished and the function returns.
     """
-    halt = stop or threading.Event()
+    halt, broken = stop or threading.Event(), threading.Event()
     device = device_of(detector)
     threads = workers or fitting_workers(device)
     open_writers: list[UnitWriter] = []
@@ -551,6 +551,15 @@ def extract_units(
             yield _Batch(writer, [], [])
 
     def write(batch: _Batch, outcomes: Sequence[_Outcome]) -> None:
+        if broken.is_set():
+            return  # what follows a batch that could not be written must not complete its unit
+        try:
+            write_batch(batch, outcomes)
+        except BaseException:
+            broken.set()
+            raise
+
+    def write_batch(batch: _Batch, outcomes: Sequence[_Outcome]) -> None:
         if not batch.items:
             batch.writer.complete()
             open_writers.remove(batch.writer)

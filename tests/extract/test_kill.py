@@ -152,6 +152,16 @@ def test_two_writers_on_one_output(make_photos: Photos, fake: ModuleType, conten
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_three_shards_at_once(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
+    photos = make_photos(70)
+    shards = [begin(fake, photos, tmp_path / "out", shard=[index, 3], seconds=0.005) for index in range(3)]
+    summaries = [json.loads(ended(process)[0]) for process in shards]
+    assert sum(summary["extracted"] for summary in summaries) == 70
+    assert any(summary["complete"] for summary in summaries)
+    ended(begin(fake, photos, tmp_path / "whole"))
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_a_disk_that_fills_up_in_mid_run(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for the disk: writes beyond it fail as ENOSPC does."""
     photos = make_photos(100)

@@ -179,6 +179,27 @@ def test_tars_give_what_files_give(make_photos: Photos, fake: ModuleType, conten
     assert content(tmp_path / "shards")["records"] == content(tmp_path / "files")["records"]
 
 
+def test_a_tar_without_images_is_a_unit_without_records(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
+    photos = make_photos(2)
+    with tarfile.open(tmp_path / "a.tar", "w") as first, tarfile.open(tmp_path / "b.tar", "w") as second:
+        first.add(__file__, "notes.txt")
+        for path in photos.iterdir():
+            second.add(path, path.name)
+    summary = extract_images(str(tmp_path / "{a,b}.tar"), tmp_path / "out", detector=fake.FakeDetector())
+    assert summary.complete and summary.images == 2
+
+
+@pytest.mark.parametrize("workers", [1, 7])
+def test_the_number_of_threads_changes_nothing(
+    workers: int, make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path
+) -> None:
+    photos = make_photos(30)
+    (photos / "photo0011.jpg").write_text("broken")
+    extract_images(photos, tmp_path / "two", detector=fake.FakeDetector(), batch_size=4, workers=2)
+    extract_images(photos, tmp_path / "other", detector=fake.FakeDetector(), batch_size=4, workers=workers)
+    assert content(tmp_path / "other") == content(tmp_path / "two")
+
+
 # --- the detector's failures -----------------------------------------------------------------------------------------------------
 
 
