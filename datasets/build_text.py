@@ -40,7 +40,7 @@ BATCH = 4096  # captions tokenised at once
 RUN_BYTES = 48 << 20  # of records held before they are sorted and written out
 LONGEST_ID = 511  # bytes; LMDB's limit of keys
 LONG, TOO_LONG = 60, 512  # word pieces: UNITER's max_txt_len, and BERT's positions
-REMEMBERED_IMAGES = 1 << 19
+REMEMBERED_IMAGES = 1 << 18
 MISSING, BY_TEMPLATE = "missing", "template"
 OURS = (
     "data.mdb",
@@ -471,6 +471,8 @@ class _Spool:
             self._write_run()
         for column in self._columns.values():
             column.close()
+        self._image_numbers.clear()
+        self._keys_of_numbers.clear()
         for table in (*self._id2len.values(), self._txt2img):
             table.close()
 

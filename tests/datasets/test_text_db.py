@@ -503,3 +503,17 @@ build_text_db(captions, {str(tmp_path / "db")!r}, tokenizer=Tokenizer.load())
     ]
     seconds, megabytes, count = map(float, results[-1].stdout.split())
     assert count == 10_000_000 and seconds < 0.5 and megabytes < 60
+
+
+def test_added_words_and_side_files_of_a_task(bert: Tokenizer, tmp_path: Path) -> None:
+    longer = bert.with_words(["[person0]"])
+    examples = [Caption("1", "a.jpg", "what is [person0] doing ?")]
+    build_text_db(examples, tmp_path / "db", tokenizer=longer, side_files=lambda: {"ans2label.json": {"yes": 0}})
+    database = TextDB(tmp_path / "db")
+    assert longer.vocab_size - 1 in database.record(0)["input_ids"] and database.v_range == bert.v_range
+    assert json.loads((tmp_path / "db" / "ans2label.json").read_text()) == {"yes": 0}
+    again = Tokenizer.load(tmp_path / "db")
+    assert (again.name, again.vocab_size, again.added) == ("bert-base-cased", longer.vocab_size, ("[person0]",))
+    assert again.encode("[person0]") == longer.encode("[person0]")
+    build_text_db(examples, tmp_path / "db", tokenizer=bert, overwrite=True)
+    assert not (tmp_path / "db" / "ans2label.json").exists(), "nothing of an earlier task stays"

@@ -157,3 +157,18 @@ def test_learned_vocabulary_reads_its_texts_without_unknown_pieces() -> None:
         Tokenizer.learn(texts, size=30)
     with pytest.raises(BadInput, match="no words to learn"):
         Tokenizer.learn(["", "\u200b"], size=400)
+
+
+def test_words_that_a_task_adds(bert: Tokenizer) -> None:
+    longer = bert.with_words(["[person0]", "[car1]"])
+    assert longer.encode("[person0] and [car1] . [person0]s") == [
+        28996,
+        *bert.encode("and"),
+        28997,
+        *bert.encode(". [person0]s"),
+    ]
+    assert (longer.vocab_size, longer.v_range, longer.tokens([28997])) == (28998, bert.v_range, ["[car1]"])
+    assert longer.with_words(["[person0]", "[car1]"]) is longer and bert.with_words(()) is bert
+    assert pickle.loads(pickle.dumps(longer)).encode("[car1]") == [28997]
+    with pytest.raises(BadInput, match="holds some of the words that were to be added"):
+        bert.with_words(["dog"])

@@ -1,0 +1,100 @@
+"""Captions from a COCO JSON to a finished text database, and what opening a database of ten million examples costs. Prints one table.
+
+python benchmarks/captions.py                          # 300,000 captions, half a minute
+python benchmarks/captions.py --captions 3000000 --opened 10000000
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from uniter.datasets.build_text import build_text_db
+from uniter.datasets.captions.caption import Caption
+from uniter.datasets.tokenizer import Tokenizer
+
+CAPTIONS_OF_AN_IMAGE = 5
+OPEN = """
+import sys, time
+import numpy, lmdb, msgpack, lz4.frame  # what any reader loads is not the database's cost
+from uniter.datasets.text_db import TextDB
+def megabytes():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+before, start = megabytes(), time.perf_counter()
+database = TextDB(sys.argv[1])
+last = database.record(len(database) - 1), int(database.lengths[-1]), database.image_key(len(database) - 1)
+print(time.perf_counter() - start, megabytes() - before)
+"""
+
+
+def write_captions(path: Path, count: int) -> None:
+    """A COCO caption file: real word pieces by Zipf's law, 11 words on average, annotations in no order, five to an image."""
+    rng = random.Random(0)
+    words = [word for word in Tokenizer.load().vocabulary if word.isalpha() and len(word) > 2][:20_000]
+    weights = list(itertools.accumulate(1 / (place + 10) for place in range(len(words))))
+    images = max(1, count // CAPTIONS_OF_AN_IMAGE)
+    ids = list(range(1, count + 1))
+    rng.shuffle(ids)
+    with open(path, "w") as file:
+        file.write('{"info": {}, "images": [')
+        for image in range(images):
+            row = {"license": 1, "file_name": f"COCO_train2014_{image:012d}.jpg", "coco_url": f"http://images.cocodataset.org/{image}.jpg"}
+            file.write((", " if image else "") + json.dumps({**row, "height": 480, "width": 640, "id": image}))
+        file.write('], "annotations": [')
+        for place, number in enumerate(ids):
+            text = " ".join(rng.choices(words, cum_weights=weights, k=9 + number % 5)).capitalize()
+            row = {"image_id": rng.randrange(images), "id": number, "caption": f"{text}."}
+            file.write((", " if place else "") + json.dumps(row))
+        file.write("]}")
+
+
+def measured(words: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident megabytes of a command."""
+    start = time.perf_counter()
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} failed")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=int, default=300_000, help="captions in the made-up file")
+    parser.add_argument("--opened", type=int, default=0, help="also open a database of so many examples")
+    parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
+    chosen = parser.parse_args()
+    rows: list[tuple[str, str, str]] = []
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+        folder = Path(name)
+        write_captions(folder / "captions.json", chosen.captions)
+        seconds, peak = measured([sys.executable, "-m", "uniter.cli.build_db", str(folder / "captions.json"), str(folder / "captions.db")])
+        rows.append((f"{chosen.captions:,} captions, COCO JSON to finished database", f"{chosen.captions / seconds:,.0f}/s", "30,000/s"))
+        rows.append(("    peak resident memory", f"{peak:,.0f} MB", "600 MB"))
+        bytes_of = [(folder / "captions.json").stat().st_size, sum(path.stat().st_size for path in (folder / "captions.db").iterdir())]
+        rows.append(("    captions.json, database", f"{bytes_of[0] / 1e6:,.0f} MB, {bytes_of[1] / 1e6:,.0f} MB", ""))
+        opened = folder / "captions.db"
+        if chosen.opened:
+            opened = folder / "opened.db"
+            captions = (Caption(str(number), str(number // CAPTIONS_OF_AN_IMAGE), "a dog") for number in range(chosen.opened))
+            build_text_db(captions, opened, tokenizer=Tokenizer.load())
+        for _ in range(2):  # the second process finds the pages of the first
+            line = subprocess.run([sys.executable, "-c", OPEN, str(opened)], capture_output=True, text=True, check=True).stdout
+        seconds, resident = map(float, line.split())
+        rows.append((f"opening {chosen.opened or chosen.captions:,} examples in a further process", f"{seconds:.3f} s", "0.5 s"))
+        rows.append(("    its resident memory", f"{resident:.1f} MB", "60 MB"))
+    width = max(len(row[0]) for row in rows)
+    print(f"{'':<{width}}  {'measured':>20}  {'bar':>10}")
+    for what, found, bar in rows:
+        print(f"{what:<{width}}  {found:>20}  {bar:>10}")
+
+
+if __name__ == "__main__":
+    main()
