@@ -48,8 +48,9 @@ class ModelSettings(Settings):
     intermediate_size: int | None = Field(default=None, ge=1)
     max_position_embeddings: int | None = Field(default=None, ge=1)
     vocab_size: int | None = Field(default=None, ge=1, description="none: the text databases' vocabulary")
+    initializer_range: float | None = Field(default=None, gt=0, description="deviation of new weights; none: chosen by the model's size")
 
-    def overrides(self) -> dict[str, int]:
+    def overrides(self) -> dict[str, int | float]:
         return {name: value for name, value in self.model_dump(exclude={"size"}).items() if value is not None}
 
 

@@ -6,11 +6,14 @@ the same numbers again.
 
 from uniter.model.train.config import TrainSettings
 from uniter.model.train.distributed import Processes
+from uniter.model.uniter import PRESETS
 
 # By model size: peak learning rate and dropout. Published for base and large; tiny is trained from random numbers
 # on little data, where a higher rate and no dropout were found best.
 LEARNING_RATES = {"tiny": 1e-3, "base": 5e-5, "large": 5e-5}
 DROPOUTS = {"tiny": 0.0, "base": 0.1, "large": 0.1}
+PASSES = 20
+FEWEST_STEPS, MOST_STEPS = 3000, 200_000
 
 
 def complete(settings: TrainSettings, *, examples: int, mean_length: float, everyone: Processes) -> TrainSettings:
@@ -26,12 +29,17 @@ def complete(settings: TrainSettings, *, examples: int, mean_length: float, ever
     if chosen.from_ is None and chosen.model.size is None:
         chosen.model.size = "base" if on_gpu else "tiny"
     size = chosen.model.size or "base"
+    if chosen.from_ is None and size == "tiny" and chosen.model.initializer_range is None:
+        # BERT's 0.02 is meant for 768 columns; in a narrow model it leaves attention uniform for thousands of updates.
+        width = chosen.model.hidden_size or PRESETS[size]["hidden_size"]
+        chosen.model.initializer_range = round(width**-0.5, 4)
     if chosen.batch_tokens is None:
-        chosen.batch_tokens = 10240 if on_gpu else 2048
+        chosen.batch_tokens = 10240 if on_gpu else 1024
     if chosen.accumulation is None:
         chosen.accumulation = 1
     if chosen.steps is None:
-        chosen.steps = 2000
+        per_update = chosen.batch_tokens * chosen.accumulation * everyone.world
+        chosen.steps = int(min(max(PASSES * examples * mean_length / per_update, FEWEST_STEPS), MOST_STEPS))
     if chosen.optimizer.learning_rate is None:
         chosen.optimizer.learning_rate = LEARNING_RATES[size]
     if chosen.optimizer.warmup_steps is None:

@@ -136,7 +136,7 @@ def evaluate_pretraining(
 
     Returns:
         `mlm.accuracy` over all masked word pieces, `mlm.accuracy_other_picture` with the same words masked beside another
-        picture, both `_chosen_words` where `words` are given; `itm.accuracy` at even odds; `mrfr.mse` (mean over feature
+        picture, `mlm.words_accuracy` and `mlm.words_accuracy_other_picture` where `words` are given; `itm.accuracy` at even odds; `mrfr.mse` (mean over feature
         elements) and `mrfr.mse_of_mean` of always answering the mean feature; `mrc-kl.kl` (nats a region, summed over
         classes), `mrc-kl.kl_of_mean` of always answering the mean distribution, `mrc-kl.entropy`, the floor of the
         cross-entropy; `retrieval.text_r1/r5/r10` (the right text for a picture), `retrieval.image_r1/...`, `retrieval.candidates`.
@@ -199,7 +199,7 @@ def _words(run: _Run, words: Sequence[int]) -> dict[str, float]:
                 right_S = outputs["scores"].argmax(dim=1) == labels_S
                 means.add_values(f"mlm.accuracy{suffix}", right_S)
                 if len(chosen):
-                    means.add_values(f"mlm.accuracy{suffix}_chosen_words", right_S[torch.isin(labels_S, chosen)])
+                    means.add_values(f"mlm.words_accuracy{suffix}", right_S[torch.isin(labels_S, chosen)])
                 if not suffix:
                     means.add("mlm.masked_words", len(labels_S), 1)
     total = means.of_all(run.processes)

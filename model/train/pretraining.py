@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -365,8 +365,8 @@ def evaluate_run(
     workers: int = 0,
     device: str | None = None,
     precision: str = "fp32",
-) -> dict[str, float]:
-    """The figures of `evaluate.evaluate_pretraining` of a run or checkpoint on databases.
+) -> dict[str, Any]:
+    """The figures of `evaluate.evaluate_pretraining` of a run or checkpoint on databases, grouped: {"mlm": {"accuracy": ...}, ...}.
 
     Args:
         start: a run directory, a checkpoint file or folder, or a hub id.
@@ -388,7 +388,7 @@ def evaluate_run(
     with processes(device) as everyone:
         model = load_uniter(start).to(everyone.device)
         check_fit(model.config, corpus, source=start)
-        return evaluate_pretraining(
+        figures = evaluate_pretraining(
             model,
             corpus,
             processes=everyone,
@@ -399,6 +399,19 @@ def evaluate_run(
             precision=precision,
             workers=workers,
         )
+    return _grouped(figures)
+
+
+def _grouped(figures: Mapping[str, float]) -> dict[str, Any]:
+    """{"mlm.accuracy": x} -> {"mlm": {"accuracy": x}}."""
+    groups: dict[str, Any] = {}
+    for name, value in figures.items():
+        group, dot, rest = name.partition(".")
+        if dot:
+            groups.setdefault(group, {})[rest] = value
+        else:
+            groups[name] = value
+    return groups
 
 
 def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:

@@ -1,4 +1,4 @@
-"""Laws of every row of the task table: it collates, its gradient reaches the encoder, it learns eight examples, and perfect answers score 1."""
+"""Laws of every row of the task table: its gradient reaches the encoder, it learns eight examples, perfect answers score 1."""
 
 import random
 from pathlib import Path
