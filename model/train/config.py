@@ -64,7 +64,7 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=5.0, description="global norm that gradients are clipped at; -1: not at all")
     unused_gradients: Literal["none", "zero"] = Field(
-        "none", description="none: heads that a task does not use rest; zero: they drift by momentum and decay, as in torch 1.x"
+        default="none", description="none: heads that a task does not use rest; zero: they drift by momentum and decay, as in torch 1.x"
     )
 
 

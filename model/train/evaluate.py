@@ -136,10 +136,11 @@ def evaluate_pretraining(
 
     Returns:
         `mlm.accuracy` over all masked word pieces, `mlm.accuracy_other_picture` with the same words masked beside another
-        picture, `mlm.words_accuracy` and `mlm.words_accuracy_other_picture` where `words` are given; `itm.accuracy` at even odds; `mrfr.mse` (mean over feature
-        elements) and `mrfr.mse_of_mean` of always answering the mean feature; `mrc-kl.kl` (nats a region, summed over
-        classes), `mrc-kl.kl_of_mean` of always answering the mean distribution, `mrc-kl.entropy`, the floor of the
-        cross-entropy; `retrieval.text_r1/r5/r10` (the right text for a picture), `retrieval.image_r1/...`, `retrieval.candidates`.
+        picture, `mlm.words_accuracy` and `mlm.words_accuracy_other_picture` where `words` are given; `itm.accuracy` at even
+        odds; `mrfr.mse` (mean over feature elements) and `mrfr.mse_of_mean` of always answering the mean feature; `mrc-kl.kl`
+        (nats a region, summed over classes), `mrc-kl.kl_of_mean` of always answering the mean distribution, `mrc-kl.entropy`,
+        the floor of the cross-entropy; `retrieval.text_r1/r5/r10` (the right text for a picture), `retrieval.image_r1/...`,
+        `retrieval.candidates`.
     """
     masking = masking or Masking()
     run = _Run(model, corpus, processes, budget, seed, masking, precision, workers)
