@@ -29,6 +29,7 @@ from uniter.datasets.collate import PackedBatch
 from uniter.datasets.errors import BadInput
 from uniter.model.checkpoints import State, find_weights, infer_config, load_state, read_state
 from uniter.model.heads import Outputs, UniterForPretraining
+from uniter.model.linear import Linear, linear
 from uniter.model.transport import pad_rows
 from uniter.model.uniter import Encoded, UniterConfig, UniterModel, initialise, layer_norm
 
@@ -124,7 +125,7 @@ def second_stage(state: Mapping[str, Tensor], config: UniterConfig, *, extra_wor
 
 
 def _two_layers(width: int, inner: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, inner), activation(), layer_norm(inner), nn.Linear(inner, outputs))
+    return nn.Sequential(Linear(width, inner), activation(), layer_norm(inner), Linear(inner, outputs))
 
 
 class UniterForVqa(DownstreamModel):
@@ -151,7 +152,7 @@ class UniterForNlvr2Triplet(DownstreamModel):
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__(config)
-        self.nlvr2_output = nn.Linear(config.hidden_size, 2)
+        self.nlvr2_output = Linear(config.hidden_size, 2)
         initialise(self.nlvr2_output, deviation=config.initializer_range)
 
     def statements(self, batch: PackedBatch) -> Outputs:
@@ -166,7 +167,7 @@ class UniterForNlvr2Paired(DownstreamModel):
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__(config)
-        self.nlvr2_output = nn.Linear(2 * config.hidden_size, 2)
+        self.nlvr2_output = Linear(2 * config.hidden_size, 2)
         initialise(self.nlvr2_output, deviation=config.initializer_range)
 
     def statements(self, batch: PackedBatch) -> Outputs:
@@ -182,16 +183,16 @@ class CrossAttention(nn.Module):
         width = config.hidden_size
         self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         self.heads, self.dropout = config.num_attention_heads, nn.Dropout(config.attention_probs_dropout_prob)
         initialise(self.out_proj, deviation=config.initializer_range)
 
     def forward(self, asking_NH: Tensor, asking_lengths_P: Tensor, asked_NH: Tensor, asked_lengths_P: Tensor) -> Tensor:
         """(N, H): for each row of the asking sequences what it takes from the asked sequence of the same pair."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        query, asking_padding = pad_rows(F.linear(asking_NH, weights[0], biases[0]), asking_lengths_P)
-        key, asked_padding = pad_rows(F.linear(asked_NH, weights[1], biases[1]), asked_lengths_P)
-        value, _ = pad_rows(F.linear(asked_NH, weights[2], biases[2]), asked_lengths_P)
+        query, asking_padding = pad_rows(linear(asking_NH, weights[0], biases[0]), asking_lengths_P)
+        key, asked_padding = pad_rows(linear(asked_NH, weights[1], biases[1]), asked_lengths_P)
+        value, _ = pad_rows(linear(asked_NH, weights[2], biases[2]), asked_lengths_P)
         query, key, value = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in (query, key, value))
         taken = F.scaled_dot_product_attention(
             query, key, value, attn_mask=~asked_padding[:, None, None, :], dropout_p=self.dropout.p if self.training else 0.0
@@ -203,7 +204,7 @@ class CrossAttention(nn.Module):
 class AttentionPool(nn.Module):
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
-        self.fc = nn.Sequential(nn.Linear(config.hidden_size, 1), nn.ReLU())
+        self.fc = nn.Sequential(Linear(config.hidden_size, 1), nn.ReLU())
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         initialise(self.fc, deviation=config.initializer_range)
 
@@ -225,9 +226,9 @@ class UniterForNlvr2PairedAttention(DownstreamModel):
         super().__init__(config)
         width = config.hidden_size
         self.attn1, self.attn2 = CrossAttention(config), CrossAttention(config)
-        self.fc = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Dropout(config.hidden_dropout_prob))
+        self.fc = nn.Sequential(Linear(2 * width, width), nn.ReLU(), nn.Dropout(config.hidden_dropout_prob))
         self.attn_pool = AttentionPool(config)
-        self.nlvr2_output = nn.Linear(2 * width, 2)
+        self.nlvr2_output = Linear(2 * width, 2)
         initialise(self.fc, deviation=config.initializer_range)
         initialise(self.nlvr2_output, deviation=config.initializer_range)
 
@@ -256,8 +257,8 @@ class UniterForRetrieval(DownstreamModel):
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__(config)
-        self.itm_output = nn.Linear(config.hidden_size, 2)
-        self.rank_output = nn.Linear(config.hidden_size, 1)
+        self.itm_output = Linear(config.hidden_size, 2)
+        self.rank_output = Linear(config.hidden_size, 1)
         initialise(self.itm_output, deviation=config.initializer_range)
         initialise(self.rank_output, deviation=config.initializer_range)
 
@@ -299,7 +300,7 @@ class UniterForReferring(DownstreamModel):
         if layers not in (1, 2):
             raise BadInput(f"the referring head has 1 or 2 layers, got {layers}")
         width = config.hidden_size
-        self.re_output: nn.Module = nn.Linear(width, 1) if layers == 1 else _two_layers(width, width, 1, nn.GELU)
+        self.re_output: nn.Module = Linear(width, 1) if layers == 1 else _two_layers(width, width, 1, nn.GELU)
         initialise(self.re_output, deviation=config.initializer_range)
 
     @classmethod

@@ -12,11 +12,11 @@ Legend of shape suffixes: B sequences, N rows, T text tokens, R regions, S predi
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniter.datasets.collate import PackedBatch
 from uniter.datasets.masking import NOT_PREDICTED
+from uniter.model.linear import Linear, linear
 from uniter.model.transport import pad_rows, transport_distances
 from uniter.model.uniter import ACTIVATIONS, Encoded, UniterConfig, UniterModel, initialise, layer_norm
 
@@ -33,7 +33,7 @@ def as_parameter(tensor: Tensor) -> nn.Parameter:
 class WordTransform(nn.Module):
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = layer_norm(config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
@@ -48,12 +48,12 @@ class WordPredictions(nn.Module):
     def __init__(self, config: UniterConfig, word_embeddings: Tensor) -> None:
         super().__init__()
         self.transform = WordTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decoder = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.decoder.weight = as_parameter(word_embeddings)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
-        return F.linear(self.transform(hidden_SH), self.decoder.weight, self.bias)
+        return linear(self.transform(hidden_SH), self.decoder.weight, self.bias)
 
 
 class WordHead(nn.Module):
@@ -73,22 +73,22 @@ class FeatureRegression(nn.Module):
 
     def __init__(self, config: UniterConfig, image_projection: Tensor) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size), nn.GELU(), layer_norm(config.hidden_size))
+        self.net = nn.Sequential(Linear(config.hidden_size, config.hidden_size), nn.GELU(), layer_norm(config.hidden_size))
         self.weight = as_parameter(image_projection)
         self.bias = nn.Parameter(torch.zeros(config.image_feature_size))
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
-        return F.linear(self.net(hidden_SH), self.weight.t(), self.bias)
+        return linear(self.net(hidden_SH), self.weight.t(), self.bias)
 
 
 class RegionClassifier(nn.Module):
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(config.hidden_size, config.hidden_size),
+            Linear(config.hidden_size, config.hidden_size),
             nn.GELU(),
             layer_norm(config.hidden_size),
-            nn.Linear(config.hidden_size, config.label_classes),
+            Linear(config.hidden_size, config.label_classes),
         )
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class UniterForPretraining(nn.Module):
         self.cls = WordHead(config, self.uniter.embeddings.word_embeddings.weight)
         self.feat_regress = FeatureRegression(config, self.uniter.img_embeddings.img_linear.weight)
         self.region_classifier = RegionClassifier(config)
-        self.itm_output = nn.Linear(config.hidden_size, 2)
+        self.itm_output = Linear(config.hidden_size, 2)
         initialise(self, deviation=config.initializer_range)
 
     def forward(self, batch: PackedBatch) -> Encoded:

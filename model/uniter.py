@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from uniter.datasets.collate import PackedBatch
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.model.attention import AttentionKernel, Layout, attend, attention_probabilities, choose_kernel, lay_out
+from uniter.model.linear import Linear
 
 NORM_EPSILON = 1e-12
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
@@ -132,10 +133,10 @@ class RegionEmbeddings(nn.Module):
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
-        self.img_linear = nn.Linear(config.image_feature_size, config.hidden_size)
+        self.img_linear = Linear(config.image_feature_size, config.hidden_size)
         self.img_layer_norm = layer_norm(config.hidden_size)
         self.pos_layer_norm = layer_norm(config.hidden_size)
-        self.pos_linear = nn.Linear(7, config.hidden_size)
+        self.pos_linear = Linear(7, config.hidden_size)
         # Lives in feature space: what a masked region shows instead of its feature. Row 0 means "not masked" and is never read.
         self.mask_embedding = nn.Embedding(2, config.image_feature_size, padding_idx=0)
         self.LayerNorm = layer_norm(config.hidden_size)
@@ -158,7 +159,7 @@ class DenseAddNorm(nn.Module):
 
     def __init__(self, inner: int, config: UniterConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(inner, config.hidden_size)
+        self.dense = Linear(inner, config.hidden_size)
         self.LayerNorm = layer_norm(config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -170,9 +171,9 @@ class DenseAddNorm(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
         # Holds the probability only: as a module it is found by whoever sets the dropout of a whole model.
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.heads = config.num_attention_heads
@@ -200,7 +201,7 @@ class Attention(nn.Module):
 class Intermediate(nn.Module):
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ class Encoder(nn.Module):
 class Pooler(nn.Module):
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, first_BH: Tensor) -> Tensor:
         return torch.tanh(self.dense(first_BH))
