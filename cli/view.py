@@ -1,13 +1,16 @@
-"""`uniter-view DB... --images photos/ --out report/`: a page to look at. `uniter-view RUN... --out report/`: curves of training runs."""
+"""`uniter-view DB... --images photos/ --out report/`: a page to look at. `uniter-view RUN... --out report/`: curves of training runs,
+and with a region and a text database what the words of a run's last checkpoint look at.
+"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
 
 from uniter.cli.common import common_options, print_summary
 from uniter.datasets.errors import BadInput
-from uniter.datasets.report import write_region_report, write_runs_report
+from uniter.datasets.image_db import ImageDB
+from uniter.datasets.report import LookedAt, write_region_report, write_runs_report
 from uniter.datasets.text_db import TextDB
 from uniter.datasets.tokenizer import Tokenizer
 
@@ -17,6 +20,7 @@ Examples:
   uniter-view out.lmdb --images photos/ --text captions.db --out report/ --limit 500
   uniter-view out.lmdb --images photos/ --out report/ --key COCO_train2014_000000084002
   uniter-view run-a/ run-b/ --out curves/
+  uniter-view run/ out.lmdb --text captions.db --images photos/ --out looks/
 
 Open report/index.html in any browser; it needs no server and no network.
 """
@@ -35,6 +39,8 @@ Open report/index.html in any browser; it needs no server and no network.
 @click.option("--key", "keys", multiple=True, metavar="KEY", help="Draw this image; may be repeated, overrules --limit.")
 @click.option("--boxes", "most_boxes", type=click.IntRange(min=1), metavar="N",
               help="Draw at most so many boxes a picture, the most confident ones.  [default: all]")  # fmt: skip
+@click.option("--pairs", type=click.IntRange(min=1), default=8, show_default=True,
+              help="With a RUN, a DB and --text: how many texts are looked at with the run's last checkpoint.")  # fmt: skip
 @click.option("--allow-partial", is_flag=True, help="Also look at a database that is not finished.")
 @common_options
 def main(
@@ -45,22 +51,28 @@ def main(
     limit: int,
     keys: tuple[str, ...],
     most_boxes: int | None,
+    pairs: int,
     allow_partial: bool,
     as_json: bool,
 ) -> None:
     """A page to look at: regions on their photographs, captions, histograms, failures; for run directories, curves.
 
-    DB is a region database of any kind (ours, published, several); RUN is a directory of uniter-train.
+    DB is a region database of any kind (ours, published, several); RUN is a directory of uniter-train. One RUN with DB and --text
+    also shows which regions each word attends to, and the transport plan.
     """
     runs = [source for source in sources if (Path(source) / "log.jsonl").is_file()]
-    if runs and len(runs) < len(sources):
-        other = next(source for source in sources if source not in runs)
-        raise click.UsageError(f"{runs[0]} is a run directory and {other} is none; look at runs and databases one after the other")
+    others = [source for source in sources if source not in runs]
     if runs:
         from uniter.model.train.log import read_log
 
+        if others and (len(runs) > 1 or not texts):
+            raise click.UsageError(f"with {others[0]}, give one run and --text: its words are looked at over those regions")
         names = _short_names(runs)
-        summary = write_runs_report({name: read_log(Path(run)) for name, run in zip(names, runs, strict=True)}, out).as_dict()
+        logs = {name: read_log(Path(run)) for name, run in zip(names, runs, strict=True)}
+        database = ImageDB(list(others), allow_partial=allow_partial) if others else None
+        looks = _looks(Path(runs[0]), database, texts, pairs, keys) if database is not None else ()
+        class_names = database.class_names if database is not None else None
+        summary = write_runs_report(logs, out, looks=looks, photographs=photographs, class_names=class_names).as_dict()
     else:
         captions = _captions(texts) if texts else None
         summary = write_region_report(
@@ -82,6 +94,36 @@ def _short_names(runs: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
+def _looks(run: Path, regions: ImageDB, texts: Sequence[Path], pairs: int, keys: Sequence[str]) -> Iterator[LookedAt]:
+    """Evenly spaced texts of the first database (or those about `keys`) as the run's last checkpoint sees them with their pictures."""
+    from uniter.datasets.samples import TokenSequence
+    from uniter.model import load_uniter
+    from uniter.model.looking import look
+
+    model = load_uniter(run)
+    database = TextDB(texts[0])
+    numbers = [number for key in keys for number in database.images()[key][:1]]
+    if not keys:
+        numbers = [len(database) * place // pairs for place in range(min(pairs, len(database)))]
+    vocabularies: dict[Path, Tokenizer | None] = {}
+    for number in numbers:
+        key = database.image_key(number)
+        if not isinstance(key, str):
+            raise BadInput(f"{database.path} has examples about several pictures; only texts about one picture are looked at")
+        record = regions[key]
+        ids = [database.cls_id, *database.record(number)["input_ids"], database.sep_id]
+        seen = look(model, TokenSequence(ids, record.features, record.norm_bb), example=database.ids[number])
+        tokenizer = _tokenizer(database, vocabularies)
+        yield LookedAt(
+            title=f"{database.ids[number]} with {key}",
+            key=key,
+            words=tokenizer.tokens(ids) if tokenizer is not None else list(map(str, ids)),
+            regions=record,
+            maps={"attention of the last layer, mean over its heads": seen.attention_TR, "transport plan": seen.plan_TR},
+            note=f"match {seen.match:.3f}",
+        )
+
+
 def _captions(paths: Sequence[Path]) -> Callable[[str], list[str]]:
     """From an image key to its captions in all of the text databases; words are put together again where only word pieces are kept."""
     databases = [TextDB(path) for path in paths]
@@ -101,16 +143,21 @@ def _captions(paths: Sequence[Path]) -> Callable[[str], list[str]]:
 
 
 def _words(database: TextDB, ids: Sequence[int], vocabularies: dict[Path, Tokenizer | None]) -> str:
-    if database.path not in vocabularies:
-        beside = database.path / "vocab.txt"
-        try:
-            vocabularies[database.path] = Tokenizer.load(beside if beside.is_file() else database.tokenizer_name or "bert-base-cased")
-        except BadInput:
-            vocabularies[database.path] = None
-    tokenizer = vocabularies[database.path]
+    tokenizer = _tokenizer(database, vocabularies)
     if tokenizer is None:
         return f"{len(ids)} word pieces of {database.tokenizer_name}, whose vocabulary is not at hand"
     return " ".join(tokenizer.tokens(ids)).replace(" ##", "")
+
+
+def _tokenizer(database: TextDB, known: dict[Path, Tokenizer | None]) -> Tokenizer | None:
+    """The database's own vocabulary, or the one that it names; None where that is not at hand."""
+    if database.path not in known:
+        ours = (database.path / "vocab.txt").is_file()
+        try:
+            known[database.path] = Tokenizer.load(database.path if ours else database.tokenizer_name or "bert-base-cased")
+        except BadInput:
+            known[database.path] = None
+    return known[database.path]
 
 
 if __name__ == "__main__":

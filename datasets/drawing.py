@@ -8,7 +8,7 @@ import colorsys
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -198,6 +198,28 @@ def draw_regions(
         placed = np.concatenate([placed, place[None]])
         _draw_label(picture, text, place, corners[k], colours[int(k)], text_height)
     return picture
+
+
+def draw_weights(image: ByteImage, regions: RegionFeatures, labels: Sequence[RegionLabel], weights: NDArray[np.floating]) -> ByteImage:
+    """Light up the regions by their weights (attention, a row of a transport plan); the three heaviest are outlined and named.
+
+    Args:
+        image: (H, W, 3) uint8 BGR, upright, of any scale. Not modified.
+        regions, labels: N of each, as for `draw_regions`.
+        weights: (N,) not negative; the greatest is shown as full light, whatever it is.
+    """
+    height, width = image.shape[:2]
+    light = np.zeros((height, width), dtype=np.float32)
+    boxes = np.rint(pixel_boxes(np.asarray(regions.norm_bb, dtype=np.float32), (height, width))).astype(int)
+    corners = np.clip(boxes, 0, [width - 1, height - 1, width - 1, height - 1])
+    most = max(float(np.max(weights, initial=0.0)), 1e-12)
+    for (x0, y0, x1, y1), weight in zip(corners.tolist(), weights.tolist(), strict=True):
+        inside = light[y0 : y1 + 1, x0 : x1 + 1]
+        np.maximum(inside, weight / most, out=inside)
+    picture = np.rint(image * (0.25 + 0.75 * light)[:, :, None]).astype(np.uint8)
+    heaviest = np.argsort(-np.asarray(weights), kind="stable")[:3]
+    named = [replace(labels[k], confidence=float(weights[k])) for k in heaviest]
+    return draw_regions(picture, regions.rows(heaviest), named, text_height=12)
 
 
 def place_labels(

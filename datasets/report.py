@@ -23,6 +23,7 @@ from uniter.datasets.drawing import (
     RegionLabel,
     class_colour,
     draw_regions,
+    draw_weights,
     empty_canvas,
     label_regions,
     read_photograph,
@@ -61,6 +62,7 @@ table { border-collapse: collapse; width: 100%; font-size: .86rem; } th { text-a
 th, td { padding: .15rem .6rem .15rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .45em; vertical-align: -.05em; }
+.words { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: .6rem; margin-bottom: 1rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1rem; } .facts { max-width: 60rem; }
 svg.chart { width: 100%; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .bar { fill: #3b82f6; }
@@ -391,22 +393,54 @@ def _page(title: str, body: str) -> str:
 
 @dataclass
 class RunsSummary:
-    """What a page of curves shows: the page, and for each run its last update and how many lines its log has."""
+    """What a page of curves shows: the page, and for each run its last update and how many lines its log has; how many curves and pairs."""
 
     page: Path
     runs: dict[str, dict[str, int]]
     curves: int
+    pairs: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        return {"page": str(self.page), "runs": self.runs, "curves": self.curves}
+        return {"page": str(self.page), "runs": self.runs, "curves": self.curves, "pairs": self.pairs}
 
 
-def write_runs_report(runs: Mapping[str, Iterable[Mapping[str, Any]]], out: str | Path) -> RunsSummary:
+@dataclass(frozen=True)
+class LookedAt:
+    """A text and a picture, and what a model's words do with the picture's regions.
+
+    Attributes:
+        title: of the pair, e.g. the example's id.
+        key: the image.
+        words: T tokens.
+        regions: R regions.
+        maps: by name (T, R) weights, e.g. attention and a transport plan; one picture is drawn for each word.
+        note: a sentence, e.g. how well the two match.
+    """
+
+    title: str
+    key: str
+    words: Sequence[str]
+    regions: RegionFeatures
+    maps: Mapping[str, NDArray[np.floating]]
+    note: str
+
+
+def write_runs_report(
+    runs: Mapping[str, Iterable[Mapping[str, Any]]],
+    out: str | Path,
+    *,
+    looks: Iterable[LookedAt] = (),
+    photographs: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+) -> RunsSummary:
     """Curves of one or several training runs, a chart for each figure of their logs, runs over one another.
 
     Args:
         runs: for each run's name the lines of its log: {"step": int, "kind": str, figure: number, ...}; nested maps are figures with a dot.
         out: the report's folder, as for `write_region_report`.
+        looks: pairs of text and picture that a model looked at; they follow the curves.
+        photographs: the folder of the pictures' photographs.
+        class_names: of the regions, counted from 0 without background.
 
     Raises:
         BadInput: no run has a line yet, or `out` holds something else.
@@ -446,9 +480,32 @@ def write_runs_report(runs: Mapping[str, Iterable[Mapping[str, Any]]], out: str 
             if figure.split(" ")[0] == kind
         ]
         body.append(f'<h2>{html.escape(kind)}</h2><div class="charts">{"".join(charts)}</div>')
-    (folder / "index.html").write_text(_page(", ".join(runs), "".join(body)), encoding="utf-8")
-    (folder / "pictures").rmdir()
-    return RunsSummary(folder / "index.html", summary, len(figures))
+    found = Photographs(photographs) if photographs is not None else None
+    pairs = [_look(pair, place, folder, found, class_names) for place, pair in enumerate(looks)]
+    if pairs:
+        body.append("<h2>What words look at</h2><p>Each small picture belongs to one word: the brighter a region, the more weight.</p>")
+    (folder / "index.html").write_text(_page(", ".join(runs), "".join([*body, *pairs])), encoding="utf-8")
+    return RunsSummary(folder / "index.html", summary, len(figures), len(pairs))
+
+
+def _look(pair: LookedAt, place: int, folder: Path, photographs: Photographs | None, class_names: Sequence[str] | None) -> str:
+    image, _, notes = _photograph(pair.key, pair.regions, photographs)
+    labels = label_regions(pair.regions, class_names=class_names)
+    small = resized(image, 300)
+    write_picture(folder / "pictures" / f"{place:03d}.jpg", draw_regions(image, pair.regions, labels, text_height=15))
+    rows = []
+    for number, (name, weights_TR) in enumerate(pair.maps.items()):
+        cells = []
+        for token, (word, weights) in enumerate(zip(pair.words, weights_TR, strict=True)):
+            file = f"pictures/{place:03d}-{number}-{token:03d}.jpg"
+            write_picture(folder / file, draw_weights(small, pair.regions, labels, weights), quality=80)
+            cells.append(f'<figure><img loading="lazy" src="{file}" alt=""><figcaption>{html.escape(word)}</figcaption></figure>')
+        rows.append(f'<p class="faint">{html.escape(name)}</p><div class="words">{"".join(cells)}</div>')
+    sentence = " · ".join([pair.note, *notes])
+    return (
+        f'<h3><a href="pictures/{place:03d}.jpg">{html.escape(pair.title)}</a></h3><p>{html.escape(" ".join(pair.words))}</p>'
+        f'<p class="faint">{html.escape(sentence)}</p>{"".join(rows)}'
+    )
 
 
 def _losses_first(item: tuple[str, Any]) -> tuple[bool, bool, str]:

@@ -72,11 +72,11 @@ def test_curves_of_two_runs(tmp_path):
     assert json.loads(result.stdout)["runs"] == {name: {"lines": 3, "last_update": 3} for name in "ab"}
 
 
-def test_runs_and_databases_are_not_mixed(tmp_path, database):
+def test_a_run_and_a_database_want_a_text(tmp_path, database):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/log.jsonl").write_text("")
     result = run(tmp_path / "run", database, "--out", tmp_path / "report")
-    assert result.exit_code == 2 and "one after the other" in result.stderr
+    assert result.exit_code == 2 and "give one run and --text" in result.stderr
 
 
 def test_what_is_no_database_is_one_line(tmp_path):
@@ -89,3 +89,39 @@ def test_what_is_no_database_is_one_line(tmp_path):
 def test_help_shows_an_example():
     result = run("--help")
     assert result.exit_code == 0 and "uniter-view out.lmdb --images photos/ --out report/" in result.output
+
+
+@pytest.fixture
+def run_directory(tmp_path):
+    import torch
+
+    from uniter.model import UniterConfig, UniterForPretraining
+    from uniter.model.checkpoints import save_checkpoint
+
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "log.jsonl").write_text('{"step": 1, "kind": "train", "loss": 2.0}\n')
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    save_checkpoint(folder / "checkpoints/latest", UniterForPretraining(UniterConfig(**sizes, image_feature_size=4, label_classes=3)))
+    return folder
+
+
+def test_what_words_look_at(tmp_path, database, run_directory):
+    captions = [Caption("1", "cat.png", "A <b>cat</b>."), Caption("2", "dog.png", "A dog.")]
+    build_text_db(captions, tmp_path / "captions.db", tokenizer=Tokenizer.load())
+    result = run(run_directory, database, "--text", tmp_path / "captions.db", "--out", tmp_path / "looks", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["pairs"] == 2
+    text = (tmp_path / "looks/index.html").read_text()
+    assert "<b>" not in text and "match 0." in text and "transport plan" in text
+    words = len(Tokenizer.load().encode("A <b>cat</b>.")) + 2
+    assert len(list((tmp_path / "looks/pictures").glob("000-*.jpg"))) == 2 * words
+    one = run(run_directory, database, "--text", tmp_path / "captions.db", "--out", tmp_path / "looks", "--key", "dog", "--json")
+    assert json.loads(one.stdout)["pairs"] == 1 and "2 with dog" in (tmp_path / "looks/index.html").read_text()
+
+
+def test_a_key_without_a_text_is_one_line(tmp_path, database, run_directory):
+    build_text_db([Caption("1", "cat.png", "A cat.")], tmp_path / "captions.db", tokenizer=Tokenizer.load())
+    result = run(run_directory, database, "--text", tmp_path / "captions.db", "--out", tmp_path / "looks", "--key", "dog")
+    assert result.exit_code == 1 and "no text of the database is about an image 'dog'" in result.stderr
