@@ -120,7 +120,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def multiplications(detector: Detectron2Detector, path: Path) -> float:
+def multiplications(plain: PlainLoop, path: Path) -> float:
     """Multiply-adds of all convolutions and matrices for one image, counted while it runs."""
     total = 0.0
 
@@ -131,8 +131,8 @@ def multiplications(detector: Detectron2Detector, path: Path) -> float:
         elif isinstance(layer, nn.Linear):
             total += output.numel() * layer.in_features
 
-    hooks = [layer.register_forward_hook(count) for layer in detector.network.model.modules()]
-    detector.detect([detector.prepare(np.asarray(cv2.imread(str(path)), dtype=np.uint8))])
+    hooks = [layer.register_forward_hook(count) for layer in plain.model.modules()]
+    plain.detect(path)
     for hook in hooks:
         hook.remove()
     return total
@@ -228,7 +228,7 @@ def main() -> None:
         (folder / "photographs").mkdir()
         (folder / "plain").mkdir()
         paths = photographs(folder / "photographs", arguments.images)
-        needed = statistics.mean(multiplications(detectors["fp32"], path) for path in paths)
+        needed = statistics.mean(multiplications(plain, path) for path in paths)
         times: dict[str, list[float]] = {name: [] for name in ("plain", *detectors)}
         rates: dict[str, list[float]] = {name: [] for name in detectors}
         for pair in range(arguments.pairs):

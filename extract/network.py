@@ -18,6 +18,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from uniter.extract.extents import PaddingGuard, Size, pad_together, supports_padding
+from uniter.extract.fused import fuse_blocks
 
 FeatureMaps = dict[str, Tensor]
 ROIS_AT_ONCE = {"cpu": 20, "cuda": 512}
@@ -46,6 +47,8 @@ class RegionNetwork:
         self.precision = precision
         self.head_type = HEAD_TYPES[precision]
         self.head.to(self.head_type)
+        if self.is_c4 and self.device.type == "cpu":
+            fuse_blocks(self.head, images=ROIS_AT_ONCE["cpu"], side=int(self.pooler.output_size[0]))
         self.feature_width: int = self.predictor.cls_score.in_features
         self.has_attributes = hasattr(self.predictor, "attr_score")
         self._mean, self._deviation = self.model.pixel_mean.to(self.device), self.model.pixel_std.to(self.device)
