@@ -77,7 +77,9 @@ def _weights(recipe: Recipe, weights: str | None, model: Any) -> Weights:
 
 def _fill(model: Any, loaded: Weights, recipe: Recipe) -> None:
     """Copy every tensor of the model from the weights; what is missing, of another shape or left over is an error."""
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(NOT_NEEDED)}
+    # A trained BatchNorm also counts its batches, which no value depends on and `load_weights` leaves out.
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".num_batches_tracked")}
+    wanted = {name: tensor for name, tensor in own.items() if not name.startswith(NOT_NEEDED)}
     missing = [name for name in wanted if name not in loaded.tensors]
     if missing and all(name.removeprefix(BOX_PREDICTOR).startswith(ATTRIBUTE_LAYERS) for name in missing):
         raise BadInput(

@@ -712,8 +712,12 @@ def _finish(
     out: Path, network: nn.Module, labelled: LabelledImages, *, attribute_names: Sequence[str], training: Mapping[str, Any]
 ) -> None:
     """Write the weights and, last, `detector.json`: from then on the folder is a detector."""
-    layer = "roi_heads.box_predictor.thumbnail."
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items() if not name.startswith(layer)}
+    # The thumbnail layer and BatchNorm's count of batches matter to training only.
+    tensors = {
+        name: tensor.cpu().contiguous()
+        for name, tensor in network.state_dict().items()
+        if not name.startswith("roi_heads.box_predictor.thumbnail.") and not name.endswith(".num_batches_tracked")
+    }
     temporary = out / "model.safetensors.tmp"
     save_file(tensors, temporary)
     temporary.replace(out / "model.safetensors")
