@@ -105,6 +105,22 @@ def test_state_survives_saving_and_an_unused_parameter_rests():
     assert torch.equal(used, again)
 
 
+def test_large_tensors_are_updated_in_slices_like_small_ones():
+    torch.manual_seed(0)
+    whole = nn.Parameter(torch.randn(700, 1024))  # more than one slice
+    rows = [nn.Parameter(row.clone()) for row in whole.detach()]
+    transposed = nn.Parameter(whole.detach().t())  # not contiguous: never sliced
+    optimizer = AdamW([whole, *rows, transposed], 0.1)
+    for _ in range(3):
+        gradient = torch.randn(700, 1024)
+        whole.grad, transposed.grad = gradient, gradient.t()
+        for row, part in zip(rows, gradient, strict=True):
+            row.grad = part
+        optimizer.step()
+    torch.testing.assert_close(whole, torch.stack(list(rows)), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(whole, transposed.t(), atol=1e-6, rtol=1e-6)
+
+
 def test_no_limit_means_no_clipping():
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])
