@@ -41,6 +41,14 @@ def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
     return stdout, stderr
 
 
+def summary_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The summary of a run that must succeed."""
+    stdout, stderr = ended(process)
+    assert process.returncode == 0, stderr
+    summary: dict[str, Any] = json.loads(stdout)
+    return summary
+
+
 def wait_for(path: Path) -> None:
     """Until the process under test has come so far; imports take their time on a busy machine."""
     until = time.monotonic() + 60
@@ -65,7 +73,7 @@ def check_interrupted(out: Path, complete: dict[str, Any], content: Content) -> 
 
 def kill_again_and_again(fake: ModuleType, photos: Path, folder: Path, content: Content, *, kills: int, seed: int) -> list[int]:
     whole = begin(fake, photos, folder / "whole")
-    assert "Error" not in ended(whole)[1]
+    summary_of(whole)
     complete = content(folder / "whole")
     rng, out, seen = random.Random(seed), folder / "killed", []
     for _ in range(kills):
@@ -78,9 +86,7 @@ def kill_again_and_again(fake: ModuleType, photos: Path, folder: Path, content: 
         ended(process)
         seen.append(check_interrupted(out, complete, content))
     assert seen == sorted(seen), "a kill loses nothing that was committed"
-    stdout, stderr = ended(begin(fake, photos, out))
-    assert stdout, stderr
-    assert json.loads(stdout)["complete"]
+    assert summary_of(begin(fake, photos, out))["complete"]
     assert content(out) == complete
     assert not (out / "units").exists()
     return seen
@@ -106,7 +112,7 @@ def test_killed_thirty_times(make_photos: Photos, fake: ModuleType, content: Con
 def test_killed_while_it_is_finished(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
     """No time goes into the images here: the kills fall into commits, the moves into data.mdb and the last steps."""
     photos = make_photos(60)
-    assert "Error" not in ended(begin(fake, photos, tmp_path / "whole"))[1]
+    summary_of(begin(fake, photos, tmp_path / "whole"))
     complete = content(tmp_path / "whole")
     rng, finished = random.Random(5), 0
     for attempt in range(30):
@@ -118,7 +124,7 @@ def test_killed_while_it_is_finished(make_photos: Photos, fake: ModuleType, cont
         ended(process)
         finished += (out / "header.json").exists()
         check_interrupted(out, complete, content)
-        assert json.loads(ended(begin(fake, photos, out))[0])["complete"]
+        assert summary_of(begin(fake, photos, out))["complete"]
         assert content(out) == complete
     assert finished < 30
 
@@ -133,32 +139,28 @@ def test_sigterm_finishes_the_batch(make_photos: Photos, fake: ModuleType, conte
     assert process.returncode == 1 and "the same command continues it" in stdout, stderr
     done = len(ImageDB(tmp_path / "out", allow_partial=True))
     assert 0 < done < 40 and (done % 8) % 3 == 0, "whole batches only"
-    ended(begin(fake, photos, tmp_path / "out"))
-    ended(begin(fake, photos, tmp_path / "whole"))
+    summary_of(begin(fake, photos, tmp_path / "out"))
+    summary_of(begin(fake, photos, tmp_path / "whole"))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_two_writers_on_one_output(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
     photos = make_photos(60)
     both = [begin(fake, photos, tmp_path / "out", seconds=0.01) for _ in range(2)]
-    summaries = []
-    for process in both:
-        stdout, stderr = ended(process)
-        assert process.returncode == 0, stderr
-        summaries.append(json.loads(stdout))
+    summaries = [summary_of(process) for process in both]
     assert sum(summary["extracted"] for summary in summaries) == 60, "nothing twice"
     assert any(summary["complete"] for summary in summaries)
-    ended(begin(fake, photos, tmp_path / "whole"))
+    summary_of(begin(fake, photos, tmp_path / "whole"))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_three_shards_at_once(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
     photos = make_photos(70)
     shards = [begin(fake, photos, tmp_path / "out", shard=[index, 3], seconds=0.005) for index in range(3)]
-    summaries = [json.loads(ended(process)[0]) for process in shards]
+    summaries = [summary_of(process) for process in shards]
     assert sum(summary["extracted"] for summary in summaries) == 70
     assert any(summary["complete"] for summary in summaries)
-    ended(begin(fake, photos, tmp_path / "whole"))
+    summary_of(begin(fake, photos, tmp_path / "whole"))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
@@ -177,6 +179,6 @@ def test_a_disk_that_fills_up_in_mid_run(make_photos: Photos, fake: ModuleType, 
     assert last.startswith("uniter.datasets.errors.UniterError: ") and "what was committed is kept" in last
     with pytest.raises(BadInput, match="unfinished"):
         ImageDB(tmp_path / "out")
-    assert json.loads(ended(begin(fake, photos, tmp_path / "out"))[0])["complete"]
-    ended(begin(fake, photos, tmp_path / "whole"))
+    assert summary_of(begin(fake, photos, tmp_path / "out"))["complete"]
+    summary_of(begin(fake, photos, tmp_path / "whole"))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
