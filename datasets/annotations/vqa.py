@@ -113,12 +113,15 @@ def _given_table(path: Path) -> dict[str, int]:
     return table
 
 
-def _stamps(paths: Sequence[Path]) -> tuple[tuple[Path, int, int], ...]:
+_Stamps = tuple[tuple[Path, int, int], ...]
+
+
+def _stamps(paths: Sequence[Path]) -> _Stamps:
     return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
 
 @lru_cache(maxsize=2)
-def _made_table(stamped: tuple[tuple[Path, int, int], ...]) -> Mapping[str, int]:
+def _made_table(stamped: _Stamps) -> Mapping[str, int]:
     answers = [_most_common(entry, where) for path, _, _ in stamped for where, entry in _annotations(path)]
     table = answer_table(answers)
     if not table:
@@ -129,11 +132,17 @@ def _made_table(stamped: tuple[tuple[Path, int, int], ...]) -> Mapping[str, int]
     return table
 
 
-def _targets(annotations: tuple[Path, ...], given: Path | None) -> dict[str, dict[str, list[Any]]]:
-    table = _table(annotations, given)
+def _targets(annotations: tuple[Path, ...], given: Path | None) -> Mapping[str, dict[str, list[Any]]]:
+    return _read_targets(_stamps(annotations), _stamps([given] if given is not None else []))
+
+
+@lru_cache(maxsize=1)  # several files of questions share their annotations, which are large
+def _read_targets(annotations: _Stamps, given: _Stamps) -> Mapping[str, dict[str, list[Any]]]:
+    paths = tuple(path for path, _, _ in annotations)
+    table = _table(paths, given[0][0] if given else None)
     return {
         str(id_field(entry, "question_id", where)): soft_scores(_answers(entry, where), table)
-        for path in annotations
+        for path in paths
         for where, entry in _annotations(path)
     }
 
