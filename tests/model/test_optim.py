@@ -109,7 +109,7 @@ def test_large_tensors_are_updated_in_slices_like_small_ones():
     torch.manual_seed(0)
     whole = nn.Parameter(torch.randn(700, 1024))  # more than one slice
     rows = [nn.Parameter(row.clone()) for row in whole.detach()]
-    transposed = nn.Parameter(whole.detach().t())  # not contiguous: never sliced
+    transposed = nn.Parameter(whole.detach().clone().t())  # not contiguous: never sliced
     optimizer = AdamW([whole, *rows, transposed], 0.1)
     for _ in range(3):
         gradient = torch.randn(700, 1024)
