@@ -10,6 +10,7 @@ from uniter.datasets.drawing import (
     RegionLabel,
     class_colour,
     draw_regions,
+    draw_weights,
     empty_canvas,
     label_regions,
     place_labels,
@@ -212,3 +213,13 @@ def test_the_real_photographs_show_beds_skis_and_trucks(shared):
     assert "bed" in words["COCO_train2014_000000084002"]
     assert "red ski" in words["COCO_train2014_000000131486"]
     assert "red truck" in words["COCO_train2014_000000387267"]
+
+
+def test_weights_light_up_their_regions():
+    made = regions([[10, 10, 60, 60], [120, 20, 180, 90]], soft_labels=np.array([[0.1, 0.9], [0.1, 0.9]]))
+    bright = np.full((100, 200, 3), 200, np.uint8)
+    picture = draw_weights(bright, made, label_regions(made, class_names=["cat"]), np.array([0.1, 0.9]))
+    outside, light, heavy = (int(picture[y, x].mean()) for y, x in ((95, 80), (50, 35), (60, 150)))
+    assert (outside, heavy) == (50, 200) and outside < light < heavy
+    assert (bright == 200).all(), "the picture that was given is as it was"
+    assert draw_weights(bright, regions([]), [], np.zeros(0)).mean() == 50
