@@ -118,7 +118,9 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     text_types = np.zeros(int(text_lengths.sum()), dtype=np.int64)
     if any(sequence.text_types is not None for sequence in sequences):
         text_types = np.concatenate([np.asarray(s.text_types or [0] * len(s.input_ids), dtype=np.int64) for s in sequences])
-    region_types = np.repeat(np.fromiter((s.region_type for s in sequences), dtype=np.int64, count=len(sequences)), region_counts)
+    region_types = np.concatenate(
+        [np.broadcast_to(np.asarray(sequence.region_type, dtype=np.int64), len(sequence.features)) for sequence in sequences]
+    )
     return PackedBatch(
         input_ids_T=torch.tensor([word for sequence in sequences for word in sequence.input_ids], dtype=torch.int64),
         text_positions_T=torch.from_numpy(_count_up(text_lengths)),

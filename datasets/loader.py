@@ -7,7 +7,7 @@ any number of workers gives the same batches, and any process can make any batch
 import functools
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class Part:
         sample: makes what the task shows of an example.
         ratio: how often it is drawn, relative to the other parts.
         negative_probability: chance that an example is shown another picture (image-text matching); 0 for the other tasks.
+        lengths: tokens of each example with the pictures (N, K) it is shown; by default one sequence of text and all regions.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Part:
     sample: SampleFunction
     ratio: float = 1.0
     negative_probability: float = 0.0
+    lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] = Corpus.lengths_with
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +164,7 @@ class Mixture:
 
     def _epoch_batches(self, number: int, epoch: int) -> Batches:
         part = self.parts[number]
-        lengths = part.corpus.lengths_with(self._pairing(number, epoch).images)
+        lengths = part.lengths(part.corpus, self._pairing(number, epoch).images)
         if self.ordering == "buckets":
             seed = int(generator(self.seed, part.name).integers(2**62))
             return budget_batches(lengths, budget=self.budget, seed=seed, epoch=epoch, bucket=self.bucket)
@@ -224,7 +226,7 @@ def sequential_plans(
         )
         pairing = Pairing(drawn.images[:, None], drawn.matched)
     shown = pairing or true_pairs(part.corpus.image_rows_NK)
-    lengths = part.corpus.lengths_with(shown.images)
+    lengths = part.lengths(part.corpus, shown.images)
     batches = budget_batches(lengths, budget=budget, seed=seed, epoch=0, bucket=max(len(lengths), 2))
     for position in range(rank, len(batches), world):
         examples = batches[position]

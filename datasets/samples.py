@@ -6,6 +6,7 @@ Text is masked only where the picture is whole, regions only where the text is w
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ class TokenSequence:
         norm_bb: (N, 6) float16 or float32.
         masked: (N,) bool, True where the features shall be zeroed; None where the task masks no regions.
         text_types: token type of each word piece, None for all 0.
-        region_type: token type of the regions.
+        region_type: token type of the regions, one for all or one for each.
     """
 
     input_ids: list[int]
@@ -60,7 +61,7 @@ class TokenSequence:
     norm_bb: NDArray[np.floating]
     masked: NDArray[np.bool_] | None = None
     text_types: Sequence[int] | None = None
-    region_type: int = 1
+    region_type: int | NDArray[np.int64] = 1
 
 
 @dataclass(slots=True)
@@ -114,6 +115,80 @@ def matched_pair(example: Example, rng: random.Random, masking: Masking) -> Samp
         [_sequence(example, example.words(), _regions(example))],
         {"matched": np.array([int(example.matched)], dtype=np.int64)},
     )
+
+
+def answered_question(example: Example, rng: random.Random, masking: Masking, *, answers: int) -> Sample:
+    """VQA and SNLI-VE. Targets: `answers` (1, A) float32, each answer's soft score; all 0 where the record has no target."""
+    record = example.corpus.record(example.number)
+    wanted = np.zeros((1, answers), dtype=np.float32)
+    target = record.get("target")
+    if isinstance(target, dict):
+        labels = np.array(target["labels"], dtype=np.int64)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < answers:
+            raise BadInput(
+                f"example {example.id!r} has answer {labels.max()}, but there are {answers} answers; were its texts built otherwise?"
+            )
+        wanted[0, labels] = target["scores"]
+    return Sample(example.id, [_sequence(example, list(record["input_ids"]), _regions(example))], {"answers": wanted})
+
+
+def statement_about_each(example: Example, rng: random.Random, masking: Masking) -> Sample:
+    """NLVR2, paired: the statement with the left picture (regions of type 1), and again with the right one (type 2).
+
+    Targets: `truth` (1,) int64, 1 where the statement holds, -100 (which cross-entropy leaves out) where unknown.
+    """
+    record = example.corpus.record(example.number)
+    sequences = []
+    for number in (0, 1):
+        sequence = _sequence(example, list(record["input_ids"]), example.corpus.regions(example.images[number]))
+        sequence.region_type = number + 1
+        sequences.append(sequence)
+    return Sample(example.id, sequences, {"truth": _truth(record)})
+
+
+def statement_about_both(example: Example, rng: random.Random, masking: Masking) -> Sample:
+    """NLVR2, triplet: the statement, the left picture's regions (type 1) and the right one's (type 2) in one sequence."""
+    record = example.corpus.record(example.number)
+    left, right = (example.corpus.regions(image) for image in example.images)
+    text = example.corpus.texts[example.corpus.database_N[example.number]]
+    sequence = TokenSequence(
+        [text.cls_id, *record["input_ids"], text.sep_id],
+        np.concatenate([left.features, right.features]),
+        np.concatenate([left.norm_bb, right.norm_bb]),
+        region_type=np.repeat(np.array([1, 2], dtype=np.int64), [len(left), len(right)]),
+    )
+    return Sample(example.id, [sequence], {"truth": _truth(record)})
+
+
+def ranked_group(example: Example, rng: random.Random, masking: Masking, *, pictures: NDArray[np.int32], negatives: int = 1) -> Sample:
+    """Retrieval: a text with its picture, with `negatives` other pictures, and its picture with `negatives` texts of others.
+
+    Args:
+        pictures: (M,) the distinct pictures of the corpus, at least two.
+
+    No targets: which sequence is the right one is its place, the first of 1 + 2 * negatives.
+
+    Source: ChenRocks/UNITER `data/itm.py`: pictures first, then texts, each drawn again while it is the positive's.
+    """
+    corpus, own = example.corpus, example.images[0]
+    words, regions = example.words(), _regions(example)
+    sequences = [_sequence(example, words, regions)]
+    for _ in range(negatives):
+        picture = own
+        while picture == own:
+            picture = int(pictures[rng.randrange(len(pictures))])
+        sequences.append(_sequence(example, words, corpus.regions(picture)))
+    for _ in range(negatives):
+        number = example.number
+        while corpus.image_rows_NK[number, 0] == own:
+            number = rng.randrange(len(corpus))
+        sequences.append(_sequence(example, list(corpus.record(number)["input_ids"]), regions))
+    return Sample(example.id, sequences)
+
+
+def _truth(record: dict[str, Any]) -> NDArray[np.int64]:
+    target = record.get("target")
+    return np.array([-100 if target is None else int(target)], dtype=np.int64)
 
 
 def _count(example: Example) -> int:

@@ -59,6 +59,7 @@ class OptimizerSettings(Settings):
 
     learning_rate: float | None = Field(default=None, gt=0, description="at the end of the warm-up; none: chosen by the model's size")
     warmup_steps: int | None = Field(default=None, ge=0, description="none: a tenth of the steps, at most 10,000")
+    head_rate_multiplier: float | None = Field(default=None, gt=0, description="times the rate for a task's head; none: as published")
     betas: tuple[float, float] = (0.9, 0.98)
     epsilon: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -83,10 +84,11 @@ class MaskingSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """A pre-training run."""
+    """A run."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True)
 
+    task: str = Field(default="pretrain", description="pretrain, or the down-stream task that is fine-tuned")
     corpora: list[CorpusSettings] = Field(min_length=1)
     model: ModelSettings = Field(default_factory=ModelSettings)
     from_: str | None = Field(default=None, alias="from", description="a run, checkpoint or BERT to start from; none: random numbers")

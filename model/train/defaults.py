@@ -16,7 +16,7 @@ PASSES = 20
 FEWEST_STEPS, MOST_STEPS = 3000, 200_000
 
 
-def complete(settings: TrainSettings, *, examples: int, mean_length: float, everyone: Processes) -> TrainSettings:
+def complete(settings: TrainSettings, examples: int, mean_length: float, everyone: Processes) -> TrainSettings:
     """The settings with every open number chosen.
 
     Args:

@@ -1,14 +1,8 @@
-"""A pre-training run from its settings: opens the databases, chooses what was left open, builds the model, resumes, trains.
+"""Pre-training: its data, its model and its tasks for `runs.start`; what a pre-trained model can do; exporting it."""
 
-Here the settings are unpacked; below, no function receives all of them.
-"""
-
-import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +10,8 @@ import torch
 import yaml
 
 from uniter.datasets.corpus import Corpus, open_corpus
-from uniter.datasets.errors import BadInput, SettingsDiffer
-from uniter.datasets.loader import Assembler, Mixture, Part
-from uniter.datasets.samples import Masking
+from uniter.datasets.errors import BadInput
+from uniter.datasets.loader import Mixture, Part
 from uniter.datasets.tokenizer import Tokenizer
 from uniter.model.checkpoints import (
     export_hub,
@@ -28,98 +21,27 @@ from uniter.model.checkpoints import (
     load_state,
     load_uniter,
     model_card,
-    read_model,
     read_state,
-    write_model,
 )
 from uniter.model.heads import UniterForPretraining
 from uniter.model.tasks import Task, check_soft_labels, default_tasks, pretraining_task, task_name
 from uniter.model.train import state
-from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, differences, read_settings, write_config
+from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, read_settings
 from uniter.model.train.defaults import complete
-from uniter.model.train.distributed import Processes, processes
+from uniter.model.train.distributed import processes
 from uniter.model.train.evaluate import evaluate_pretraining
-from uniter.model.train.log import RunLog, read_log
-from uniter.model.train.loop import Learner, Recipe, train
-from uniter.model.train.optim import AdamW, parameter_groups
+from uniter.model.train.log import read_log
+from uniter.model.train.runs import Data, Kind, start, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
-    """The corpora of a run, opened: training and validation examples and the ratios of the tasks, by corpus name."""
-
-    training: dict[str, Corpus]
-    validation: dict[str, Corpus]
-    tasks: dict[str, dict[str, float]]
-
-
 def pretrain(settings: TrainSettings, run: Path) -> dict[str, Any]:
-    """Start a run in the folder `run`, or go on with the one that is there.
-
-    Returns:
-        The summary that the command prints.
-
-    Raises:
-        SettingsDiffer: the folder holds a run with other settings; the sentence names the differences.
-        BadInput: databases or checkpoints do not fit.
-    """
-    with processes(settings.device) as everyone:
-        if not everyone.writes:
-            logging.getLogger().setLevel(logging.WARNING)
-        return _pretrain(settings, run, everyone)
-
-
-def _pretrain(asked: TrainSettings, run: Path, everyone: Processes) -> dict[str, Any]:
-    earlier = _earlier_settings(run)
-    settings = asked if earlier is None else _as_before(asked, earlier, run)
-    data = open_data(settings)
-    sizes = {name: (len(corpus), float(corpus.lengths.mean())) for name, corpus in data.training.items()}
-    settings = complete(settings, examples=sum(n for n, _ in sizes.values()), mean_length=_mean(list(sizes.values())), everyone=everyone)
-    if everyone.writes:
-        run.mkdir(parents=True, exist_ok=True)
-        if earlier is None:
-            write_config(run / CONFIG_FILE, settings)
-    everyone.wait_for_all()
-
-    model = build_model(settings, data).to(everyone.device)
-    tasks, mixture = build_mixture(settings, data)
-    optimizer = AdamW(
-        parameter_groups(model, weight_decay=settings.optimizer.weight_decay),
-        lr=1.0,  # set before every update
-        betas=settings.optimizer.betas,
-        eps=settings.optimizer.epsilon,
-    )
-    progressed = state.resume(run, model=model, optimizer=optimizer, read_model=lambda folder: read_model(folder, model))
-    accumulation = settings.accumulation or 1
-    if progressed is None:
-        progressed = state.Progressed(seed=settings.seed)
-        everyone.copy_from_first(parameter.data for parameter in model.parameters())
-    else:
-        logger.info("resuming after update %s", f"{progressed.step:,}")
-        accumulation = _accumulation_of_resumed(progressed, everyone.world)
-    masking = Masking(settings.masking.words, settings.masking.regions)
-    learner = Learner(
-        model=model,
-        optimizer=optimizer,
-        tasks=tasks,
-        mixture=mixture,
-        assembler=Assembler(mixture.parts, settings.seed, masking),
-        validation=_validation_parts(settings, data),
-        workers=_workers(settings, everyone),
-        write_model=lambda folder: write_model(folder, model),
-    )
-    _say_what_is_trained(settings, data, model, progressed, everyone)
-    with contextlib.ExitStack() as stack:
-        log = None
-        if everyone.writes:
-            writing = RunLog(run, step=progressed.step, tensorboard=settings.tensorboard, wandb_project=settings.wandb_project)
-            log = stack.enter_context(writing)
-        recipe = _recipe(settings, accumulation)
-        summary = train(learner, recipe, run=run, log=log, progressed=progressed, processes=everyone)
-    return {"run": str(run), **summary}
+    """Start a pre-training run in the folder `run`, or go on with the one that is there; see `runs.start`."""
+    if settings.task != PRETRAINING_KIND.task:
+        raise BadInput(f"these settings are of the task {settings.task!r}; use uniter-train finetune {settings.task}")
+    return start(settings, run, PRETRAINING_KIND)
 
 
 def open_data(settings: TrainSettings) -> Data:
@@ -135,7 +57,7 @@ def open_data(settings: TrainSettings) -> Data:
                 f"corpus {wanted.name!r}: its texts are about {corpus.image_rows_NK.shape[1]} pictures each; pre-training takes one"
             )
         tasks[wanted.name] = _tasks_of(wanted, corpus)
-        training[wanted.name], validation[wanted.name] = _with_validation(wanted, corpus, settings, options)
+        training[wanted.name], validation[wanted.name] = with_validation(wanted, corpus, settings, options)
         if corpus.left_out:
             logger.info(
                 "corpus %s: left out %s", wanted.name, ", ".join(f"{count:,} {reason}" for reason, count in corpus.left_out.items())
@@ -144,26 +66,6 @@ def open_data(settings: TrainSettings) -> Data:
     if len(set(widths.values())) > 1:
         raise BadInput(f"the corpora's region features differ in width ({widths}); extract all with one detector")
     return Data(training, validation, tasks)
-
-
-def _with_validation(wanted: CorpusSettings, corpus: Corpus, settings: TrainSettings, options: dict[str, Any]) -> tuple[Corpus, Corpus]:
-    if wanted.validation_text:
-        held_out = open_corpus(
-            wanted.name,
-            wanted.validation_text,
-            wanted.validation_images or wanted.images,
-            max_text_length=-1,
-            image_options=options,
-        )
-    else:
-        pictures = len(set(corpus.image_rows_NK[:, 0].tolist()))
-        if pictures < 3:
-            raise BadInput(
-                f"corpus {wanted.name!r} has {pictures} pictures, too few to hold one out; give validation_text or more pictures"
-            )
-        count = settings.validation_pictures or min(max(pictures // 20, 2), 1000)
-        corpus, held_out = corpus.hold_out(min(count, pictures - 2), seed=settings.seed)
-    return corpus, held_out.sample_of(settings.validation_examples, seed=settings.seed)
 
 
 def _tasks_of(wanted: CorpusSettings, corpus: Corpus) -> dict[str, float]:
@@ -239,7 +141,7 @@ def _part(name: str, corpus_name: str, task: Task, corpus: Corpus, settings: Tra
     return Part(f"{name}_{corpus_name}", corpus, task.sample, ratio, negative)
 
 
-def _validation_parts(settings: TrainSettings, data: Data) -> list[tuple[Task, Part]]:
+def validation_parts(settings: TrainSettings, data: Data) -> list[tuple[Task, Part]]:
     found = []
     for corpus_name, ratios in data.tasks.items():
         corpus = data.validation[corpus_name]
@@ -253,103 +155,14 @@ def _validation_parts(settings: TrainSettings, data: Data) -> list[tuple[Task, P
     return found
 
 
-def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
-    chosen = settings.optimizer
-    assert settings.steps and chosen.learning_rate and chosen.warmup_steps is not None and settings.validate_every
-    return Recipe(
-        steps=settings.steps,
-        accumulation=accumulation,
-        learning_rate=chosen.learning_rate,
-        warmup_steps=chosen.warmup_steps,
-        clip=chosen.clip,
-        normalisation=settings.normalisation,
-        unused_gradients=chosen.unused_gradients,
-        precision=settings.precision,
-        seed=settings.seed,
-        validate_every=settings.validate_every,
-        checkpoint_every=settings.checkpoint_every or settings.validate_every,
-        keep=settings.keep,
-        stop_after=settings.stop_after,
-    )
-
-
-def _earlier_settings(run: Path) -> TrainSettings | None:
-    path = run / CONFIG_FILE
-    if path.is_file():
-        return read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
-    if run.is_dir() and any(run.iterdir()):
-        raise BadInput(f"{run} is not empty and no run of uniter-train (it holds no {CONFIG_FILE}); give another --out")
-    return None
-
-
-def _as_before(asked: TrainSettings, earlier: TrainSettings, run: Path) -> TrainSettings:
-    """What was left open is as the run chose it; what was said must be what the run was started with."""
-    merged = _fill(asked.model_dump(mode="json", by_alias=True), earlier.model_dump(mode="json", by_alias=True))
-    settings = read_settings(merged, source="the repeated command")
-    changed = differences(earlier, settings)
-    if changed:
-        raise SettingsDiffer(f"{run} holds a run with other settings ({'; '.join(changed)}); repeat its command or give another --out")
-    return settings
-
-
-def _fill(value: Any, earlier: Any) -> Any:
-    if isinstance(value, dict) and isinstance(earlier, dict):
-        # Corpora that name no tasks keep naming none; everything else that is open is as it was.
-        return {key: _fill(inner, earlier.get(key)) if key not in STAYS_OPEN else inner for key, inner in value.items()}
-    return earlier if value is None else value
-
-
-STAYS_OPEN = {"stop_after", "device", "workers", "wandb_project", "tasks"}
-
-
-def _accumulation_of_resumed(progressed: state.Progressed, world: int) -> int:
-    """As many micro-batches an update as before, shared by however many processes there are now."""
-    accumulation, rest = divmod(progressed.micro_batches, world)
-    if rest:
-        raise BadInput(
-            f"the run makes an update of {progressed.micro_batches} micro-batches, which {world} processes cannot share evenly; "
-            "resume with a number of processes that divides it"
-        )
-    return accumulation
-
-
-def _workers(settings: TrainSettings, everyone: Processes) -> int:
-    if settings.workers is not None:
-        return settings.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Without a GPU the cores are busy with the model; one worker hides the reading and costs little.
-    return min(max((cores - here) // here, 1), 8) if everyone.device.type == "cuda" else 0
-
-
-def _mean(sizes: Sequence[tuple[int, float]]) -> float:
-    return sum(count * mean for count, mean in sizes) / sum(count for count, _ in sizes)
-
-
-def _say_what_is_trained(
-    settings: TrainSettings, data: Data, model: torch.nn.Module, progressed: state.Progressed, everyone: Processes
-) -> None:
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    for name, corpus in data.training.items():
-        logger.info(
-            "corpus %s: %s examples, %s held out for validation; tasks %s",
-            name,
-            f"{len(corpus):,}",
-            f"{len(data.validation[name]):,}",
-            ", ".join(f"{task} {ratio:g}" for task, ratio in data.tasks[name].items()),
-        )
-    logger.info(
-        "model: %.1f million parameters on %s x %d, %s; %s updates of %d x %d micro-batches of %s tokens, learning rate %.3g",
-        millions,
-        everyone.device,
-        everyone.world,
-        settings.precision,
-        f"{settings.steps:,}",
-        settings.accumulation,
-        everyone.world,
-        f"{settings.batch_tokens:,}",
-        settings.optimizer.learning_rate,
-    )
+PRETRAINING_KIND = Kind(
+    task="pretrain",
+    open_data=open_data,
+    complete=complete,
+    build_model=build_model,
+    build_mixture=build_mixture,
+    validation_parts=validation_parts,
+)
 
 
 def evaluate_run(

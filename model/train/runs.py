@@ -1,0 +1,257 @@
+"""A run from its settings, whatever is trained: choose what was left open, resume, train.
+
+Here the settings are unpacked; below, no function receives all of them. What differs between pre-training and a down-stream
+task is a `Kind`.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from uniter.datasets.corpus import Corpus, open_corpus
+from uniter.datasets.errors import BadInput, SettingsDiffer
+from uniter.datasets.loader import Assembler, Mixture, Part
+from uniter.datasets.samples import Masking
+from uniter.model.checkpoints import read_model, write_model
+from uniter.model.tasks import Task
+from uniter.model.train import state
+from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, differences, read_settings, write_config
+from uniter.model.train.distributed import Processes, processes
+from uniter.model.train.log import RunLog
+from uniter.model.train.loop import Learner, Recipe, train
+from uniter.model.train.optim import AdamW, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The corpora of a run, opened: training and validation examples and the ratios of the tasks, by corpus name."""
+
+    training: dict[str, Corpus]
+    validation: dict[str, Corpus]
+    tasks: dict[str, dict[str, float]]
+
+    def size(self) -> tuple[int, float]:
+        """Training examples, and the mean of their tokens."""
+        examples = sum(len(corpus) for corpus in self.training.values())
+        return examples, sum(float(corpus.lengths.sum()) for corpus in self.training.values()) / examples
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is particular to pre-training or to a down-stream task.
+
+    Attributes:
+        task: what the settings call it.
+        open_data: opens the databases.
+        complete: chooses the numbers that the settings leave open, for so many examples of so many tokens.
+        build_model: in training mode, on the CPU.
+        build_mixture: the tasks by part, and which batch comes when.
+        validation_parts: what is validated.
+        head: name prefix of a head that learns at a rate of its own.
+        about: what else the checkpoint's config.json says.
+    """
+
+    task: str
+    open_data: Callable[[TrainSettings], Data]
+    complete: Callable[[TrainSettings, int, float, Processes], TrainSettings]
+    build_model: Callable[[TrainSettings, Data], nn.Module]
+    build_mixture: Callable[[TrainSettings, Data], tuple[list[Task], Mixture]]
+    validation_parts: Callable[[TrainSettings, Data], list[tuple[Task, Part]]]
+    head: str | None = None
+    about: Callable[[Data], dict[str, Any]] = lambda data: {}
+
+
+def start(settings: TrainSettings, run: Path, kind: Kind) -> dict[str, Any]:
+    """Start a run in the folder `run`, or go on with the one that is there.
+
+    Returns:
+        The summary that the command prints.
+
+    Raises:
+        SettingsDiffer: the folder holds a run with other settings; the sentence names the differences.
+        BadInput: databases or checkpoints do not fit.
+    """
+    with processes(settings.device) as everyone:
+        if not everyone.writes:
+            logging.getLogger().setLevel(logging.WARNING)
+        return _start(settings, run, kind, everyone)
+
+
+def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> dict[str, Any]:
+    earlier = _earlier_settings(run)
+    settings = asked if earlier is None else _as_before(asked, earlier, run)
+    data = kind.open_data(settings)
+    settings = kind.complete(settings, *data.size(), everyone)
+    if everyone.writes:
+        run.mkdir(parents=True, exist_ok=True)
+        if earlier is None:
+            write_config(run / CONFIG_FILE, settings)
+    everyone.wait_for_all()
+
+    model = kind.build_model(settings, data).to(everyone.device)
+    tasks, mixture = kind.build_mixture(settings, data)
+    optimizer = AdamW(
+        parameter_groups(
+            model,
+            weight_decay=settings.optimizer.weight_decay,
+            head=kind.head,
+            head_rate_multiplier=settings.optimizer.head_rate_multiplier or 1.0,
+        ),
+        lr=1.0,  # set before every update
+        betas=settings.optimizer.betas,
+        eps=settings.optimizer.epsilon,
+    )
+    progressed = state.resume(run, model=model, optimizer=optimizer, read_model=lambda folder: read_model(folder, model))
+    accumulation = settings.accumulation or 1
+    if progressed is None:
+        progressed = state.Progressed(seed=settings.seed)
+        everyone.copy_from_first(parameter.data for parameter in model.parameters())
+    else:
+        logger.info("resuming after update %s", f"{progressed.step:,}")
+        accumulation = _accumulation_of_resumed(progressed, everyone.world)
+    about = {"task": kind.task, **kind.about(data)}
+    masking = Masking(settings.masking.words, settings.masking.regions)
+    learner = Learner(
+        model=model,
+        optimizer=optimizer,
+        tasks=tasks,
+        mixture=mixture,
+        assembler=Assembler(mixture.parts, settings.seed, masking),
+        validation=kind.validation_parts(settings, data),
+        workers=_workers(settings, everyone),
+        write_model=lambda folder: write_model(folder, model, about=about),
+    )
+    _say_what_is_trained(settings, data, model, progressed, everyone)
+    with contextlib.ExitStack() as stack:
+        log = None
+        if everyone.writes:
+            writing = RunLog(run, step=progressed.step, tensorboard=settings.tensorboard, wandb_project=settings.wandb_project)
+            log = stack.enter_context(writing)
+        recipe = _recipe(settings, accumulation)
+        summary = train(learner, recipe, run=run, log=log, progressed=progressed, processes=everyone)
+    return {"run": str(run), **summary}
+
+
+def with_validation(wanted: CorpusSettings, corpus: Corpus, settings: TrainSettings, options: dict[str, Any]) -> tuple[Corpus, Corpus]:
+    """The training part of a corpus and what is validated: its validation databases, or pictures that are held out."""
+    if wanted.validation_text:
+        held_out = open_corpus(
+            wanted.name,
+            wanted.validation_text,
+            wanted.validation_images or wanted.images,
+            max_text_length=-1,
+            image_options=options,
+        )
+    else:
+        pictures = len(set(corpus.image_rows_NK[:, 0].tolist()))
+        if pictures < 3:
+            raise BadInput(
+                f"corpus {wanted.name!r} has {pictures} pictures, too few to hold one out; give validation_text or more pictures"
+            )
+        count = settings.validation_pictures or min(max(pictures // 20, 2), 1000)
+        corpus, held_out = corpus.hold_out(min(count, pictures - 2), seed=settings.seed)
+    return corpus, held_out.sample_of(settings.validation_examples, seed=settings.seed)
+
+
+def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
+    chosen = settings.optimizer
+    assert settings.steps and chosen.learning_rate and chosen.warmup_steps is not None and settings.validate_every
+    return Recipe(
+        steps=settings.steps,
+        accumulation=accumulation,
+        learning_rate=chosen.learning_rate,
+        warmup_steps=chosen.warmup_steps,
+        clip=chosen.clip,
+        normalisation=settings.normalisation,
+        unused_gradients=chosen.unused_gradients,
+        precision=settings.precision,
+        seed=settings.seed,
+        validate_every=settings.validate_every,
+        checkpoint_every=settings.checkpoint_every or settings.validate_every,
+        keep=settings.keep,
+        stop_after=settings.stop_after,
+    )
+
+
+def _earlier_settings(run: Path) -> TrainSettings | None:
+    path = run / CONFIG_FILE
+    if path.is_file():
+        return read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+    if run.is_dir() and any(run.iterdir()):
+        raise BadInput(f"{run} is not empty and no run of uniter-train (it holds no {CONFIG_FILE}); give another --out")
+    return None
+
+
+def _as_before(asked: TrainSettings, earlier: TrainSettings, run: Path) -> TrainSettings:
+    """What was left open is as the run chose it; what was said must be what the run was started with."""
+    merged = _fill(asked.model_dump(mode="json", by_alias=True), earlier.model_dump(mode="json", by_alias=True))
+    settings = read_settings(merged, source="the repeated command")
+    changed = differences(earlier, settings)
+    if changed:
+        raise SettingsDiffer(f"{run} holds a run with other settings ({'; '.join(changed)}); repeat its command or give another --out")
+    return settings
+
+
+def _fill(value: Any, earlier: Any) -> Any:
+    if isinstance(value, dict) and isinstance(earlier, dict):
+        # Corpora that name no tasks keep naming none; everything else that is open is as it was.
+        return {key: _fill(inner, earlier.get(key)) if key not in STAYS_OPEN else inner for key, inner in value.items()}
+    return earlier if value is None else value
+
+
+STAYS_OPEN = {"stop_after", "device", "workers", "wandb_project", "tasks"}
+
+
+def _accumulation_of_resumed(progressed: state.Progressed, world: int) -> int:
+    """As many micro-batches an update as before, shared by however many processes there are now."""
+    accumulation, rest = divmod(progressed.micro_batches, world)
+    if rest:
+        raise BadInput(
+            f"the run makes an update of {progressed.micro_batches} micro-batches, which {world} processes cannot share evenly; "
+            "resume with a number of processes that divides it"
+        )
+    return accumulation
+
+
+def _workers(settings: TrainSettings, everyone: Processes) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Without a GPU the cores are busy with the model; one worker hides the reading and costs little.
+    return min(max((cores - here) // here, 1), 8) if everyone.device.type == "cuda" else 0
+
+
+def _say_what_is_trained(
+    settings: TrainSettings, data: Data, model: nn.Module, progressed: state.Progressed, everyone: Processes
+) -> None:
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    for name, corpus in data.training.items():
+        logger.info(
+            "corpus %s: %s examples, %s held out for validation; tasks %s",
+            name,
+            f"{len(corpus):,}",
+            f"{len(data.validation[name]):,}",
+            ", ".join(f"{task} {ratio:g}" for task, ratio in data.tasks[name].items()),
+        )
+    logger.info(
+        "model: %.1f million parameters on %s x %d, %s; %s updates of %d x %d micro-batches of %s tokens, learning rate %.3g",
+        millions,
+        everyone.device,
+        everyone.world,
+        settings.precision,
+        f"{settings.steps:,}",
+        settings.accumulation,
+        everyone.world,
+        f"{settings.batch_tokens:,}",
+        settings.optimizer.learning_rate,
+    )
