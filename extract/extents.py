@@ -10,12 +10,34 @@ says so, and images of different sizes then run one after another.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 Size = tuple[int, int]
 POINTWISE = ("FrozenBatchNorm2d", "BatchNorm2d", "NaiveSyncBatchNorm", "SyncBatchNorm", "ReLU", "Identity")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What decides the size of a convolution's or pool's output: (height, width) of each, and whether it is rounded up."""
+
+    kernel: Size
+    stride: Size
+    padding: Size
+    dilation: Size = (1, 1)
+    ceil: bool = False
+
+    def size(self, before: int, axis: int) -> int:
+        """The output's size along an axis."""
+        reach = before + 2 * self.padding[axis] - self.dilation[axis] * (self.kernel[axis] - 1) - 1
+        return (-(-reach // self.stride[axis]) if self.ceil else reach // self.stride[axis]) + 1
+
+
+STEM_CONVOLUTION = Arithmetic((7, 7), (2, 2), (3, 3))
+STEM_POOL, CAFFE_STEM_POOL = Arithmetic((3, 3), (2, 2), (1, 1)), Arithmetic((3, 3), (2, 2), (0, 0), ceil=True)
+LAST_LEVEL_POOL = Arithmetic((1, 1), (2, 2), (0, 0))
 
 
 class ValidExtents:
@@ -28,17 +50,14 @@ class ValidExtents:
         """(height, width) of each image on the level of these (N, C, H, W) maps."""
         return self._levels[_spatial(maps)]
 
-    def record(self, before: Tensor, after: Tensor, kernel: Size, stride: Size, padding: Size, dilation: Size, ceil: bool = False) -> None:
-        """Note the level that a layer made, by that layer's arithmetic."""
+    def record(self, before: Tensor, after: Tensor, *layers: "Arithmetic") -> None:
+        """Note the level that some layers made of another, by their arithmetic."""
         level = _spatial(after)
         if level not in self._levels:
-            self._levels[level] = [
-                (
-                    _layer_size(height, kernel[0], stride[0], padding[0], dilation[0], ceil),
-                    _layer_size(width, kernel[1], stride[1], padding[1], dilation[1], ceil),
-                )
-                for height, width in self.of(before)
-            ]
+            sizes = self.of(before)
+            for layer in layers:
+                sizes = [(layer.size(height, 0), layer.size(width, 1)) for height, width in sizes]
+            self._levels[level] = sizes
 
     def clear_outside(self, maps: Tensor) -> None:
         """Set to zero, in place, what lies outside each image's extent."""
@@ -86,7 +105,7 @@ class PaddingGuard:
         assert isinstance(layer, nn.Conv2d)
         if self._extents is not None:
             kernel, stride, padding, dilation = (_pair(getattr(layer, name)) for name in ("kernel_size", "stride", "padding", "dilation"))
-            self._extents.record(inputs[0], output, kernel, stride, padding, dilation)
+            self._extents.record(inputs[0], output, Arithmetic(kernel, stride, padding, dilation))
 
     def _before_stem_pool(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # The pool follows a ReLU: a zero never wins against what is inside, just as the border that the image alone would have.
@@ -96,16 +115,12 @@ class PaddingGuard:
 
     def _after_stem(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self._extents is not None:
-            caffe = bool(getattr(layer, "caffe_pool", False))
-            level = [((height + 1) // 2, (width + 1) // 2) for height, width in self._extents.of(inputs[0])]
-            pad = 0 if caffe else 1
-            self._extents._levels[_spatial(output)] = [
-                (_layer_size(height, 3, 2, pad, 1, caffe), _layer_size(width, 3, 2, pad, 1, caffe)) for height, width in level
-            ]
+            pool = CAFFE_STEM_POOL if getattr(layer, "caffe_pool", False) else STEM_POOL
+            self._extents.record(inputs[0], output, STEM_CONVOLUTION, pool)
 
     def _after_last_pool(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
         if self._extents is not None:
-            self._extents.record(inputs[0], output[0], (1, 1), (2, 2), (0, 0), (1, 1))
+            self._extents.record(inputs[0], output[0], LAST_LEVEL_POOL)
 
 
 def supports_padding(*modules: nn.Module) -> bool:
@@ -127,11 +142,6 @@ def _spatial(maps: Tensor) -> Size:
 
 def _pair(value: int | Sequence[int]) -> Size:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def _layer_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> int:
-    reach = size + 2 * padding - dilation * (kernel - 1) - 1
-    return (-(-reach // stride) if ceil else reach // stride) + 1
 
 
 def pad_together(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, list[Size]]:

@@ -164,6 +164,27 @@ def test_given_boxes_keep_their_order_and_number(detector: Detectron2Detector) -
         detector.detect(images[:1], boxes=[np.array([[0, 0, np.nan, 1]])])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        *((f"{ZOO}{kind}", 2048) for kind in ("R_50_C4_1x", "R_50_C4_3x", "R_101_C4_3x")),
+        *((f"{ZOO}{kind}", 1024) for kind in ("R_50_DC5_3x", "R_101_DC5_3x", "R_50_FPN_3x", "R_101_FPN_3x", "X_101_32x8d_FPN_3x")),
+        ("PascalVOC-Detection/faster_rcnn_R_50_FPN", 1024),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_3x", 2048),
+    ],
+)
+def test_every_faster_rcnn_of_the_model_zoo_at_full_width(name: str, width: int) -> None:
+    detector = Detectron2Detector(name, weights="random:1")
+    small = ShortestEdgePreparation(96, 160, find_recipe(name).config.INPUT.FORMAT)
+    found = detector.detect([small(picture) for picture in pictures()])
+    assert detector.feature_width == width and len(detector.class_names) in (20, 80)
+    for regions in found:
+        assert len(regions.boxes) > 10 and regions.features.shape == (len(regions.boxes), width)
+        assert regions.probabilities.shape == (len(regions.boxes), len(detector.class_names) + 1)
+        assert np.isfinite(regions.features.astype(np.float16)).all()
+
+
 def test_no_images_no_regions(detector: Detectron2Detector) -> None:
     assert detector.detect([]) == []
 
