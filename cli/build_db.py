@@ -20,7 +20,7 @@ from uniter.datasets.captions.caption import key_maker, last_number
 from uniter.datasets.captions.img2dataset import shards_in
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db import match_image_key, open_image_dbs
-from uniter.datasets.leakage import PARTS, Exclusion, exclusion_lists, forbidden_coco
+from uniter.datasets.leakage import PARTS, Exclusion, exclusion_lists, forbidden_coco, kind_of_annotations
 from uniter.datasets.lmdb_store import write_json
 from uniter.datasets.tokenizer import Tokenizer
 
@@ -155,6 +155,7 @@ def main(
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--coco", multiple=True, type=click.Path(path_type=Path), metavar="JSON", help="instances_ or captions_{train,val}2014.json.")
 @click.option(
     "--karpathy", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="dataset_coco.json, or karpathy_*_images.txt."
@@ -168,6 +169,7 @@ def main(
 @click.option("--out", default="excluded.json", show_default=True, type=click.Path(path_type=Path, dir_okay=False), help="The lists.")
 @common_options
 def exclude(
+    files: tuple[Path, ...],
     coco: tuple[Path, ...],
     karpathy: tuple[Path, ...],
     refcoco: tuple[Path, ...],
@@ -179,25 +181,39 @@ def exclude(
 ) -> None:
     """Make the lists of images that pre-training must not see, from the annotation files of the down-stream tasks.
 
-    Karpathy's validation images are listed as the validation part, not as excluded. Give what you have; a list without its files is
-    empty, and the report says so.
+    FILES are told apart by what they hold; the options say what a file is. Karpathy's validation images are listed as the validation part,
+    not as excluded. Give what you have; a list without its files is empty, and the report says so.
 
     \b
     Example:
-      uniter-build-db exclude --coco instances_train2014.json --coco instances_val2014.json --karpathy dataset_coco.json \\
-        --refcoco 'refs(unc).p' --refcocog 'refs(umd).p' --flickr30k train.txt --flickr30k val.txt --flickr30k test.txt \\
-        --vg image_data.json --out excluded.json
+      uniter-build-db exclude instances_{train,val}2014.json dataset_coco.json \\
+        'refs(unc).p' 'refs(umd).p' flickr30k/*.txt image_data.json --out excluded.json
     """
-    if not (karpathy or refcoco or refcocog or flickr30k):
-        raise click.UsageError("give at least one of --karpathy, --refcoco, --refcocog, --flickr30k")
-    lists = exclusion_lists(coco=coco, karpathy=karpathy, refcoco=refcoco, refcocog=refcocog, flickr30k=flickr30k, visual_genome=vg)
+    given = {"coco": [*coco], "karpathy": [*karpathy], "refcoco": [*refcoco], "refcocog": [*refcocog], "flickr30k": [*flickr30k]}
+    given["visual_genome"] = [vg] if vg is not None else []
+    for path in files:
+        given[kind_of_annotations(path)].append(path)
+    if not any(given[kind] for kind in ("karpathy", "refcoco", "refcocog", "flickr30k")):
+        raise click.UsageError("give at least one of Karpathy's splits, RefCOCO's or RefCOCOg's refs, and Flickr30k's photo ids")
+    genome = given.pop("visual_genome")
+    if len(genome) > 1:
+        raise click.UsageError(f"give one image_data.json of Visual Genome, not {len(genome)}")
+    lists = exclusion_lists(
+        coco=given["coco"],
+        karpathy=given["karpathy"],
+        refcoco=given["refcoco"],
+        refcocog=given["refcocog"],
+        flickr30k=given["flickr30k"],
+        visual_genome=genome[0] if genome else None,
+    )
     write_json(out, lists)
     summary: dict[str, Any] = {"out": str(out), **{name: len(values) for name, values in lists.items()}}
     summary["forbidden_coco_images"] = len(forbidden_coco(lists))
+    summary["from"] = {kind: [path.name for path in paths] for kind, paths in {**given, "visual_genome": genome}.items() if paths}
     print_summary(summary, as_json=as_json, title="Images that pre-training must not see.")
-    if not coco and (flickr30k or karpathy or refcoco or refcocog):
+    if not given["coco"]:
         click.echo(
-            "without --coco the Flickr photos of COCO images are unknown: flickr30k_coco_iids and parts of the url ids are missing",
+            "without COCO's own files the Flickr photos of COCO images are unknown; flickr30k_coco_iids and some url ids are missing",
             err=True,
         )
 

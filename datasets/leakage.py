@@ -7,11 +7,12 @@ validation part of the pre-training data. Only their Flickr ids are, from SBU, w
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from uniter.datasets.captions.caption import Caption
-from uniter.datasets.captions.files import json_items, lines_of, object_of
+from uniter.datasets.captions.files import first_character, json_events, json_items, lines_of, object_of
 from uniter.datasets.captions.sbu import flickr_photo
 from uniter.datasets.errors import BadInput
 from uniter.datasets.plain_pickle import load_plain_pickle
@@ -28,6 +29,7 @@ LISTS = (
 )
 FORBIDDEN_COCO = ("refer_val_coco_iids", "refer_test_coco_iids", "flickr30k_coco_iids", "karpathy_test_iids")
 PARTS = ("train", "val")
+LOOKED_AT = 1_000_000  # JSON events
 
 
 class Exclusion:
@@ -168,6 +170,39 @@ def exclusion_lists(
         "karpathy_test_iids": sorted(parts["test"]),
         "excluded_flickr_url_ids": sorted(photos | {photo_of[image] for image in kept_out if photo_of.get(image)}),
     }
+
+
+def kind_of_annotations(path: Path) -> str:
+    """Which argument of `exclusion_lists` a file is for, by its content ("refcoco" for RefCOCOg too: its rule is part of RefCOCO's).
+
+    Raises:
+        BadInput: it is none of them.
+    """
+    first = first_character(path)
+    if first == "{":
+        for prefix, event, value in islice(json_events(path), LOOKED_AT):
+            if prefix == "images.item" and event == "map_key" and value in ("cocoid", "sentences", "sentids"):
+                return "flickr30k" if "flickr30k" in path.name else "karpathy"
+            if prefix == "images.item" and event == "end_map":
+                return "coco"
+    elif first == "[":
+        keys = next((object_of(value, f"entry 0 of {path}") for value in json_items(path, "item")), {})
+        if "split" in keys and "image_id" in keys:
+            return "refcoco"
+        if "image_id" in keys or "coco_id" in keys:
+            return "visual_genome"
+    elif path.suffix in (".p", ".pkl", ".pickle"):
+        return "refcoco"
+    else:
+        fields = next((line.split() for line in lines_of(path) if line.strip()), [])
+        if len(fields) == 1 and fields[0].isdigit():
+            return "flickr30k"
+        if len(fields) == 2 and fields[1].isdigit():
+            return "karpathy"
+    raise BadInput(
+        f"{path} is none of the files that the lists are made from; expected COCO's instances or captions, Karpathy's splits, "
+        "RefCOCO's refs, Flickr30k's photo ids or Visual Genome's image_data.json"
+    )
 
 
 def forbidden_coco(lists: dict[str, list[int] | list[str]]) -> set[int]:

@@ -122,10 +122,14 @@ def test_lists_and_parts(captions: Path, tmp_path: Path) -> None:
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": karpathy, "dataset": "coco"}))
     lists = tmp_path / "excluded.json"
     result = run("exclude", "--karpathy", tmp_path / "dataset_coco.json", "--out", lists)
-    assert "karpathy_val_iids" in result.stdout and "without --coco the Flickr photos" in result.stderr
+    assert "karpathy_val_iids" in result.stdout and "the Flickr photos of COCO images are unknown" in result.stderr
     assert json.loads(lists.read_text())["karpathy_test_iids"] == [3]
     report = summary("exclude", "--karpathy", tmp_path / "dataset_coco.json", "--out", lists)
     assert (report["karpathy_train_iids"], report["karpathy_val_iids"], report["forbidden_coco_images"]) == (1, 1, 1)
+
+    by_content = summary("exclude", tmp_path / "dataset_coco.json", "--out", tmp_path / "again.json")
+    assert by_content["from"] == {"karpathy": ["dataset_coco.json"]} and (tmp_path / "again.json").read_bytes() == lists.read_bytes()
+    assert "is none of the files" in run("exclude", lists, "--out", tmp_path / "again.json", code=1).stderr
 
     assert summary(captions, tmp_path / "all.db", "--exclude", lists)["texts"]["excluded"] == 2
     train = summary(captions, tmp_path / "train.db", "--exclude", lists, "--split", "train")["texts"]

@@ -10,7 +10,7 @@ import pytest
 
 from uniter.datasets.captions import CAPTIONS, Caption
 from uniter.datasets.errors import BadInput
-from uniter.datasets.leakage import LISTS, Exclusion, exclusion_lists, forbidden_coco
+from uniter.datasets.leakage import LISTS, Exclusion, exclusion_lists, forbidden_coco, kind_of_annotations
 from uniter.datasets.plain_pickle import load_plain_pickle
 
 # COCO image n has the Flickr photo n + 9000. What each image is:
@@ -88,6 +88,25 @@ def test_the_lists(world: Path) -> None:
     assert forbidden_coco(lists) == {REFER_VAL, REFERG_VAL, VAL_AND_REFER, REFER_TEST_A, REFER_TEST_B, REFERG_TEST, FLICKR, KARPATHY_TEST}
     texts = exclusion_lists(karpathy=[world / f"karpathy_{part}_images.txt" for part in ("train", "val", "test")])
     assert all(texts[name] == lists[name] for name in LISTS if name.startswith("karpathy"))
+
+
+def test_files_are_told_apart(world: Path) -> None:
+    kinds = {path.name: kind_of_annotations(path) for path in sorted(world.iterdir())}
+    assert kinds == {
+        "dataset_coco.json": "karpathy",
+        "flickr_test.txt": "flickr30k",
+        "flickr_train.txt": "flickr30k",
+        "image_data.json": "visual_genome",
+        "instances_train2014.json": "coco",
+        "instances_val2014.json": "coco",
+        "karpathy_test_images.txt": "karpathy",
+        "karpathy_train_images.txt": "karpathy",
+        "karpathy_val_images.txt": "karpathy",
+        "refs(umd).p": "refcoco",
+        "refs(unc).p": "refcoco",
+    }
+    together = exclusion_lists(refcoco=[world / "refs(unc).p", world / "refs(umd).p"])
+    assert together["refer_test_coco_iids"] == lists_of(world)["refer_test_coco_iids"]
 
 
 def test_what_is_left_of_each_source(world: Path) -> None:
