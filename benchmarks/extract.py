@@ -5,7 +5,8 @@ once, box regression computed and left, 1,600 calls of non-maximum suppression. 
 threads. Runs of both alternate; the ratio is the median over the pairs. The share of the peak compares the multiplications that an
 image needs with what this machine's convolutions reach on the RoI head's shapes, measured between the same runs.
 
-    python benchmarks/extract.py [--pairs 5] [--images 2] [--bf16]
+    python benchmarks/extract.py [--pairs 5] [--images 2] [--precision fp32 --precision bf16]
+    python benchmarks/extract.py --device cuda --images 32 --batch-size 8 --precision fp32 --precision fp16
 """
 
 import argparse
@@ -39,13 +40,12 @@ from uniter.extract.weights import caffe_anchors, load_weights
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png")
 # (channels in, channels out, kernel, how often) of the RoI head's convolutions at 14 x 14.
 RES5_SHAPES = ((1024, 512, 1, 1), (1024, 2048, 1, 1), (512, 512, 3, 3), (512, 2048, 1, 3), (2048, 512, 1, 2))
-ROIS = 20
 
 
 class PlainLoop:
     """The opponent: stock Detectron2, with the published detector's parts registered, and Caffe's script written straight."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         from detectron2.modeling import build_model
 
         config = butd_config()
@@ -55,6 +55,8 @@ class PlainLoop:
         self.model.load_state_dict(load_weights("random:1", shapes=shapes).tensors, strict=False)
         (anchors,) = self.model.proposal_generator.anchor_generator.cell_anchors.buffers()
         anchors.copy_(caffe_anchors())
+        self.model.to(device)
+        self.device = torch.device(device)
         self.preparation = CaffePreparation()
 
     def detect(self, path: Path) -> tuple[RawRegions, tuple[int, int]]:
@@ -62,7 +64,7 @@ class PlainLoop:
         prepared = self.preparation(image)
         model, scale = self.model, prepared.scale[0]
         with torch.no_grad():
-            maps = model.backbone(torch.from_numpy(prepared.pixels).permute(2, 0, 1).contiguous()[None])
+            maps = model.backbone(torch.from_numpy(prepared.pixels).permute(2, 0, 1).contiguous()[None].to(self.device))
             rpn = model.proposal_generator
             levels = [maps[name] for name in rpn.in_features]
             logits, deltas = rpn.rpn_head(levels)
@@ -77,8 +79,8 @@ class PlainLoop:
             features = pooled.mean(dim=[2, 3])
             scores, _ = model.roi_heads.box_predictor(features)
             shares = network.probabilities(scores)
-        boxes = (found.proposal_boxes.tensor / scale).numpy()
-        return RawRegions(boxes, features.numpy(), shares.numpy()), prepared.size
+        boxes = (found.proposal_boxes.tensor / scale).cpu().numpy()
+        return RawRegions(boxes, features.cpu().numpy(), shares.cpu().numpy()), prepared.size
 
     def run(self, paths: Sequence[Path], out: Path) -> None:
         for path in paths:
@@ -105,11 +107,12 @@ class PlainLoop:
 def photographs(folder: Path, count: int) -> list[Path]:
     """Photographs that scikit-image ships, as JPEG files."""
     made = []
-    for name in PHOTOGRAPHS[:count]:
+    for number in range(count):
+        name = PHOTOGRAPHS[number % len(PHOTOGRAPHS)]
         image = cv2.imread(str(Path(skimage.__file__).parent / "data" / name))
         if image is None:
             sys.exit(f"scikit-image ships no {name} here; install the `demo` extra")
-        made.append(folder / f"{Path(name).stem}.jpg")
+        made.append(folder / f"{Path(name).stem}-{number}.jpg")
         cv2.imwrite(str(made[-1]), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
     return made
 
@@ -117,6 +120,8 @@ def photographs(folder: Path, count: int) -> list[Path]:
 def seconds(work: Callable[[], object]) -> float:
     begun = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
@@ -138,14 +143,15 @@ def multiplications(plain: PlainLoop, path: Path) -> float:
     return total
 
 
-def convolution_rate(dtype: torch.dtype, rounds: int = 3) -> float:
+def convolution_rate(dtype: torch.dtype, device: str, rounds: int = 3) -> float:
     """Multiply-adds a second of the RoI head's convolutions alone, each in the layout and chunk that the extractor uses."""
     done = spent = 0.0
+    rois = network.ROIS_AT_ONCE[torch.device(device).type]
     with torch.inference_mode():
         for channels, out, kernel, often in RES5_SHAPES:
-            maps = torch.randn(ROIS, channels, 14, 14).to(dtype).contiguous(memory_format=torch.channels_last)
-            weight = torch.randn(out, channels, kernel, kernel).to(dtype).contiguous(memory_format=torch.channels_last)
-            bias = torch.randn(out).to(dtype)
+            maps = torch.randn(rois, channels, 14, 14).to(device, dtype).contiguous(memory_format=torch.channels_last)
+            weight = torch.randn(out, channels, kernel, kernel).to(device, dtype).contiguous(memory_format=torch.channels_last)
+            bias = torch.randn(out).to(device, dtype)
             dilation = 2 if kernel == 3 else 1
 
             def convolve(maps: Tensor = maps, weight: Tensor = weight, bias: Tensor = bias, dilation: int = dilation) -> Tensor:
@@ -153,7 +159,7 @@ def convolution_rate(dtype: torch.dtype, rounds: int = 3) -> float:
 
             convolve()
             spent += often * statistics.median(seconds(convolve) for _ in range(rounds * 2 - 1))
-            done += often * ROIS * 196.0 * out * channels * kernel * kernel
+            done += often * rois * 196.0 * out * channels * kernel * kernel
     return done / spent
 
 
@@ -214,15 +220,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="also run the RoI head in bfloat16")
+    parser.add_argument("--precision", action="append", choices=["fp32", "bf16", "fp16"], help="repeatable; fp32 where none is named")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
-    plain = PlainLoop()
-    detectors = {"fp32": Detectron2Detector("butd", weights="random:1")}
-    if arguments.bf16:
-        detectors["bf16"] = Detectron2Detector("butd", weights="random:1", precision="bf16")
+    device = arguments.device
+    plain = PlainLoop(device)
+    precisions = arguments.precision or ["fp32"]
+    detectors = {name: Detectron2Detector("butd", weights="random:1", device=device, precision=name) for name in precisions}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "photographs").mkdir()
@@ -235,9 +243,9 @@ def main() -> None:
             times["plain"].append(seconds(lambda: plain.run(paths, folder / "plain")) / len(paths))
             for name, detector in detectors.items():
                 run = time.perf_counter()
-                extract_images(folder / "photographs", folder / name, detector=detector, batch_size=1, overwrite=True)
+                extract_images(folder / "photographs", folder / name, detector=detector, batch_size=arguments.batch_size, overwrite=True)
                 times[name].append((time.perf_counter() - run) / len(paths))
-                rates[name].append(convolution_rate(network.HEAD_TYPES[name]))
+                rates[name].append(convolution_rate(network.HEAD_TYPES[name], device))
             shown = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in times.items())
             print(f"pair {pair + 1}: {shown} an image", file=sys.stderr, flush=True)
         figures: dict[str, Any] = {"multiply-adds an image (G)": needed / 1e9, "plain loop (s an image)": statistics.median(times["plain"])}
@@ -249,7 +257,7 @@ def main() -> None:
             figures[f"{name}: share of the convolutions' own rate"] = statistics.median(shares)
             figures[f"{name}: convolutions alone (G multiply-adds/s)"] = statistics.median(rates[name]) / 1e9
             figures |= {f"{name} against plain: {what}": value for what, value in compare(folder / "plain", folder / name, paths).items()}
-        figures |= {f"one core: {what} (ms)": value for what, value in host_work(detectors["fp32"], folder).items()}
+        figures |= {f"one core: {what} (ms)": value for what, value in host_work(next(iter(detectors.values())), folder).items()}
     width = max(map(len, figures))
     for what, value in figures.items():
         print(f"{what:<{width}}  {value:.5g}")

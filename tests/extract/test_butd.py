@@ -200,6 +200,24 @@ def test_golden_given_boxes_through_detect_keep_their_order(detector: Detectron2
     assert largest_difference(found.probabilities[agree, 0], expected[agree, -1]) <= 1e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_golden_record_on_a_gpu(
+    precision: str, detector: Detectron2Detector, tmp_path: Path, state: dict[str, NDArray[np.float32]]
+) -> None:
+    save_file({name: torch.from_numpy(array) for name, array in state.items()}, tmp_path / "butd.safetensors")
+    on_gpu = Detectron2Detector("butd", weights=str(tmp_path / "butd.safetensors"), device="cuda", precision=precision, attributes=True)
+    prepared = [on_gpu.prepare(read(f"{image}.png")) for image in IMAGES]
+    for image, found, size in zip(IMAGES, on_gpu.detect(prepared), [one.size for one in prepared], strict=True):
+        kept = select_regions(found, size=size, min_boxes=36, max_boxes=36)
+        if precision == "fp32":
+            check_record(kept, np.load(GOLDEN / f"record36_{image}.npz"))
+        else:
+            expected = detector.detect([detector.prepare(read(f"{image}.png"))])[0]
+            assert matched(found.boxes, expected.boxes, 0.5) >= 0.95 * len(expected.boxes)
+            assert np.isfinite(kept.features).all()
+
+
 # Proposals
 
 
