@@ -329,6 +329,15 @@ def test_golden_records_end_to_end(raw_regions: RawRegions, raw: NDArray[np.uint
     check_record(kept, np.load(GOLDEN / f"{name}_{image}.npz"))
 
 
+@pytest.mark.slow
+def test_golden_records_from_one_batch_of_mixed_sizes(detector: Detectron2Detector) -> None:
+    prepared = [detector.prepare(read(f"{image}.png")) for image in IMAGES]
+    for image, one, found in zip(IMAGES, prepared, detector.detect(prepared), strict=True):
+        for name, least, most in (("record36", 36, 36), ("record10_100", 10, 100)):
+            kept = select_regions(found, size=one.size, min_boxes=least, max_boxes=most)
+            check_record(kept, np.load(GOLDEN / f"{name}_{image}.npz"))
+
+
 def test_golden_uniter_file_from_the_network_input(detector: Detectron2Detector) -> None:
     files = sorted(GOLDEN.glob("uniter36_*.npz"))
     assert files
