@@ -252,6 +252,8 @@ def open_store(
 ) -> UnitStore:
     """Begin or continue the database; SettingsDiffer where it was begun with other settings."""
     store = UnitStore(Path(out), settings=run_settings(listed, detector, work, key=key), overwrite=overwrite)
+    if overwrite:
+        (store.path / "box_ids.jsonl").unlink(missing_ok=True)
     if retry_failed:
         log.info("%d units hold images that failed and are tried again", len(store.forget_failures()))
     return store
@@ -419,7 +421,7 @@ def described_weights(weights: Mapping[str, Any]) -> str:
 
 def write_box_ids(out: Path, listed: ImageList, given: GivenBoxes) -> None:
     """Keep the caller's ids of given boxes in `box_ids.jsonl`: `{"key", "ids"}`, ids in the order of the rows. None given, no file."""
-    temporary = out / f"box_ids.jsonl.{os.getpid()}.tmp"
+    temporary = out / "units" / f"box_ids.{os.getpid()}.tmp"  # a folder that goes when the database is complete
     wrote = False
     with temporary.open("w", encoding="utf-8") as lines:
         for number in range(listed.units):
