@@ -122,7 +122,7 @@ def attend(
         (N, H), the heads side by side.
 
     Raises:
-        ValueError: "varlen" was asked for together with dropout.
+        ValueError: "varlen" was asked for together with dropout, in single precision or off a GPU.
     """
     return _KERNELS[choose_kernel(kernel, query_NH.device)](query_NH, key_NH, value_NH, layout, heads, dropout)
 
@@ -154,6 +154,10 @@ def _varlen(query_NH: Tensor, key_NH: Tensor, value_NH: Tensor, layout: Layout, 
         raise ValueError(
             f"the varlen attention kernel knows no dropout, but {dropout} was asked for; "
             "set attention_probs_dropout_prob to 0 or use the jagged kernel"
+        )
+    if query_NH.device.type != "cuda" or query_NH.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"the varlen attention kernel needs half precision on a GPU, got {query_NH.dtype} on {query_NH.device.type}; use 'jagged'"
         )
     # Not at the top: the module came with PyTorch 2.10 and the package asks for 2.6.
     from torch.nn.attention.varlen import varlen_attn

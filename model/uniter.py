@@ -305,7 +305,23 @@ class UniterModel(nn.Module):
         initialise(self, deviation=config.initializer_range)
 
     def embed(self, batch: PackedBatch) -> tuple[Tensor, Layout]:
-        """What enters the first layer: (N, H), and where everything stands in it."""
+        """What enters the first layer: (N, H), and where everything stands in it.
+
+        Raises:
+            BadInput: a text is longer than the model's positions, or the features are of another width.
+            ValueError: the batch or a sequence of it is empty.
+        """
+        config, longest = self.config, int(batch.text_lengths_B.max()) if len(batch.text_lengths_B) else 0
+        if longest > config.max_position_embeddings:
+            raise BadInput(
+                f"a text of {longest} word pieces does not fit the model's {config.max_position_embeddings} positions; "
+                "leave longer texts out (max_txt_len)"
+            )
+        if len(batch.features_RD) and batch.features_RD.shape[1] != config.image_feature_size:
+            raise BadInput(
+                f"region features are {batch.features_RD.shape[1]} wide, but the model expects {config.image_feature_size}; "
+                "use the detector that the model was trained with"
+            )
         device = self.embeddings.word_embeddings.weight.device
         by_length = choose_kernel(self.attention_kernel, device) == "grouped"
         layout = lay_out(batch.text_lengths_B, batch.region_counts_B, device=device, by_length=by_length)
@@ -321,7 +337,7 @@ class UniterModel(nn.Module):
         """Encode a packed batch; text alone (no regions) and regions alone (no text) work too.
 
         Raises:
-            ValueError: the batch or a sequence of it is empty.
+            BadInput, ValueError: as `embed`.
         """
         hidden_NH, layout = self.embed(batch)
         return Encoded(self.encoder(hidden_NH, layout, self.attention_kernel), layout)

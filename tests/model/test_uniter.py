@@ -197,6 +197,31 @@ def test_varlen_attention_refuses_dropout():
         attend(rows, rows, rows, layout, heads=2, dropout=0.1, kernel="varlen")
 
 
+def test_varlen_attention_says_what_it_needs():
+    layout = lay_out(torch.tensor([3]), torch.tensor([4]), device=torch.device("cpu"), by_length=False)
+    rows = torch.randn(7, 8)
+    with pytest.raises(ValueError, match="half precision on a GPU"):
+        attend(rows, rows, rows, layout, heads=2, dropout=0.0, kernel="varlen")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["jagged", "varlen"])
+def test_variable_length_kernels_of_the_gpu_agree_with_the_cpu(kernel):
+    layouts = [
+        lay_out(torch.tensor([30, 5, 12]), torch.tensor([44, 17, 8]), device=torch.device(name), by_length=False)
+        for name in ("cpu", "cuda")
+    ]
+    torch.manual_seed(0)
+    rows = torch.randn(3, 116, 128)
+    expected = attend(*rows, layouts[0], heads=2, dropout=0.0, kernel="jagged")
+    half = rows.to("cuda", torch.bfloat16)
+    ours = attend(*half, layouts[1], heads=2, dropout=0.0, kernel=kernel)
+    torch.testing.assert_close(ours.float().cpu(), expected, atol=3e-2, rtol=3e-2)
+    if kernel == "jagged":
+        dropped = attend(half[0], half[1], torch.ones_like(half[2]), layouts[1], heads=2, dropout=0.5, kernel=kernel)
+        assert not torch.allclose(dropped, torch.ones_like(dropped))
+
+
 def test_layout_of_sequences_by_length():
     layout = lay_out(torch.tensor([2, 3, 1]), torch.tensor([1, 2, 2]), device=torch.device("cpu"), by_length=True)
     # The second sequence (5 rows) stands first, then the first and the third (3 rows each).
@@ -222,6 +247,13 @@ def test_half_precision_features_equal_their_float32_values(small_model, make_ba
     expected = small_model(batch).hidden_NH
     batch.features_RD = batch.features_RD.float()
     assert torch.equal(small_model(batch).hidden_NH, expected)
+
+
+def test_batches_that_do_not_fit_are_answered_in_a_sentence(small_model, make_batch):
+    with pytest.raises(BadInput, match="2 wide, but the model expects 12"):
+        small_model(make_batch([4], [7], width=2, vocabulary=60))
+    with pytest.raises(BadInput, match="600 word pieces does not fit the model's 512 positions"):
+        small_model(make_batch([600], [7], width=12, vocabulary=60))
 
 
 def test_attention_maps_are_distributions_in_the_order_of_the_batch(small_model, make_batch):
