@@ -121,6 +121,61 @@ def pretrain(
 
 @main.command()
 @click.argument("task")
+@data_options
+@click.option("--val-text", "validation_text", multiple=True, metavar="DB", help="Validate on these texts [default: held-out pictures].")
+@click.option("--val-images", "validation_images", multiple=True, metavar="DB", help="Their region databases [default: --images].")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The run directory; the same command resumes.")
+@run_options
+@common_options
+def finetune(
+    task: str,
+    text: tuple[str, ...],
+    images: tuple[str, ...],
+    validation_text: tuple[str, ...],
+    validation_images: tuple[str, ...],
+    out: Path,
+    config: str | None,
+    assignments: tuple[str, ...],
+    size: str | None,
+    start: str | None,
+    steps: int | None,
+    seed: int | None,
+    device: str | None,
+    precision: str | None,
+    roots: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Fine-tune a pre-trained model on a down-stream TASK: vqa, ve, nlvr2, nlvr2-paired, nlvr2-triplet or retrieval.
+
+    \b
+    Example:
+      uniter-build-db v2_OpenEnded_train_questions.json vqa_train.db --task vqa --join v2_train_annotations.json --images out.lmdb
+      uniter-train finetune vqa --from run/ --text vqa_train.db --images out.lmdb --out vqa/
+    """
+    from uniter.model.tasks import DOWNSTREAM, task_name
+    from uniter.model.train.config import gather_settings
+    from uniter.model.train.finetuning import finetune as run_finetuning
+
+    name = task_name(task, DOWNSTREAM)
+    settings = gather_settings(
+        config,
+        roots=roots,
+        assignments=assignments,
+        options=_given(
+            {
+                "task": name, "model.size": size, "from": start, "steps": steps, "seed": seed, "device": device, "precision": precision,
+            }
+        ),
+        text=list(text),
+        images=list(images),
+        validation_text=list(validation_text),
+        validation_images=list(validation_images),
+    )  # fmt: skip
+    print_from_first(_until_told(lambda: run_finetuning(settings, out)), as_json=as_json, title=f"fine-tuning {name}")
+
+
+@main.command()
+@click.argument("task")
 @click.option("--from", "start", required=True, metavar="RUN|FILE|ID", help="The run or checkpoint to evaluate.")
 @data_options
 @click.option("--candidates", type=click.IntRange(min=2), default=50, show_default=True, help="Pairs that compete in retrieval.")
@@ -147,7 +202,8 @@ def evaluate(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Measure a model on held-out texts and pictures: `evaluate pretrain` the pre-training tasks and zero-shot retrieval.
+    """Measure a model on held-out texts and pictures: `evaluate pretrain` the pre-training tasks and zero-shot retrieval, a
+    down-stream task's name what was fine-tuned (`retrieval` also zero-shot, from a pre-trained model).
 
     The same seed gives the same figures. `mlm.accuracy_other_picture` masks the same words beside another picture: what is
     between the two is what the picture tells.
@@ -156,24 +212,78 @@ def evaluate(
     Example:
       uniter-train evaluate pretrain --from run/ --text val.db --images val.lmdb --json
     """
-    if task != "pretrain":
-        raise BadInput(unknown_name("task", task, ["pretrain"]))
-    from uniter.model.train.pretraining import evaluate_run
+    measuring: dict[str, Any] = {
+        "text": list(text),
+        "images": list(images),
+        "seed": seed,
+        "batch_tokens": batch_tokens,
+        "max_text_length": max_text_length,
+        "workers": workers,
+        "device": device,
+        "precision": precision,
+    }
+    if task == "pretrain":
+        from uniter.model.train.pretraining import evaluate_run
 
-    figures = evaluate_run(
+        chosen = [word.strip() for word in (words or "").split(",") if word.strip()]
+        figures = evaluate_run(start, candidates=candidates, words=chosen, **measuring)
+    else:
+        from uniter.model.tasks import DOWNSTREAM, SYNONYMS
+        from uniter.model.train.finetuning import evaluate_finetuned
+
+        task = SYNONYMS.get(task, task)
+        if task not in DOWNSTREAM:
+            raise BadInput(unknown_name("task", task, ["pretrain", *DOWNSTREAM]))
+        figures = evaluate_finetuned(task, start, **measuring)
+    print_from_first(figures, as_json=as_json, title=f"{task} of {start}")
+
+
+@main.command()
+@click.argument("task")
+@click.option("--from", "start", required=True, metavar="RUN|FILE", help="The fine-tuned run or checkpoint.")
+@data_options
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
+@click.option("--answers", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="ans2label.json, where nobody else has it.")
+@click.option("--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Word pieces and regions of a batch.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that make batches.")
+@click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one].")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@common_options
+def predict(
+    task: str,
+    start: str,
+    text: tuple[str, ...],
+    images: tuple[str, ...],
+    out: Path,
+    answers: Path | None,
+    batch_tokens: int,
+    workers: int,
+    device: str | None,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Write a TASK's official submission: VQA's result JSON, NLVR2's CSV, SNLI-VE's labels, retrieval's ranks.
+
+    \b
+    Example:
+      uniter-train predict vqa --from vqa/ --text vqa_test.db --images test.lmdb --out submission.json
+    """
+    from uniter.model.tasks import DOWNSTREAM, task_name
+    from uniter.model.train.finetuning import predict as run_prediction
+
+    summary = run_prediction(
+        task_name(task, DOWNSTREAM),
         start,
+        out,
         text=list(text),
         images=list(images),
-        candidates=candidates,
-        words=[word.strip() for word in (words or "").split(",") if word.strip()],
-        seed=seed,
+        answers=answers,
         batch_tokens=batch_tokens,
-        max_text_length=max_text_length,
         workers=workers,
         device=device,
         precision=precision,
     )
-    print_from_first(figures, as_json=as_json, title=f"{task} of {start}")
+    print_from_first(summary, as_json=as_json, title=f"predictions of {start}")
 
 
 @main.command()

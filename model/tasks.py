@@ -6,16 +6,22 @@ terms, with weights beside them) and what is reported (`metric`, values to be av
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from uniter.datasets import samples
 from uniter.datasets.collate import PackedBatch
+from uniter.datasets.corpus import SPECIAL_TOKENS, Corpus
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.masking import NOT_PREDICTED
 from uniter.datasets.samples import SampleFunction
-from uniter.model import losses
+from uniter.model import downstream, losses, metrics, predictions
+from uniter.model.downstream import DownstreamModel
 from uniter.model.heads import Outputs, UniterForPretraining
 from uniter.model.losses import Reduction, Targets, Terms
 
@@ -34,6 +40,10 @@ class Task:
         needs_soft_labels: cannot run on databases without the detector's distributions.
         shows_other_pictures: half of the examples are shown another picture.
         ratio: how often the task is drawn, relative to the others of its kind (UNITER's in-domain ratios).
+        lengths: tokens of each example with the pictures (N, K) it is shown.
+        pictures: K, the pictures of an example.
+        of_data: the row for these corpora, where it depends on them (the number of answers, the pictures to draw from).
+        finetuning: what else fine-tuning needs; None for pre-training tasks.
     """
 
     sample: SampleFunction
@@ -45,6 +55,40 @@ class Task:
     needs_soft_labels: bool = False
     shows_other_pictures: bool = False
     ratio: float = 1.0
+    lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] = Corpus.lengths_with
+    pictures: int = 1
+    of_data: Callable[["Task", Corpus], "Task"] = lambda task, corpus: task
+    finetuning: "Finetuning | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuning:
+    """What a down-stream row has beside its task; the numbers are the published base configuration's (facts 5.4, 5.6).
+
+    Attributes:
+        model: the class with the task's head.
+        head: the name prefix of that head, where it learns at a rate of its own.
+        sizes: further constructor arguments.
+        answer: what a batch's outputs say, one JSON value an example, in the batch's order.
+        write: the file that the official evaluation takes, from the predictions and the names of the answers.
+        figures: official figures of a whole corpus beside the metric.
+        every_pair: evaluate all texts against all pictures instead of example by example.
+        learning_rate, head_rate_multiplier, steps, batch_tokens, accumulation, clip: where the settings leave them open.
+    """
+
+    model: type[DownstreamModel]
+    answer: Callable[[Outputs], list[Any]]
+    write: Callable[[Path, Corpus, predictions.Predictions, Sequence[str] | None], None] | None = None
+    figures: Callable[[Corpus, predictions.Predictions], dict[str, float]] = predictions.no_figures
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    every_pair: bool = False
+    head: str | None = None
+    learning_rate: float = 5e-5
+    head_rate_multiplier: float = 1.0
+    steps: int = 5000
+    batch_tokens: int = 10240
+    accumulation: int = 1
+    clip: float = 2.0
 
 
 def word_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
@@ -112,7 +156,119 @@ PRETRAINING: dict[str, Task] = {
     ),
 }
 DEFAULT_PRETRAINING = ("itm", "mlm", "mrfr", "mrc-kl")
-SYNONYMS = {"mrckl": "mrc-kl"}
+SYNONYMS = {"mrckl": "mrc-kl", "itm-rank": "retrieval", "snli-ve": "ve"}
+
+
+def with_answers(task: Task, corpus: Corpus, *, published: int) -> Task:
+    """The row for so many answers as the texts know; databases that were published without a list have the published number."""
+    table = predictions.answer_table(corpus)
+    answers = published if table is None else len(table)
+    assert task.finetuning is not None
+    return replace(
+        task,
+        sample=partial(samples.answered_question, answers=answers),
+        finetuning=replace(task.finetuning, sizes={"answers": answers}),
+    )
+
+
+def best_answer(outputs: Outputs) -> list[Any]:
+    """The number of the best-scoring answer."""
+    return list(outputs["scores"].argmax(dim=1).tolist())
+
+
+def holds(outputs: Outputs) -> list[Any]:
+    """Whether the statement holds."""
+    return [bool(best) for best in outputs["scores"].argmax(dim=1).tolist()]
+
+
+def match_score(outputs: Outputs) -> list[Any]:
+    return list(outputs["scores"].squeeze(1).tolist())
+
+
+def lengths_of_pair(corpus: Corpus, images_N2: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Tokens of NLVR2's two sequences: the text stands in both."""
+    return corpus.lengths_with(images_N2) + corpus.text_lengths_N + SPECIAL_TOKENS
+
+
+NEGATIVES = 1
+GROUP = 1 + 2 * NEGATIVES
+
+
+def lengths_of_group(corpus: Corpus, images_N1: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Tokens of a ranked group, the negatives counted as long as their positive."""
+    return corpus.lengths_with(images_N1) * GROUP
+
+
+def with_pool(task: Task, corpus: Corpus) -> Task:
+    pictures = np.unique(corpus.image_rows_NK)
+    if len(pictures) < 2:
+        raise BadInput(f"corpus {corpus.name!r}: ranking needs at least two pictures")
+    return replace(task, sample=partial(samples.ranked_group, pictures=pictures, negatives=NEGATIVES))
+
+
+def _answers(*, published: int, write: Any, **numbers: Any) -> Task:
+    return Task(
+        sample=partial(samples.answered_question, answers=published),
+        head=downstream.UniterForVqa.answers,
+        losses=losses.answers,
+        metric=metrics.answer_score,
+        reduction="rows",
+        of_data=partial(with_answers, published=published),
+        finetuning=Finetuning(model=downstream.UniterForVqa, answer=best_answer, write=write, sizes={"answers": published}, **numbers),
+    )
+
+
+def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.lengths_with) -> Task:
+    return Task(
+        sample=sample,
+        head=model.statements,
+        losses=losses.statements,
+        metric=metrics.statement_accuracy,
+        lengths=lengths,
+        pictures=2,
+        finetuning=Finetuning(
+            model=model,
+            answer=holds,
+            figures=predictions.nlvr2_figures,
+            write=predictions.write_statements,
+            learning_rate=3e-5,
+            steps=8000,
+        ),
+    )
+
+
+DOWNSTREAM: dict[str, Task] = {
+    "vqa": _answers(
+        published=3129,
+        write=predictions.write_answers,
+        head="vqa_output",
+        learning_rate=8e-5,
+        head_rate_multiplier=10.0,
+        steps=6000,
+        batch_tokens=5120,
+        accumulation=5,
+    ),
+    "ve": _answers(published=3, write=predictions.write_labels, learning_rate=8e-5, steps=4000, batch_tokens=4096, accumulation=4),
+    "nlvr2": _statements(downstream.UniterForNlvr2PairedAttention, samples.statement_about_each, lengths_of_pair),
+    "nlvr2-paired": _statements(downstream.UniterForNlvr2Paired, samples.statement_about_each, lengths_of_pair),
+    "nlvr2-triplet": _statements(downstream.UniterForNlvr2Triplet, samples.statement_about_both),
+    "retrieval": Task(
+        sample=samples.matched_pair,
+        head=downstream.UniterForRetrieval.ranks,
+        losses=partial(losses.ranking, group_size=GROUP),
+        metric=partial(metrics.rank_accuracy, group_size=GROUP),
+        lengths=lengths_of_group,
+        of_data=with_pool,
+        finetuning=Finetuning(
+            model=downstream.UniterForRetrieval,
+            answer=match_score,
+            every_pair=True,
+            steps=20000,
+            batch_tokens=6144,
+            accumulation=4,
+        ),
+    ),
+}
 
 
 def task_name(name: str, known: Mapping[str, Task] = PRETRAINING) -> str:

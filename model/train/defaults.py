@@ -4,6 +4,7 @@ The choices are functions of the amount of data, the size of the model and the d
 the same numbers again.
 """
 
+from uniter.model.tasks import Finetuning
 from uniter.model.train.config import TrainSettings
 from uniter.model.train.distributed import Processes
 from uniter.model.uniter import PRESETS
@@ -48,6 +49,45 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
         chosen.dropout = DROPOUTS[size]
     if chosen.validate_every is None:
         chosen.validate_every = min(max(chosen.steps // 10, 1), 5000)
+    if chosen.checkpoint_every is None:
+        chosen.checkpoint_every = chosen.validate_every
+    return chosen
+
+
+def complete_finetuning(
+    settings: TrainSettings, published: Finetuning, examples: int, mean_length: float, everyone: Processes
+) -> TrainSettings:
+    """The settings of a fine-tuning run with every open number chosen: the published ones on a GPU, without one what a small
+    model learns with on little data.
+
+    Args:
+        published: the row's numbers.
+        examples, mean_length, everyone: as `complete`.
+    """
+    chosen = settings.model_copy(deep=True)
+    small = everyone.device.type != "cuda"
+    if chosen.from_ is None and chosen.model.size is None:
+        chosen.model.size = "tiny" if small else "base"
+    if chosen.batch_tokens is None:
+        chosen.batch_tokens = 2048 if small else published.batch_tokens
+    if chosen.accumulation is None:
+        chosen.accumulation = 1 if small else published.accumulation
+    if chosen.steps is None:
+        per_update = chosen.batch_tokens * chosen.accumulation * everyone.world
+        passes = PASSES * examples * mean_length / per_update
+        chosen.steps = int(min(max(passes, 500), published.steps))
+    if chosen.optimizer.learning_rate is None:
+        chosen.optimizer.learning_rate = 5e-4 if small else published.learning_rate
+    if chosen.optimizer.head_rate_multiplier is None:
+        chosen.optimizer.head_rate_multiplier = 1.0 if small else published.head_rate_multiplier
+    if "clip" not in chosen.optimizer.model_fields_set:
+        chosen.optimizer.clip = published.clip
+    if chosen.optimizer.warmup_steps is None:
+        chosen.optimizer.warmup_steps = max(chosen.steps // 10, 1)
+    if chosen.dropout is None:
+        chosen.dropout = 0.1
+    if chosen.validate_every is None:
+        chosen.validate_every = max(chosen.steps // 10, 1)
     if chosen.checkpoint_every is None:
         chosen.checkpoint_every = chosen.validate_every
     return chosen

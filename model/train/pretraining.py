@@ -31,7 +31,7 @@ from uniter.model.train.defaults import complete
 from uniter.model.train.distributed import processes
 from uniter.model.train.evaluate import evaluate_pretraining
 from uniter.model.train.log import read_log
-from uniter.model.train.runs import Data, Kind, start, with_validation
+from uniter.model.train.runs import Data, Kind, check_fit, start, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
 
 logger = logging.getLogger(__name__)
@@ -225,15 +225,6 @@ def _grouped(figures: Mapping[str, float]) -> dict[str, Any]:
         else:
             groups[name] = value
     return groups
-
-
-def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:
-    """Raise BadInput unless a model of these sizes can read the corpus."""
-    width, vocabulary = corpus.images.feature_width, max(text.v_range[1] for text in corpus.texts)
-    if config.image_feature_size != width:
-        raise BadInput(f"region features are {width} wide, but {source} was trained on {config.image_feature_size}; use its detector")
-    if config.vocab_size < vocabulary:
-        raise BadInput(f"the texts were built with {vocabulary:,} word pieces, but {source} has {config.vocab_size:,}; use its tokenizer")
 
 
 def export_run(start: str, layout: str, out: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.log import RunLog
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
+from uniter.model.uniter import UniterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,15 @@ def with_validation(wanted: CorpusSettings, corpus: Corpus, settings: TrainSetti
     return corpus, held_out.sample_of(settings.validation_examples, seed=settings.seed)
 
 
+def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:
+    """Raise BadInput unless a model of these sizes can read the corpus."""
+    width, vocabulary = corpus.images.feature_width, max(text.v_range[1] for text in corpus.texts)
+    if config.image_feature_size != width:
+        raise BadInput(f"region features are {width} wide, but {source} was trained on {config.image_feature_size}; use its detector")
+    if config.vocab_size < vocabulary:
+        raise BadInput(f"the texts were built with {vocabulary:,} word pieces, but {source} has {config.vocab_size:,}; use its tokenizer")
+
+
 def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
     chosen = settings.optimizer
     assert settings.steps and chosen.learning_rate and chosen.warmup_steps is not None and settings.validate_every
@@ -231,9 +241,7 @@ def _workers(settings: TrainSettings, everyone: Processes) -> int:
     return min(max((cores - here) // here, 1), 8) if everyone.device.type == "cuda" else 0
 
 
-def _say_what_is_trained(
-    settings: TrainSettings, data: Data, model: nn.Module, progressed: state.Progressed, everyone: Processes
-) -> None:
+def _say_what_is_trained(settings: TrainSettings, data: Data, model: nn.Module, progressed: state.Progressed, everyone: Processes) -> None:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     for name, corpus in data.training.items():
         logger.info(

@@ -1,0 +1,80 @@
+"""What a down-stream model answers, as official figures and as the files that the official evaluations take.
+
+Predictions are held by example id: what the row's `answer` says of each. No file here is a pickle.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uniter.datasets.corpus import Corpus
+from uniter.datasets.errors import BadInput
+from uniter.datasets.text_db import read_json_object
+from uniter.model import metrics
+
+Predictions = Mapping[str, Any]
+
+
+def answer_table(corpus: Corpus) -> dict[str, int] | None:
+    """The answers of a corpus' texts and their numbers (`ans2label.json`); None where the databases say nothing of them."""
+    tables = []
+    for text in corpus.texts:
+        path = text.path / "ans2label.json"
+        if path.is_file():
+            tables.append(read_json_object(path))
+    if not tables:
+        return None
+    if any(table != tables[0] for table in tables):
+        raise BadInput(f"corpus {corpus.name!r}: its text databases number their answers differently; build them with one list of answers")
+    if sorted(tables[0].values()) != list(range(len(tables[0]))):
+        raise BadInput(f"corpus {corpus.name!r}: ans2label.json does not number its answers 0 to {len(tables[0]) - 1}")
+    return tables[0]
+
+
+def no_figures(corpus: Corpus, predictions: Predictions) -> dict[str, float]:
+    """Nothing beside the metric."""
+    return {}
+
+
+def nlvr2_figures(corpus: Corpus, predictions: Predictions) -> dict[str, float]:
+    """Accuracy and consistency, where every statement's truth is known."""
+    truths = {}
+    for number in range(len(corpus)):
+        target = corpus.record(number).get("target")
+        if target is None:
+            return {}
+        truths[corpus.example_id(number)] = bool(target)
+    return metrics.nlvr2_figures(predictions, truths)
+
+
+def write_answers(path: Path, corpus: Corpus, predictions: Predictions, names: Sequence[str] | None) -> None:
+    """VQA's result file: a JSON list of {"question_id": int, "answer": str}."""
+    rows = [{"question_id": _number(name), "answer": _named(best, names)} for name, best in predictions.items()]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def write_labels(path: Path, corpus: Corpus, predictions: Predictions, names: Sequence[str] | None) -> None:
+    """SNLI-VE: a JSON object {example id: label}."""
+    path.write_text(json.dumps({name: _named(best, names) for name, best in predictions.items()}), encoding="utf-8")
+
+
+def write_statements(path: Path, corpus: Corpus, predictions: Predictions, names: Sequence[str] | None) -> None:
+    """NLVR2's CSV: `identifier,True|False`, no header."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows((name, str(bool(holds))) for name, holds in predictions.items())
+
+
+def _number(name: str) -> int | str:
+    return int(name) if name.isdigit() else name
+
+
+def _named(number: int, names: Sequence[str] | None) -> str:
+    if names is None:
+        raise BadInput("the answers' names are not known: neither the model nor the text database has them; give --answers ans2label.json")
+    if number >= len(names):
+        raise BadInput(
+            f"the model answers number {number}, but only {len(names)} answers have names; give its own ans2label.json (--answers)"
+        )
+    return names[number]

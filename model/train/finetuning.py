@@ -1,0 +1,278 @@
+"""Fine-tuning: a row of the down-stream table for `runs.start`; evaluating and predicting with what came out."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from uniter.datasets.corpus import Corpus, open_corpus
+from uniter.datasets.errors import BadInput
+from uniter.datasets.loader import Assembler, Mixture, Part, load, sequential_plans
+from uniter.datasets.masking import Pairing
+from uniter.datasets.samples import Masking, matched_pair
+from uniter.datasets.text_db import read_json_object
+from uniter.model.checkpoints import find_weights
+from uniter.model.downstream import DownstreamModel
+from uniter.model.metrics import fold_recalls, retrieval_recalls
+from uniter.model.predictions import answer_table
+from uniter.model.tasks import DOWNSTREAM, Finetuning, Task, task_name
+from uniter.model.train.config import TrainSettings
+from uniter.model.train.defaults import complete_finetuning
+from uniter.model.train.distributed import Processes, processes
+from uniter.model.train.evaluate import scored, validate
+from uniter.model.train.runs import Data, Kind, check_fit, start, with_validation
+from uniter.model.uniter import UniterConfig, set_dropout
+
+logger = logging.getLogger(__name__)
+
+
+def finetune(settings: TrainSettings, run: Path) -> dict[str, Any]:
+    """Start a fine-tuning run in the folder `run`, or go on with the one that is there; see `runs.start`."""
+    return start(settings, run, kind_of(settings.task))
+
+
+def row_of(name: str) -> Task:
+    """A down-stream row by its name.
+
+    Raises:
+        BadInput: there is none of that name.
+    """
+    return DOWNSTREAM[task_name(name, DOWNSTREAM)]
+
+
+def extras(task: Task) -> Finetuning:
+    assert task.finetuning is not None, "a down-stream row has its fine-tuning part"
+    return task.finetuning
+
+
+def kind_of(name: str) -> Kind:
+    """How a down-stream task is run."""
+    name = task_name(name, DOWNSTREAM)
+    row = DOWNSTREAM[name]
+
+    def open_data(settings: TrainSettings) -> Data:
+        options = {**settings.regions.model_dump(), "readahead": True}
+        training: dict[str, Corpus] = {}
+        validation: dict[str, Corpus] = {}
+        for wanted in settings.corpora:
+            if wanted.tasks is not None:
+                raise BadInput(f"corpora: {wanted.name!r} names tasks, which only pre-training mixes; fine-tuning {name} trains {name}")
+            corpus = open_corpus(wanted.name, wanted.text, wanted.images, max_text_length=settings.max_text_length, image_options=options)
+            check_pictures(corpus, row, name)
+            training[wanted.name], validation[wanted.name] = with_validation(wanted, corpus, settings, options)
+        return Data(training, validation, {corpus: {name: 1.0} for corpus in training})
+
+    def parts(corpora: dict[str, Corpus]) -> list[tuple[Task, Part]]:
+        found = []
+        for corpus_name, corpus in corpora.items():
+            task = row.of_data(row, corpus)
+            # Larger corpora are drawn as often as they are larger: every example is seen equally often.
+            found.append((task, Part(f"{name}_{corpus_name}", corpus, task.sample, float(len(corpus)), lengths=task.lengths)))
+        return found
+
+    def build_model(settings: TrainSettings, data: Data) -> DownstreamModel:
+        torch.manual_seed(settings.seed)
+        first = next(iter(data.training.values()))
+        task = extras(row.of_data(row, first))
+        if settings.from_ is not None:
+            model = task.model.from_checkpoint(settings.from_, **task.sizes)
+        else:
+            overrides = {"vocab_size": max(text.v_range[1] for text in first.texts), **settings.model.overrides()}
+            overrides["image_feature_size"] = first.images.feature_width
+            model = task.model(UniterConfig.preset(settings.model.size or "tiny", **overrides), **task.sizes)
+        for corpus in data.training.values():
+            check_fit(model.config, corpus, source=settings.from_ or "the model")
+        if settings.dropout is not None:
+            set_dropout(model, settings.dropout)
+        return model.train()
+
+    def build_mixture(settings: TrainSettings, data: Data) -> tuple[list[Task], Mixture]:
+        tasks, mixed = zip(*parts(data.training), strict=True)
+        mixture = Mixture(mixed, budget=settings.batch_tokens or 1, seed=settings.seed, bucket=settings.bucket, ordering=settings.ordering)
+        return list(tasks), mixture
+
+    def about(data: Data) -> dict[str, Any]:
+        table = answer_table(next(iter(data.training.values())))
+        return {} if table is None else {"answers": sorted(table, key=lambda answer: table[answer])}
+
+    return Kind(
+        task=name,
+        open_data=open_data,
+        complete=lambda settings, examples, mean, everyone: complete_finetuning(settings, extras(row), examples, mean, everyone),
+        build_model=build_model,
+        build_mixture=build_mixture,
+        validation_parts=lambda settings, data: parts(data.validation),
+        head=extras(row).head,
+        about=about,
+    )
+
+
+def check_pictures(corpus: Corpus, row: Task, name: str) -> None:
+    found = corpus.image_rows_NK.shape[1]
+    if found != row.pictures:
+        raise BadInput(
+            f"corpus {corpus.name!r}: its texts are about {found} pictures each, {name} takes {row.pictures}; was it built for {name}?"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    task: Task
+    corpus: Corpus
+    model: DownstreamModel
+    everyone: Processes
+    budget: int
+    seed: int
+    precision: str
+    workers: int
+
+    def scored(self, part: Part, pairing: Pairing | None = None) -> Iterator[Any]:
+        plans = sequential_plans(
+            part, 0, budget=self.budget, seed=self.seed, rank=self.everyone.rank, world=self.everyone.world, pairing=pairing
+        )
+        batches = load(Assembler([part], self.seed), plans, workers=self.workers)
+        return scored(self.model, self.task.head, batches, device=self.everyone.device, precision=self.precision)
+
+    def predictions(self) -> dict[str, Any]:
+        """What the model says of every example, in corpus order."""
+        found: dict[int, Any] = {}
+        part = Part("predictions", self.corpus, self.task.sample, lengths=self.task.lengths)
+        for made, _, outputs in self.scored(part):
+            found |= dict(zip(made.plan.examples.tolist(), extras(self.task).answer(outputs), strict=True))
+        everything = {number: answer for one in self.everyone.gather(found) for number, answer in one.items()}
+        return {self.corpus.example_id(number): everything[number] for number in range(len(self.corpus))}
+
+    def every_pair(self) -> tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int64]], list[str]]:
+        """Scores (texts, pictures), the column of each text's picture, the pictures' keys."""
+        pictures, own = np.unique(self.corpus.image_rows_NK[:, 0], return_inverse=True)
+        texts = len(self.corpus)
+        scores = np.zeros((texts, len(pictures)), dtype=np.float32)
+        # In slices of texts, so that plans stay small however many pairs there are.
+        step = max(1, 200_000 // len(pictures))
+        for first in range(0, texts, step):
+            rows = np.arange(first, min(first + step, texts))
+            part = Part(f"pairs {first}", self.corpus.take(np.repeat(rows, len(pictures))), matched_pair)
+            shown = np.tile(pictures, len(rows))[:, None].astype(np.int32)
+            for made, _, outputs in self.scored(part, Pairing(shown, np.ones(len(shown), dtype=np.bool_))):
+                text, picture = np.divmod(made.plan.examples, len(pictures))
+                scores[first + text, picture] = outputs["scores"].float().squeeze(1).cpu().numpy()
+        summed: np.ndarray[Any, np.dtype[np.float32]] = np.stack(self.everyone.gather(scores)).sum(axis=0, dtype=np.float32)
+        return summed, own.astype(np.int64), [self.corpus.images.keys_list[row] for row in pictures.tolist()]
+
+
+def evaluate_finetuned(
+    name: str,
+    start_from: str,
+    *,
+    text: Sequence[str],
+    images: Sequence[str],
+    seed: int = 42,
+    batch_tokens: int = 8192,
+    max_text_length: int = -1,
+    workers: int = 0,
+    device: str | None = None,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """The figures of a down-stream model: its loss and metric, and the official ones.
+
+    Retrieval scores every text with every picture; a pre-trained model is evaluated zero-shot.
+    """
+    with processes(device) as everyone:
+        run = _open(name, start_from, text, images, everyone, batch_tokens, seed, max_text_length, precision, workers)
+        if extras(run.task).every_pair:
+            scores, own, keys = run.every_pair()
+            figures = retrieval_recalls(scores, own)
+            if len(keys) > 1000 and len(keys) % 5 == 0:
+                figures |= {f"five_folds.{key}": value for key, value in fold_recalls(scores, own).items()}
+            return {"texts": len(run.corpus), "pictures": len(keys), **figures}
+        part = Part(name, run.corpus, run.task.sample, lengths=run.task.lengths)
+        measured = validate(
+            run.model, run.task, part, budget=batch_tokens, seed=seed, masking=Masking(), processes=everyone, precision=precision,
+            workers=workers,
+        )  # fmt: skip
+        return {"examples": len(run.corpus), **measured, **extras(run.task).figures(run.corpus, run.predictions())}
+
+
+def predict(
+    name: str,
+    start_from: str,
+    out: Path,
+    *,
+    text: Sequence[str],
+    images: Sequence[str],
+    answers: Path | None = None,
+    batch_tokens: int = 8192,
+    workers: int = 0,
+    device: str | None = None,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Write what a model answers as the file that the task's official evaluation takes (retrieval: each side's best ten).
+
+    Args:
+        answers: `ans2label.json`, where neither the model nor the texts know the names of the answers.
+    """
+    with processes(device) as everyone:
+        run = _open(name, start_from, text, images, everyone, batch_tokens, 42, -1, precision, workers)
+        if extras(run.task).every_pair:
+            scores, _, keys = run.every_pair()
+            if everyone.writes:
+                out.write_text(json.dumps(_best(scores, [run.corpus.example_id(row) for row in range(len(run.corpus))], keys)))
+        else:
+            predictions, names = run.predictions(), _names(start_from, run.corpus, answers)
+            write = extras(run.task).write
+            if everyone.writes and write is not None:
+                write(out, run.corpus, predictions, names)
+        return {"task": name, "out": str(out), "examples": len(run.corpus)}
+
+
+def _best(scores: np.ndarray[Any, Any], texts: list[str], pictures: list[str], depth: int = 10) -> dict[str, Any]:
+    def ranked(matrix: np.ndarray[Any, Any], asked: list[str], found: list[str]) -> dict[str, list[list[Any]]]:
+        order = np.argsort(-matrix, axis=1, kind="stable")[:, :depth]
+        return {name: [[found[place], float(matrix[row, place])] for place in order[row].tolist()] for row, name in enumerate(asked)}
+
+    return {"images_of_text": ranked(scores, texts, pictures), "texts_of_image": ranked(scores.T, pictures, texts)}
+
+
+def _names(start_from: str, corpus: Corpus, given: Path | None) -> list[str] | None:
+    """The answers by number: the given table, the model's own, or the texts'."""
+    if given is not None:
+        table = read_json_object(given)
+        return sorted(table, key=lambda answer: int(table[answer]))
+    config = find_weights(start_from).parent / "config.json"
+    known = read_json_object(config).get("answers") if config.is_file() else None
+    if isinstance(known, list):
+        return [str(answer) for answer in known]
+    of_texts = answer_table(corpus)
+    return None if of_texts is None else sorted(of_texts, key=lambda answer: of_texts[answer])
+
+
+def _open(
+    name: str,
+    start_from: str,
+    text: Sequence[str],
+    images: Sequence[str],
+    everyone: Processes,
+    batch_tokens: int,
+    seed: int,
+    max_text_length: int,
+    precision: str,
+    workers: int,
+) -> _Opened:
+    row = row_of(name)
+    corpus = open_corpus(name, text, images, max_text_length=max_text_length)
+    check_pictures(corpus, row, name)
+    model = extras(row).model.from_checkpoint(start_from).to(everyone.device)
+    check_fit(model.config, corpus, source=start_from)
+    sizes = type(model).sizes(model.state_dict())
+    task = row.of_data(row, corpus)
+    wanted = extras(task).sizes
+    if any(sizes.get(key) != value for key, value in wanted.items()):
+        raise BadInput(
+            f"{start_from} knows {sizes}, but the texts {dict(wanted)}; was it trained for {name}, with the same list of answers?"
+        )
+    return _Opened(task, corpus, model, everyone, batch_tokens, seed, precision, workers)
