@@ -150,7 +150,7 @@ def test_golden_zero_shot_ranks(uniter_golden, golden_config, pack, close):
         model.rank_output.weight.zero_()
     assert torch.equal(model.itm_output.weight, base["itm_output.weight"])
     # ... and a fine-tuned head is kept (the published code looked for a key that does not exist and overwrote it).
-    tuned = {**base, "rank_output.weight": torch.full((1, 32), 3.0), "rank_output.bias": torch.ones(1)}
+    tuned = {**base, "rank_output.weight": torch.full_like(model.rank_output.weight, 3.0), "rank_output.bias": torch.ones(1)}
     model.start_from(tuned, source="golden")
     assert torch.equal(model.rank_output.weight, tuned["rank_output.weight"])
 

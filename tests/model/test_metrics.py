@@ -1,6 +1,7 @@
 """Metrics against the golden ones and against hand-made cases with known answers."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from uniter.model import metrics
 
 def test_golden_recalls_are_counted_correctly(uniter_tasks_golden):
     cases = json.loads((uniter_tasks_golden / "expect_itm_eval.json").read_text())
-    differs = False
     for case in cases:
-        images = sorted(set(case["txt2img"].values()), key=lambda name: int(name.strip("i")))
-        texts = sorted(case["txt2img"], key=lambda name: int(name.strip("t")))
+        # Rows and columns stand in the order of the numbers in the names.
+        images = sorted(set(case["txt2img"].values()), key=lambda name: int(re.sub(r"\D", "", name)))
+        texts = sorted(case["txt2img"], key=lambda name: int(re.sub(r"\D", "", name)))
         image_of_text = np.array([images.index(case["txt2img"][text]) for text in texts])
         figures = metrics.retrieval_recalls(np.array(case["scores"]), image_of_text)
         official, correct = case["official"], case["image_recall_counted_correctly"]
@@ -23,9 +24,8 @@ def test_golden_recalls_are_counted_correctly(uniter_tasks_golden):
             assert figures[name] == pytest.approx(official[name], abs=1e-12)
         for name, value in correct.items():
             assert figures[name] == pytest.approx(value, abs=1e-12)
-        # The published code counts the first texts twice; its figures can exceed 1.
-        differs |= any(official[name] != correct[name] for name in correct)
-    assert differs
+            # The published code counts the first texts twice; its figures can exceed 1.
+            assert official[name] >= figures[name]
 
 
 def test_golden_iou(uniter_tasks_golden):
