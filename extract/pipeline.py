@@ -279,7 +279,8 @@ def progress_report(total: int, *, done: int, tally: Tally, shown: bool) -> Iter
 def finish(store: UnitStore, listed: ImageList, detector: Detector, work: Work, tally: Tally, *, seconds: float) -> ExtractSummary:
     """Complete the database if all units are there, and say what was done."""
     if work.given is not None and not store.is_complete() and len(store.finished_units()) == listed.units:
-        write_box_ids(store.path, listed, work.given)
+        with contextlib.suppress(FileNotFoundError):  # another process has completed the database meanwhile, ids and all
+            write_box_ids(store.path, listed, work.given)
     complete = store.finish(units=listed.units, header=run_header(detector, work))
     stored: Mapping[str, Any] = json.loads((store.path / "header.json").read_bytes()) if complete else {}
     images, regions = stored.get("images", tally.extracted), stored.get("regions", tally.regions)
