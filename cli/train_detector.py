@@ -32,7 +32,7 @@ from uniter.extract.install import require_detectron2
 @click.option("--batch-size", type=click.IntRange(1), help="Images an update.  [default: 16; r101-c4: 2]")
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="[default: fitted to model and batch]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--device", help="cpu, cuda or cuda:N  [default: a GPU where there is one]")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: none where all images fit into memory]")
 @click.option("--overwrite", is_flag=True, help="Start anew where --out holds another run.")
 @click.option("--strict", is_flag=True, help="Exit with code 3 if anything of the annotations was left out.")

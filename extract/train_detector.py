@@ -483,7 +483,7 @@ def train_detector(
     checkpoint_every: int = 100,
     validate_every: int | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -502,6 +502,7 @@ def train_detector(
         attributes: learn attributes where they are annotated.
         steps, batch_size, learning_rate: None chooses what learns on such data; the rate is for the whole batch.
         checkpoint_every, validate_every: updates between them; validation falls on a third and two thirds and the end by default.
+        device: None takes a GPU where there is one.
         workers: processes that decode; none where all photographs fit into memory.
         overwrite: start anew where the folder holds another run.
 
@@ -545,6 +546,7 @@ def train_detector(
         trained = json.loads((out / "detector.json").read_text(encoding="utf-8"))["training"]
         return {"out": str(out), **described, **trained}
     (out / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         placed = torch.device(device)
         torch.zeros(1, device=placed)
