@@ -90,7 +90,7 @@ def pretrain(
     """Pre-train UNITER on texts and the regions of their pictures.
 
     Without --config, sizes, steps and rates are chosen by the data and the device, and all tasks that the data allow are trained
-    in UNITER's ratios. The same command again resumes; `torchrun uniter-train pretrain ...` uses all GPUs.
+    in UNITER's ratios. The same command again resumes; in front of it, `torchrun --nproc-per-node gpu --no-python` uses all GPUs.
 
     \b
     Examples:

@@ -19,6 +19,8 @@ from uniter.datasets.tokenizer import Tokenizer
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "orange", "purple")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
 
+VE_LABELS = {"contradiction": 0, "entailment": 1, "neutral": 2}
+
 
 class World:
     """The looks of a world: the same seed gives the same ones, so that parts made separately belong together.
@@ -35,6 +37,7 @@ class World:
         self.shape_looks = rng.normal(size=(len(SHAPES), width))
         self.colour_looks = rng.normal(size=(len(COLOURS), width))
         self.ground_look = rng.normal(size=width)
+        self.things: dict[str, list[tuple[int, int]]] = {}
 
     def write(
         self,
@@ -67,6 +70,7 @@ class World:
             for picture in range(pictures):
                 key = f"{prefix}_{seed}_{picture:05d}"
                 things = [(rng.randrange(len(SHAPES)), rng.randrange(len(COLOURS))) for _ in range(rng.choice((1, 2, 2, 3)))]
+                self.things[key] = things
                 record = self._regions(things, numbers, count=regions, soft_labels=soft_labels)
                 writer.put(key, encode_record(record, key=key), regions=len(record))
                 for number in range(captions):
@@ -75,9 +79,42 @@ class World:
             writer.complete()
         header = {"feature_width": self.width, "label_classes": len(SHAPES) + 1 if soft_labels else 0, "class_names": list(SHAPES)}
         assert store.finish(units=1, header=header)
-        words = tokenizer or Tokenizer.learn([" ".join(COLOURS + SHAPES), "a and the there is with ."], size=200)
-        build_text_db(found, texts, tokenizer=words, settings={"made_up": True, "seed": seed})
+        build_text_db(found, texts, tokenizer=tokenizer or vocabulary(), settings={"made_up": True, "seed": seed})
         return texts, images
+
+    def write_task(self, folder: Path, task: str, *, seed: int = 1, count: int = 200) -> Path:
+        """Write `folder/TASK.db`, examples of a down-stream task over the pictures written before; return its path."""
+        rng, keys = random.Random(seed), sorted(self.things)
+        examples = []
+        for number in range(count):
+            image: str | tuple[str, ...] = rng.choice(keys)
+            shape, colour = rng.choice(self.things[str(image)])
+            fields: dict[str, object] = {}
+            if task == "vqa":
+                text = f"what is with the {SHAPES[shape]}"
+                fields["target"] = {"labels": [colour], "scores": [1.0]}
+            elif task == "ve":
+                named = rng.randrange(3)
+                text = f"there is a {COLOURS[(colour + named) % len(COLOURS)]} {SHAPES[shape]}"
+                fields["target"] = {"labels": [0 if named else 1], "scores": [1.0]}
+            elif task == "nlvr2":
+                image = (str(image), rng.choice(keys))
+                holds = any(there == shape for there, _ in self.things[image[1]])
+                text = f"there is a {SHAPES[shape]}"
+                fields["target"] = int(holds)
+            else:
+                text = _caption(self.things[str(image)], rng)
+            name = str(number) if task != "nlvr2" else f"dev-{number // 4}-{number % 4}-{number % 2}"
+            examples.append(Caption(name, image, text, (), fields))
+        answers = {"vqa": {colour: place for place, colour in enumerate(COLOURS)}, "ve": VE_LABELS}.get(task)
+        build_text_db(
+            examples,
+            folder / f"{task}.db",
+            tokenizer=vocabulary(),
+            settings={"made_up": True, "task": task, "seed": seed},
+            side_files=None if answers is None else lambda: {"ans2label.json": answers},
+        )
+        return folder / f"{task}.db"
 
     def _regions(self, things: list[tuple[int, int]], rng: np.random.Generator, *, count: int, soft_labels: bool) -> RegionFeatures:
         features, boxes, labels = [], [], []
@@ -104,6 +141,11 @@ class World:
             soft_labels=np.array(labels, dtype=np.float32)[order] if soft_labels else None,
             size=(440, 440),
         )
+
+
+def vocabulary() -> Tokenizer:
+    """WordPiece of this world's words."""
+    return Tokenizer.learn([" ".join(COLOURS + SHAPES), "a and the there is with picture what ."], size=200)
 
 
 def _caption(things: list[tuple[int, int]], rng: random.Random) -> str:

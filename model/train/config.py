@@ -63,7 +63,7 @@ class OptimizerSettings(Settings):
     betas: tuple[float, float] = (0.9, 0.98)
     epsilon: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    clip: float = Field(default=5.0, description="global norm that gradients are clipped at; -1: not at all")
+    clip: float | None = Field(default=None, description="global norm of gradients at most; -1: any; none: 5, or the task's")
     unused_gradients: Literal["none", "zero"] = Field(
         default="none", description="none: heads that a task does not use rest; zero: they drift by momentum and decay, as in torch 1.x"
     )

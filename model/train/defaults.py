@@ -43,6 +43,8 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
         chosen.steps = int(min(max(PASSES * examples * mean_length / per_update, FEWEST_STEPS), MOST_STEPS))
     if chosen.optimizer.learning_rate is None:
         chosen.optimizer.learning_rate = LEARNING_RATES[size]
+    if chosen.optimizer.clip is None:
+        chosen.optimizer.clip = 5.0
     if chosen.optimizer.warmup_steps is None:
         chosen.optimizer.warmup_steps = min(max(chosen.steps // 10, 1), 10_000)
     if chosen.dropout is None:
@@ -80,7 +82,7 @@ def complete_finetuning(
         chosen.optimizer.learning_rate = 5e-4 if small else published.learning_rate
     if chosen.optimizer.head_rate_multiplier is None:
         chosen.optimizer.head_rate_multiplier = 1.0 if small else published.head_rate_multiplier
-    if "clip" not in chosen.optimizer.model_fields_set:
+    if chosen.optimizer.clip is None:
         chosen.optimizer.clip = published.clip
     if chosen.optimizer.warmup_steps is None:
         chosen.optimizer.warmup_steps = max(chosen.steps // 10, 1)

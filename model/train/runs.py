@@ -180,7 +180,7 @@ def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
         accumulation=accumulation,
         learning_rate=chosen.learning_rate,
         warmup_steps=chosen.warmup_steps,
-        clip=chosen.clip,
+        clip=-1.0 if chosen.clip is None else chosen.clip,
         normalisation=settings.normalisation,
         unused_gradients=chosen.unused_gradients,
         precision=settings.precision,
