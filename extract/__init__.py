@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uniter.extract.detector import Detector, build_detector
     from uniter.extract.detectron import Detectron2Detector
+    from uniter.extract.on_demand import RegionExtractor
     from uniter.extract.pipeline import ExtractSummary, extract_images
 
-__all__ = ["Detector", "Detectron2Detector", "ExtractSummary", "build_detector", "extract_images"]
+__all__ = ["Detector", "Detectron2Detector", "ExtractSummary", "RegionExtractor", "build_detector", "extract_images"]
 
 _HOMES = {
     "Detector": "detector",
     "Detectron2Detector": "detectron",
     "ExtractSummary": "pipeline",
+    "RegionExtractor": "on_demand",
     "build_detector": "detector",
     "extract_images": "pipeline",
 }

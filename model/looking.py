@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from uniter.datasets.collate import collate
+from uniter.datasets.collate import PackedBatch, collate
 from uniter.datasets.samples import Sample, TokenSequence
 from uniter.model.heads import UniterForPretraining
 from uniter.model.transport import transport_costs, transport_plan
+from uniter.model.uniter import Encoded, UniterModel
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,28 @@ def look(model: UniterForPretraining, sequence: TokenSequence, *, example: str =
         sequence: the text with [CLS] and [SEP], at least one region.
         example: its id, for messages.
     """
-    device = model.uniter.embeddings.word_embeddings.weight.device
-    batch = collate([Sample(example, [sequence])]).to(device)
-    words, regions = len(sequence.input_ids), len(sequence.features)
-    (attention_ANN,) = model.uniter.attentions(batch)[-1]
-    to_regions_TR = attention_ANN[:, :words, words:].mean(dim=0)
+    batch = collate([Sample(example, [sequence])]).to(model.uniter.embeddings.word_embeddings.weight.device)
+    attention_TR = attention_to_regions(model.uniter, batch)
     encoded = model.uniter(batch)
     match = torch.softmax(model.itm_output(model.uniter.pooled(encoded)).float(), dim=1)[0, 1]
-    no_words, no_regions = (torch.zeros(1, count, dtype=torch.bool, device=device) for count in (words, regions))
-    costs_BTR = transport_costs(encoded.text_TH[None], encoded.regions_RH[None], no_words, no_regions)
-    plan_BRT = transport_plan(costs_BTR, no_words, no_regions)
-    return Look(
-        match=float(match),
-        attention_TR=(to_regions_TR / to_regions_TR.sum(dim=1, keepdim=True).clamp_min(1e-12)).float().cpu().numpy(),
-        plan_TR=plan_BRT[0].T.float().cpu().numpy(),
-    )
+    return Look(match=float(match), attention_TR=attention_TR, plan_TR=word_region_plan(encoded))
+
+
+@torch.no_grad()
+def attention_to_regions(body: UniterModel, batch: PackedBatch) -> NDArray[np.float32]:
+    """`Look.attention_TR` of a batch of one sequence, for any model's body."""
+    words = len(batch.input_ids_T)
+    (attention_ANN,) = body.attentions(batch)[-1]
+    to_regions_TR = attention_ANN[:, :words, words:].mean(dim=0)
+    shares_TR: NDArray[np.float32] = (to_regions_TR / to_regions_TR.sum(dim=1, keepdim=True).clamp_min(1e-12)).float().cpu().numpy()
+    return shares_TR
+
+
+@torch.no_grad()
+def word_region_plan(encoded: Encoded) -> NDArray[np.float32]:
+    """`Look.plan_TR` of an encoded batch of one sequence."""
+    text_TH, regions_RH = encoded.text_TH, encoded.regions_RH
+    no_words, no_regions = (torch.zeros(1, len(rows), dtype=torch.bool, device=rows.device) for rows in (text_TH, regions_RH))
+    plan_BRT = transport_plan(transport_costs(text_TH[None], regions_RH[None], no_words, no_regions), no_words, no_regions)
+    plan_TR: NDArray[np.float32] = plan_BRT[0].T.float().cpu().numpy()
+    return plan_TR
