@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 TYPES := build/types/uniter
 
-.PHONY: setup demo test test-slow lint types clean
+.PHONY: setup demo test test-slow lint types docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -30,6 +30,10 @@ test-slow: setup
 lint: setup types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The documentation as pages in build/docs; needs no network.
+docs: setup
+	$(BIN)/mkdocs build --quiet
 
 # mypy cannot see through the editable finder, so it is shown the mapping of pyproject.toml as folders.
 types: setup
