@@ -1,0 +1,71 @@
+"""The README and the pages say only what the commands can do, and the tutorial runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Every command line of the toolkit in the page's code blocks, continued lines joined."""
+    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words and words[0] == "torchrun":
+                words = words[words.index("-m") + 1 :]
+                words[0] = "uniter-" + words[0].rpartition(".")[2].replace("_", "-")
+            if words and words[0] in SCRIPTS:
+                yield words
+
+
+def click_command(words: list[str]) -> tuple[click.Command, list[str]]:
+    module, function = SCRIPTS[words[0]].split(":")
+    command, rest = getattr(import_module(module), function), words[1:]
+    while isinstance(command, click.Group) and rest and rest[0] in command.commands:
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command, rest
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_pages_have_the_options_they_are_given(page: Path) -> None:
+    for words in commands(page):
+        command, rest = click_command(words)
+        if isinstance(command, click.Group):  # `uniter-build-db CAPTIONS` is a group's default command
+            command = command.commands["build"]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for word in rest:
+            if word.startswith("--"):
+                assert word.split("=")[0] in known, f"{page.name}: {shlex.join(words)}: {word} is no option (known: {sorted(known)})"
+
+
+def test_pages_link_to_files_that_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    """Each command as it stands, on a smaller world and with fewer steps, in one folder, in order."""
+    fewer = {"uniter-scenes": ["--images", "48", "--held-out", "12"], "detector": ["--steps", "20"], "pretrain": ["--steps", "20"]}
+    for words in commands(ROOT / "docs" / "index.md"):
+        added = [word for name in words[:2] for word in fewer.get(name, [])]
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / words[0]), *words[1:], *added], cwd=tmp_path, capture_output=True, text=True, env=os.environ
+        )
+        assert done.returncode == 0, f"{shlex.join(words)}:\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "report" / "index.html").exists()
+    assert (tmp_path / "shared" / "model.safetensors").exists()
