@@ -60,7 +60,11 @@ class NameTable:
         rows = self._order[places]
         there = self._sorted[places] == wanted
         self._asked[rows[there]] = True
-        return [self._name(row) if known else None for row, known in zip(rows.tolist(), there.tolist(), strict=True)]
+        ends = np.frombuffer(self._ends, np.int64)
+        starts = np.where(rows > 0, ends[np.maximum(rows, 1) - 1], 0)
+        names = self._names
+        bounds = zip(starts.tolist(), ends[rows].tolist(), there.tolist(), strict=True)
+        return [names[start:end].decode() if known else None for start, end, known in bounds]
 
     def never_asked(self) -> int:
         """How many of the ids `find` was never asked for."""
