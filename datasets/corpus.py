@@ -73,7 +73,7 @@ class Corpus:
         self, image_row: int, *, fields: Sequence[str] = ("features", "norm_bb"), soft_label_rows: NDArray[np.intp] | None = None
     ) -> RegionFeatures:
         """One picture's regions; arrays may be views of the database and must be copied before they are changed."""
-        return self.images.read(self.images.keys_list[image_row], fields=tuple(fields), soft_label_rows=soft_label_rows)
+        return self.images.read_row(image_row, fields=fields, soft_label_rows=soft_label_rows)
 
     def take(self, examples: NDArray[np.integer]) -> "Corpus":
         """The corpus of these examples only, (M,) numbers, in their order."""

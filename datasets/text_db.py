@@ -49,7 +49,8 @@ def decode_text_record(value: bytes | memoryview, *, example: str) -> dict[str, 
     """
     try:
         frame = lz4.frame.LZ4FrameDecompressor()
-        plain = frame.decompress(value, max_length=LARGEST_RECORD)
+        # lz4 expands 255 times at most; the limit is also what gets allocated, so it must fit the record.
+        plain = frame.decompress(value, max_length=min(LARGEST_RECORD, 255 * len(value) + 1024))
         if not frame.eof:
             raise ValueError("the compressed frame does not end" if frame.needs_input else f"it holds more than {LARGEST_RECORD} bytes")
         record = msgpack.unpackb(plain, raw=False)
