@@ -10,7 +10,7 @@ Source: the layout as msgpack-numpy 0.4 writes it (facts/uniter.md, 1.2).
 """
 
 import io
-import re
+import math
 import struct
 import zipfile
 import zlib
@@ -49,25 +49,46 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     return bytes(msgpack.packb(packed, use_bin_type=True))
 
 
-# One array as every writer in the field packs it, two dimensions, so that the common case is one match in C.
-_COMMON = re.compile(
-    rb"([\xa1-\xbf])(.{1,31}?)\x85\xc4\x02nd\xc3\xc4\x04type\xa3(<f2|<f4|<i4)\xc4\x04kind\xc4\x00\xc4\x05shape"
-    rb"\x92([\x00-\x7f]|\xcc.|\xcd..)([\x00-\x7f]|\xcc.|\xcd..)\xc4\x04data(?:\xc4(.)|\xc5(..)|\xc6(....))",
-    re.DOTALL,
-)
 _DTYPES: Final = {spelling: np.dtype(spelling) for spelling in sorted(ALLOWED_TYPES)}
 
 
-def find_arrays(value: bytes | memoryview) -> dict[str, ArrayPlace]:
+def find_arrays(value: bytes | memoryview) -> Mapping[str, ArrayPlace]:
     """Where each array of a msgpack value lies. Entries that are no arrays, and arrays without dimensions, are left out.
 
     Raises:
         BadInput: not msgpack, cut off, object or structured arrays, a type that is not allowed, a length that does not fit.
     """
+    key = (len(value), bytes(value[:_HEAD_BYTES]))
+    known = _layouts.get(key)
+    if known is not None and all(value[begin:end] == between for begin, end, between in known[1]):
+        return known[0]
     try:
-        return _Walker(value).arrays()
+        places = _Walker(value).arrays()
     except (IndexError, struct.error, UnicodeDecodeError):
         raise BadInput("the value is cut off or no msgpack") from None
+    if len(_layouts) >= _MAX_LAYOUTS:
+        _layouts.clear()
+    _layouts[key] = (places, _between(value, places))
+    return places
+
+
+# Records of one writer with the same number of regions have the same layout: all bytes but the arrays' own are equal. So a
+# layout once walked is kept with those bytes, and a further record is compared with them instead of being walked.
+_Between = list[tuple[int, int, bytes]]
+_layouts: dict[tuple[int, bytes], tuple[dict[str, ArrayPlace], _Between]] = {}
+_MAX_LAYOUTS: Final = 1024
+_HEAD_BYTES: Final = 32
+
+
+def _between(value: bytes | memoryview, places: Mapping[str, ArrayPlace]) -> _Between:
+    """The stretches of a value that belong to no array's data: (first byte, last + 1, the bytes)."""
+    stretches: _Between = []
+    begin = 0
+    for place in sorted(places.values(), key=lambda place: place.offset):
+        stretches.append((begin, place.offset, bytes(value[begin : place.offset])))
+        begin = place.offset + place.dtype.itemsize * math.prod(place.shape)
+    stretches.append((begin, len(value), bytes(value[begin:])))
+    return stretches
 
 
 class _Walker:
@@ -83,10 +104,6 @@ class _Walker:
             raise BadInput(f"the value claims {count:,} arrays, expected at most {MAX_ARRAYS}")
         found: dict[str, ArrayPlace] = {}
         for _ in range(count):
-            common = self._common()
-            if common is not None:
-                found[common[0]] = common[1]
-                continue
             name = self._scalar()
             if isinstance(name, bytes):
                 name = name.decode()
@@ -104,22 +121,6 @@ class _Walker:
         if self.place != len(self.value):
             raise BadInput(f"the value has {len(self.value) - self.place:,} bytes too many")
         return found
-
-    def _common(self) -> tuple[str, ArrayPlace] | None:
-        match = _COMMON.match(self.value, self.place)
-        if match is None:
-            return None
-        head, name, spelling, rows, columns, short, medium, long = match.groups()
-        if len(name) != head[0] - 0xA0:
-            return None
-        shape = (_small(rows), _small(columns))
-        dtype = _DTYPES[spelling.decode()]
-        length = int.from_bytes(short or medium or long, "big")
-        offset = match.end()
-        if shape[0] * shape[1] * dtype.itemsize != length or offset + length > len(self.value):
-            return None  # the slow way says what is wrong
-        self.place = offset + length
-        return str(name, "utf-8"), ArrayPlace(dtype, shape, offset)
 
     def _take(self, count: int) -> int:
         """Step over `count` bytes; where they begin."""
@@ -265,10 +266,6 @@ def _checked_place(name: str, spelling: Any, shape: Any, data: tuple[int, int] |
     if count * dtype.itemsize != data[1]:
         raise BadInput(f"array {name!r} of shape {tuple(shape)} and type {text} needs {count * dtype.itemsize:,} bytes but has {data[1]:,}")
     return ArrayPlace(dtype, tuple(shape), data[0])
-
-
-def _small(coded: bytes) -> int:
-    return coded[0] if len(coded) == 1 else int.from_bytes(coded[1:], "big")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- npz

@@ -94,7 +94,7 @@ def decode_record(value: bytes | memoryview, *, key: str) -> RegionFeatures:
 
 
 def _decode(
-    value: bytes | memoryview, *, fields: Sequence[str], rows: int | None, soft_label_rows: NDArray[Any] | None = None
+    value: bytes | memoryview, *, fields: Sequence[str], rows: int | None, soft_label_rows: NDArray[Any] | Sequence[int] | None = None
 ) -> RegionFeatures:
     """Views of the wanted fields; `rows` says how many to take (None: all)."""
     found: Iterable[str]
@@ -119,7 +119,7 @@ def _as_regions(
     *,
     fields: Sequence[str],
     rows: int | None,
-    soft_label_rows: NDArray[Any] | None,
+    soft_label_rows: NDArray[Any] | Sequence[int] | None,
 ) -> RegionFeatures:
     if "norm_bb" not in arrays or "features" not in found:
         raise BadInput(f"a record holds {', '.join(sorted(found)) or 'nothing'}; expected at least features and norm_bb")
@@ -139,7 +139,7 @@ def _as_regions(
         if array.ndim != (1 if name in _VECTORS else 2) or len(array) != count or (name == "boxes" and array.shape[1] != 4):
             raise BadInput(f"{name} has shape {array.shape} beside {count} rows of norm_bb; was the record cut off?")
         if name == "soft_labels" and soft_label_rows is not None:
-            kept[name] = (array if rows is None else array[:rows])[soft_label_rows]
+            kept[name] = (array if rows is None else array[:rows])[np.asarray(soft_label_rows)]
         else:
             kept[name] = array if rows is None or rows >= count else array[:rows]
     taken = count if rows is None else min(rows, count)
@@ -282,13 +282,16 @@ class _Complete:
         if not current:  # the file was rewritten since, e.g. by `mdb_copy -c`: the places are looked up anew
             columns = {**columns, **value_places(self.path / "data.mdb", [self.keys.raw(row) for row in range(len(self.keys))])}
         self.region_counts: NDArray[np.int32] = columns["region_counts"]
-        self._offsets, self._sizes = columns["offsets"], columns["sizes"]
+        self._offsets, self._sizes = columns["offsets"].data, columns["sizes"].data
         if not len(self.keys) == len(self.region_counts) == len(self._offsets) == len(self._sizes):
             raise BadInput(f"{self.path / INDEX} has columns of different lengths; run `uniter-db check --repair OUT` on the database")
 
     def value(self, key: str) -> memoryview | None:
         row = self.keys.find(key)
-        return None if row < 0 else self.file.value(int(self._offsets[row]), int(self._sizes[row]))
+        return None if row < 0 else self.value_in_row(row)
+
+    def value_in_row(self, row: int) -> memoryview:
+        return self.file.value(self._offsets[row], self._sizes[row])
 
     def rows_of(self, key: str) -> int | None:
         """How many rows of a record are read; None: all."""
@@ -541,17 +544,28 @@ class ImageDB(Mapping[str, RegionFeatures]):
         for part in (*self._parts, *(part for part in self._parts if isinstance(part, _Live))):
             try:
                 value = part.value(key)
-                if value is None:
-                    continue
-                return _decode(
-                    value,
-                    fields=fields,
-                    rows=part.rows_of(key),
-                    soft_label_rows=None if soft_label_rows is None else np.asarray(soft_label_rows),
-                )
+                if value is not None:
+                    return _decode(value, fields=fields, rows=part.rows_of(key), soft_label_rows=soft_label_rows)
             except BadInput as error:
                 raise BadInput(f"{part.path}, image {key!r}: {error}; see `uniter-db check`") from None
         raise MissingImage(f"image {key!r} is not in {self._name()}; was it extracted, and under this key?")
+
+    def read_row(
+        self,
+        row: int,
+        *,
+        fields: Sequence[str] = DEFAULT_FIELDS,
+        soft_label_rows: NDArray[Any] | Sequence[int] | None = None,
+    ) -> RegionFeatures:
+        """`read` of the image in that row of `keys_list`, without looking its key up."""
+        which = 0 if len(self._parts) == 1 else int(np.searchsorted(self._starts, row, side="right")) - 1
+        part = self._parts[which]
+        if not isinstance(part, _Complete):
+            return self.read(self.keys_list[row], fields=fields, soft_label_rows=soft_label_rows)
+        try:
+            return _decode(part.value_in_row(row - int(self._starts[which])), fields=fields, rows=None, soft_label_rows=soft_label_rows)
+        except BadInput as error:
+            raise BadInput(f"{part.path}, image {self.keys_list[row]!r}: {error}; see `uniter-db check`") from None
 
     def raw_record(self, key: str) -> bytes | None:
         """A record's bytes as stored; None where it lies in a published database, whose records are read in part.

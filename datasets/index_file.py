@@ -4,6 +4,7 @@ The layout is safetensors' (a length, a JSON header, raw little-endian arrays), 
 as well; written here because an index of ten million keys is mapped, never loaded. Nothing in it can execute code.
 """
 
+import bisect
 import hashlib
 import json
 import os
@@ -127,6 +128,9 @@ class KeyList(Sequence[str]):
     def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
         self._bytes, self._ends = columns["key_bytes"], columns["key_ends"]
         self._hashes, self._rows = columns["hashes"], columns["hash_rows"]
+        # Single items come faster, and as plain ints, out of a memoryview than out of an array.
+        self._byte_view, self._end_view = self._bytes.data, self._ends.data
+        self._hash_view, self._row_view = self._hashes.data, self._rows.data
         if len(self._hashes) != len(self._ends) or len(self._rows) != len(self._ends):
             raise BadInput("an index file has key columns of different lengths; run `uniter-db check --repair OUT` on the database")
 
@@ -148,8 +152,7 @@ class KeyList(Sequence[str]):
         if not -count <= row < count:
             raise IndexError(row)
         row %= count
-        begin = int(self._ends[row - 1]) if row else 0
-        return self._bytes[begin : int(self._ends[row])].tobytes()
+        return bytes(self._byte_view[self._end_view[row - 1] if row else 0 : self._end_view[row]])
 
     def __iter__(self) -> Iterator[str]:
         begin = 0
@@ -164,11 +167,14 @@ class KeyList(Sequence[str]):
     def find(self, key: str) -> int:
         """The row of a key, -1 if it is not there."""
         raw = key.encode(errors="surrogatepass")
-        wanted = np.uint64(hash_key(raw))
-        place = int(np.searchsorted(self._hashes, wanted))
-        while place < len(self._hashes) and self._hashes[place] == wanted:
-            row = int(self._rows[place])
+        wanted = hash_key(raw)
+        place = bisect.bisect_left(self._hash_view, wanted)
+        while place < len(self._hash_view) and self._hash_view[place] == wanted:
+            row = self._row_view[place]
             if 0 <= row < len(self) and self.raw(row) == raw:
                 return row
             place += 1
         return -1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeyList, ({"key_bytes": self._bytes, "key_ends": self._ends, "hashes": self._hashes, "hash_rows": self._rows},)
