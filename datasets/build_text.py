@@ -574,9 +574,10 @@ def _write_index(work: Path, folder: Path, spool: _Spool) -> tuple[int, dict[str
     # Several names may lead to one key, and a name that was forgotten has several numbers: what has one hash is one image.
     _, firsts, image_of = np.unique(hashes, return_index=True, return_inverse=True)
     coverage = {rule: int(count) for rule, count in zip(spool.rules, np.bincount(rules[firsts], minlength=len(spool.rules)), strict=True)}
-    used = image_of[np.fromfile(work / "images", np.int32)]
-    used_images, first_uses = np.unique(used, return_index=True)
-    by_first_use = used_images[np.argsort(first_uses)]
+    used = image_of.astype(np.int32)[np.fromfile(work / "images", np.int32)]
+    first_uses = np.full(len(firsts), len(used), np.int64)
+    np.minimum.at(first_uses, used, np.arange(len(used), dtype=np.int32))
+    by_first_use = np.argsort(first_uses, kind="stable")[: int((first_uses < len(used)).sum())]
     number_of = np.full(len(firsts), -1, np.int32)
     number_of[by_first_use] = np.arange(len(by_first_use), dtype=np.int32)
     numbers = number_of[used]
@@ -602,7 +603,7 @@ def _write_index(work: Path, folder: Path, spool: _Spool) -> tuple[int, dict[str
 
 
 def _key_columns(what: str, key_bytes: NDArray[np.uint8], ends: NDArray[np.int64], hashes: NDArray[np.uint64]) -> dict[str, NDArray[Any]]:
-    order = np.argsort(hashes, kind="stable")
+    order = np.argsort(hashes, kind="stable").astype(np.int32)
     columns: dict[str, NDArray[Any]] = {"key_bytes": key_bytes, "key_ends": ends, "hashes": hashes[order], "hash_rows": order}
     return {f"{what}.{name}": column for name, column in columns.items()}
 
