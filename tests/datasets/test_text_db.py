@@ -18,7 +18,7 @@ import lz4.frame
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniter.datasets.build_text import build_text_db
@@ -437,6 +437,7 @@ def test_damage_is_said(bert: Tokenizer, tmp_path: Path, uniter_data_golden: Pat
         TextDB(published)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_record_or_an_error_of_ours(value: bytes) -> None:
     for raw in (value, lz4.frame.compress(value)):
@@ -452,6 +453,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), json_values, max_size=5))
 def test_records_come_back(record: dict[str, Any]) -> None:
     assert decode_text_record(encode_text_record(record), example="x") == record

@@ -7,16 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.tokenizer import SPECIALS, Tokenizer, basic_words
 
 
-@pytest.fixture(scope="module")
+ON_BOARD = Tokenizer.load()
+
+
+@pytest.fixture
 def bert() -> Tokenizer:
-    return Tokenizer.load()
+    return ON_BOARD
 
 
 @pytest.mark.parametrize("kind", ["cased", "uncased"])
@@ -75,14 +78,15 @@ def test_words_of_a_hundred_letters_are_the_longest(bert: Tokenizer) -> None:
     assert bert.encode("\u200b" + "w" * 100) == bert.encode("w" * 100)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=30), max_size=6))
 def test_a_text_is_its_words_end_to_end(words: list[str]) -> None:
-    tokenizer = Tokenizer.load()
-    text = " ".join(words)
+    text, tokenizer = " ".join(words), ON_BOARD
     assert tokenizer.encode(text) == [piece for word in text.split() for piece in tokenizer.encode(word)]
     assert all(0 <= piece < tokenizer.vocab_size for piece in tokenizer.encode(text))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40), st.booleans())
 def test_basic_words_hold_no_white_space_and_nothing_empty(text: str, lowercase: bool) -> None:
     for word in basic_words(text, lowercase=lowercase):
