@@ -58,37 +58,61 @@ def find_arrays(value: bytes | memoryview) -> Mapping[str, ArrayPlace]:
     Raises:
         BadInput: not msgpack, cut off, object or structured arrays, a type that is not allowed, a length that does not fit.
     """
-    key = (len(value), bytes(value[:_HEAD_BYTES]))
-    known = _layouts.get(key)
-    if known is not None and all(value[begin:end] == between for begin, end, between in known[1]):
-        return known[0]
+    return find_layout(value).places
+
+
+class Layout:
+    """Where the arrays of a value lie, kept for further values.
+
+    Records of one writer with the same number of regions have the same layout: all bytes but the arrays' own are equal. So a
+    value is compared with those bytes, and walked only if no known layout fits.
+
+    Attributes:
+        places: by name, as `find_arrays` says.
+        headers: name -> (first byte, last + 1, the bytes) of what stands in front of an array's data and after the array before it:
+            its name, type, shape and length. A value with the same bytes there holds that array in that place.
+        plans: whatever a reader worked out about this layout.
+    """
+
+    __slots__ = ("_rest", "headers", "places", "plans")
+
+    def __init__(self, value: bytes | memoryview, places: Mapping[str, ArrayPlace]) -> None:
+        self.places = places
+        self.plans: dict[Any, Any] = {}
+        self.headers: dict[str, tuple[int, int, bytes]] = {}
+        begin = 0
+        for name, place in sorted(places.items(), key=lambda item: item[1].offset):
+            self.headers[name] = (begin, place.offset, bytes(value[begin : place.offset]))
+            begin = place.offset + place.dtype.itemsize * math.prod(place.shape)
+        self._rest = (begin, len(value), bytes(value[begin:]))
+
+    def fits(self, value: bytes | memoryview) -> bool:
+        return all(value[begin:end] == between for begin, end, between in (*self.headers.values(), self._rest))
+
+
+_layouts: dict[tuple[int, bytes], Layout] = {}
+_MAX_LAYOUTS: Final = 1024
+_HEAD_BYTES: Final = 32
+
+
+def guess_layout(value: bytes | memoryview) -> Layout | None:
+    """The layout of an earlier value of the same length and beginning; whether it fits has to be seen from its `headers`."""
+    return _layouts.get((len(value), bytes(value[:_HEAD_BYTES])))
+
+
+def find_layout(value: bytes | memoryview) -> Layout:
+    """`find_arrays`, remembered."""
+    known = guess_layout(value)
+    if known is not None and known.fits(value):
+        return known
     try:
         places = _Walker(value).arrays()
     except (IndexError, struct.error, UnicodeDecodeError):
         raise BadInput("the value is cut off or no msgpack") from None
     if len(_layouts) >= _MAX_LAYOUTS:
         _layouts.clear()
-    _layouts[key] = (places, _between(value, places))
-    return places
-
-
-# Records of one writer with the same number of regions have the same layout: all bytes but the arrays' own are equal. So a
-# layout once walked is kept with those bytes, and a further record is compared with them instead of being walked.
-_Between = list[tuple[int, int, bytes]]
-_layouts: dict[tuple[int, bytes], tuple[dict[str, ArrayPlace], _Between]] = {}
-_MAX_LAYOUTS: Final = 1024
-_HEAD_BYTES: Final = 32
-
-
-def _between(value: bytes | memoryview, places: Mapping[str, ArrayPlace]) -> _Between:
-    """The stretches of a value that belong to no array's data: (first byte, last + 1, the bytes)."""
-    stretches: _Between = []
-    begin = 0
-    for place in sorted(places.values(), key=lambda place: place.offset):
-        stretches.append((begin, place.offset, bytes(value[begin : place.offset])))
-        begin = place.offset + place.dtype.itemsize * math.prod(place.shape)
-    stretches.append((begin, len(value), bytes(value[begin:])))
-    return stretches
+    layout = _layouts[(len(value), bytes(value[:_HEAD_BYTES]))] = Layout(value, places)
+    return layout
 
 
 class _Walker:

@@ -11,7 +11,8 @@ Source: facts/uniter.md sections 1.2, 1.3 and 8 (rows 16, 17, 18, 20: mended, no
 
 import mmap
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from uniter.datasets.array_codec import find_arrays, npz_rows, pack_arrays, unpack_npz
+from uniter.datasets.array_codec import ArrayPlace, find_arrays, find_layout, guess_layout, npz_rows, pack_arrays, unpack_npz
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.index_file import KeyList, key_columns, map_arrays
 from uniter.datasets.lmdb_pages import Fault, PageFile, check_data_file
@@ -93,66 +94,108 @@ def decode_record(value: bytes | memoryview, *, key: str) -> RegionFeatures:
         raise BadInput(f"image {key!r}: {error}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the wanted fields are taken out of records of one layout.
+
+    Attributes:
+        count: rows.
+        arrays: (name, shape, type, first byte) of the wanted arrays; vectors without their second dimension.
+        size_place: first byte of `size`; None where it is not wanted or not there.
+        lacks: of `features` and `conf`, what is not wanted or not there.
+    """
+
+    count: int
+    arrays: tuple[tuple[str, tuple[int, ...], "np.dtype[Any]", int], ...]
+    size_place: tuple["np.dtype[Any]", int] | None
+    lacks: tuple[str, ...]
+
+
+def _plan(places: Mapping[str, ArrayPlace], fields: Sequence[str]) -> _Plan:
+    """Check that the arrays of a record fit together."""
+    if "norm_bb" not in places or "features" not in places:
+        raise BadInput(f"a record holds {', '.join(sorted(places)) or 'nothing'}; expected at least features and norm_bb")
+    shape = places["norm_bb"].shape
+    if len(shape) != 2 or shape[1] not in (4, 6):
+        raise BadInput(f"norm_bb has shape {shape}, expected (n, 6)")
+    count = shape[0]
+    arrays = []
+    for name in dict.fromkeys(("norm_bb", "features", "conf", *fields)):
+        place = places.get(name)
+        if place is None or name == "size" or name not in _DISK_TYPES:
+            continue
+        shape = place.shape
+        if name in _VECTORS and len(shape) == 2 and shape[1] == 1:
+            shape = shape[:1]
+        if len(shape) != (1 if name in _VECTORS else 2) or shape[0] != count or (name == "boxes" and shape[1] != 4):
+            raise BadInput(f"{name} has shape {place.shape} beside {count} rows of norm_bb; was the record cut off?")
+        if name != "features" or name in fields:
+            arrays.append((name, shape, place.dtype, place.offset))
+    size = places.get("size") if "size" in fields else None
+    if size is not None and size.shape != (2,):
+        raise BadInput(f"size has shape {size.shape}, expected (2,): height, width")
+    there = {name for name, *_ in arrays}
+    lacks = tuple(name for name in ("features", "conf") if name not in there)
+    return _Plan(count, tuple(arrays), None if size is None else (size.dtype, size.offset), lacks)
+
+
+def _plan_of(value: bytes | memoryview, fields: tuple[str, ...]) -> _Plan:
+    """The plan for a msgpack value. Only the headers of the wanted arrays are looked at if a known layout fits them: each lies on
+    another page of the file.
+    """
+    guess = guess_layout(value)
+    if guess is not None:
+        known: tuple[_Plan, list[tuple[int, int, bytes]]] | None = guess.plans.get(fields)
+        if known is not None:
+            for begin, end, header in known[1]:
+                if value[begin:end] != header:
+                    break
+            else:
+                return known[0]
+    layout = find_layout(value)
+    plan = _plan(layout.places, fields)
+    wanted = [name for name, *_ in plan.arrays] + (["size"] if plan.size_place is not None else [])
+    layout.plans[fields] = plan, [layout.headers[name] for name in wanted]
+    return plan
+
+
 def _decode(
-    value: bytes | memoryview, *, fields: Sequence[str], rows: int | None, soft_label_rows: NDArray[Any] | Sequence[int] | None = None
+    value: bytes | memoryview,
+    *,
+    fields: tuple[str, ...],
+    rows: int | None,
+    soft_label_rows: NDArray[Any] | Sequence[int] | None = None,
 ) -> RegionFeatures:
     """Views of the wanted fields; `rows` says how many to take (None: all)."""
-    found: Iterable[str]
-    if _is_npz(value):
+    if value[:4] == _NPZ_MAGIC:
         whole = unpack_npz(value)
-        arrays = {name: whole[name] for name in {*fields, "norm_bb", "conf"} if name in whole}
-        found = whole.keys()
+        plan = _plan({name: ArrayPlace(array.dtype, array.shape, 0) for name, array in whole.items()}, fields)
+        kept: dict[str, Any] = {name: whole[name].reshape(shape) for name, shape, _, _ in plan.arrays}
+        size = whole["size"] if plan.size_place is not None else None
     else:
-        places = find_arrays(value)
-        arrays = {
-            name: np.ndarray(place.shape, dtype=place.dtype, buffer=value, offset=place.offset)
-            for name in {*fields, "norm_bb", "conf"}
-            if (place := places.get(name)) is not None and name in _DISK_TYPES
-        }
-        found = places.keys()
-    return _as_regions(arrays, found, fields=fields, rows=rows, soft_label_rows=soft_label_rows)
+        plan = _plan_of(value, fields)
+        kept = {name: np.ndarray(shape, dtype, value, offset) for name, shape, dtype, offset in plan.arrays}
+        size = None if plan.size_place is None else np.frombuffer(value, plan.size_place[0], 2, plan.size_place[1])
+    if rows is not None and rows < plan.count:
+        kept = {name: array[:rows] for name, array in kept.items()}
+    if soft_label_rows is not None and "soft_labels" in kept:
+        kept["soft_labels"] = kept["soft_labels"][np.asarray(soft_label_rows)]
+    if size is not None:
+        kept["size"] = (int(size[0]), int(size[1]))
+    if plan.lacks:
+        taken = plan.count if rows is None else min(rows, plan.count)
+        if "features" in plan.lacks:
+            kept["features"] = np.empty((taken, 0), dtype=np.float16)
+        if "conf" in plan.lacks:
+            kept["conf"] = np.zeros(taken, dtype=np.float16)
+    return RegionFeatures(**kept)
 
 
-def _as_regions(
-    arrays: dict[str, NDArray[Any]],
-    found: Iterable[str],
-    *,
-    fields: Sequence[str],
-    rows: int | None,
-    soft_label_rows: NDArray[Any] | Sequence[int] | None,
-) -> RegionFeatures:
-    if "norm_bb" not in arrays or "features" not in found:
-        raise BadInput(f"a record holds {', '.join(sorted(found)) or 'nothing'}; expected at least features and norm_bb")
-    norm_bb = arrays["norm_bb"]
-    if norm_bb.ndim != 2 or norm_bb.shape[1] not in (4, 6):
-        raise BadInput(f"norm_bb has shape {norm_bb.shape}, expected (n, 6)")
-    count = len(norm_bb)
-    kept: dict[str, Any] = {}
-    for name, array in arrays.items():
-        if name == "size":
-            if array.shape != (2,):
-                raise BadInput(f"size has shape {array.shape}, expected (2,): height, width")
-            kept[name] = (int(array[0]), int(array[1]))
-            continue
-        if name in _VECTORS and array.ndim == 2 and array.shape[1] == 1:
-            array = array[:, 0]
-        if array.ndim != (1 if name in _VECTORS else 2) or len(array) != count or (name == "boxes" and array.shape[1] != 4):
-            raise BadInput(f"{name} has shape {array.shape} beside {count} rows of norm_bb; was the record cut off?")
-        if name == "soft_labels" and soft_label_rows is not None:
-            kept[name] = (array if rows is None else array[:rows])[np.asarray(soft_label_rows)]
-        else:
-            kept[name] = array if rows is None or rows >= count else array[:rows]
-    taken = count if rows is None else min(rows, count)
-    if "features" not in kept:
-        kept["features"] = np.empty((taken, 0), dtype=np.float16)
-    if "conf" not in kept:
-        kept["conf"] = np.zeros(taken, dtype=np.float16)
-    wanted = {"features", "norm_bb", "conf", *fields}
-    return RegionFeatures(**{name: value for name, value in kept.items() if name in wanted})
+_NPZ_MAGIC: Final = b"PK\x03\x04"
 
 
 def _is_npz(value: bytes | memoryview) -> bool:
-    return bytes(value[:4]) == b"PK\x03\x04"
+    return value[:4] == _NPZ_MAGIC
 
 
 def count_boxes(conf: NDArray[Any], *, conf_th: float, min_bb: int, max_bb: int) -> int:
@@ -545,7 +588,7 @@ class ImageDB(Mapping[str, RegionFeatures]):
             try:
                 value = part.value(key)
                 if value is not None:
-                    return _decode(value, fields=fields, rows=part.rows_of(key), soft_label_rows=soft_label_rows)
+                    return _decode(value, fields=tuple(fields), rows=part.rows_of(key), soft_label_rows=soft_label_rows)
             except BadInput as error:
                 raise BadInput(f"{part.path}, image {key!r}: {error}; see `uniter-db check`") from None
         raise MissingImage(f"image {key!r} is not in {self._name()}; was it extracted, and under this key?")
@@ -563,7 +606,9 @@ class ImageDB(Mapping[str, RegionFeatures]):
         if not isinstance(part, _Complete):
             return self.read(self.keys_list[row], fields=fields, soft_label_rows=soft_label_rows)
         try:
-            return _decode(part.value_in_row(row - int(self._starts[which])), fields=fields, rows=None, soft_label_rows=soft_label_rows)
+            return _decode(
+                part.value_in_row(row - int(self._starts[which])), fields=tuple(fields), rows=None, soft_label_rows=soft_label_rows
+            )
         except BadInput as error:
             raise BadInput(f"{part.path}, image {self.keys_list[row]!r}: {error}; see `uniter-db check`") from None
 
