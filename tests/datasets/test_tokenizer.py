@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from uniter.datasets.errors import BadInput
 from uniter.datasets.tokenizer import SPECIALS, Tokenizer, basic_words
 
-
 ON_BOARD = Tokenizer.load()
 
 
