@@ -11,10 +11,10 @@ from uniter.model.uniter import PRESETS
 
 # By model size: peak learning rate and dropout. Published for base and large; tiny is trained from random numbers
 # on little data, where a higher rate and no dropout were found best.
-LEARNING_RATES = {"tiny": 1e-3, "base": 5e-5, "large": 5e-5}
+LEARNING_RATES = {"tiny": 3e-4, "base": 5e-5, "large": 5e-5}
 DROPOUTS = {"tiny": 0.0, "base": 0.1, "large": 0.1}
-PASSES = 20
-FEWEST_STEPS, MOST_STEPS = 3000, 200_000
+PASSES = 15
+FEWEST_STEPS, MOST_STEPS = 2000, 200_000
 
 
 def complete(settings: TrainSettings, examples: int, mean_length: float, everyone: Processes) -> TrainSettings:
