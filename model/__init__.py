@@ -1,7 +1,23 @@
-"""UNITER: the model, its losses and metrics, and its checkpoints."""
+"""UNITER: the model, its losses and metrics, and its checkpoints.
+
+`Understanding` (photographs asked without training) is imported when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from uniter.model.checkpoints import load_uniter
 from uniter.model.heads import UniterForPretraining
 from uniter.model.uniter import UniterConfig
 
-__all__ = ["UniterConfig", "UniterForPretraining", "load_uniter"]
+if TYPE_CHECKING:
+    from uniter.model.understanding import Understanding
+
+__all__ = ["Understanding", "UniterConfig", "UniterForPretraining", "load_uniter"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Understanding":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from uniter.model.understanding import Understanding
+
+    return Understanding
