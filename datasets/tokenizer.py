@@ -106,7 +106,7 @@ class Tokenizer:
             return cls(_read_vocabulary(path), name=name, lowercase="uncased" in own_name)
         if name.startswith("train:"):
             raise BadInput(f"{name!r} learns a vocabulary from captions, which only uniter-build-db does; give a vocabulary here")
-        return cls(_read_vocabulary(_from_hub(name)), name=name, lowercase="uncased" in name)
+        return cls(_from_hub(name), name=name, lowercase="uncased" in name)
 
     def with_words(self, words: Sequence[str]) -> Self:
         """The same vocabulary with a task's words behind it; itself where it has them already."""
@@ -344,14 +344,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download  # slow to import and seldom needed
+def _from_hub(name: str) -> list[str]:
+    from transformers import AutoTokenizer  # slow to import and seldom needed
 
     try:
-        return Path(hf_hub_download(name, "vocab.txt", etag_timeout=10))
+        # Knows every form in which a vocabulary lies on the hub, and runs no code from there.
+        ids: dict[str, int] = AutoTokenizer.from_pretrained(name, trust_remote_code=False).get_vocab()
     except Exception as error:  # every kind of network trouble has its own class there
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise BadInput(
             f"tokenizer {name!r} is neither on board (bert-base-cased), nor a file, nor a folder, and could not be had from the "
             f"Hugging Face hub ({reason}); give a vocab.txt"
         ) from None
+    if sorted(ids.values()) != list(range(len(ids))) or UNK not in ids:
+        raise BadInput(f"tokenizer {name!r} is no WordPiece tokeniser of BERT's kind, whose ids count from 0 and which has {UNK}")
+    return sorted(ids, key=lambda piece: ids[piece])

@@ -88,25 +88,22 @@ def find_weights(path_or_id: str | Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    # Not at the top: it costs a second that only downloads need.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    # Not at the top: it costs seconds that only downloads need. Its cache, tokens and offline mode are those the user already has.
+    from transformers.utils.hub import cached_file
 
     problem: Exception | None = None
     try:
-        hf_hub_download(name, CONFIG_FILE)
+        cached_file(name, CONFIG_FILE)
         for file in FOLDER_WEIGHTS:
-            try:
-                return Path(hf_hub_download(name, file))
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError as error:
-                problem = error
-    # The hub's client raises its own, requests', httpx's and the operating system's errors; all mean the same here.
+            found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+            if found is not None:
+                return Path(found)
+    # OSError for most troubles; what lies below (its HTTP client) has classes of its own.
     except Exception as error:
         problem = error
+    reason = _first_line(problem) if problem is not None else f"it holds neither {' nor '.join(FOLDER_WEIGHTS)}"
     raise BadInput(
-        f"{name!r} is no file or folder here and could not be had from the hub ({_first_line(problem)}); "
+        f"{name!r} is no file or folder here and could not be had from the hub ({reason}); "
         "check the name and the network, or download it and give the folder"
     ) from problem
 
