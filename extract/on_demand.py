@@ -126,7 +126,7 @@ class RegionExtractor:
             if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
                 raise BadInput(f"photograph {place}: an array of shape {image.shape}, {image.dtype}; expected BGR pixels (H, W, 3) uint8")
             digest = hashlib.sha256(f"{pixels.shape}".encode())
-            digest.update(pixels)
+            digest.update(pixels.data)
             return ImageItem(f"pixels-{digest.hexdigest()}", f"photograph {place}", ""), pixels
         file = os.fspath(image)
         try:

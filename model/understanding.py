@@ -432,7 +432,8 @@ def _sigmoid(score: float) -> float:
 def _box(regions: RegionFeatures, region: int) -> NDArray[np.float32]:
     if regions.boxes is not None:
         return np.asarray(regions.boxes[region], dtype=np.float32)
-    return pixel_boxes(np.asarray(regions.norm_bb[region : region + 1]), regions.size or (1, 1))[0]
+    corners: NDArray[np.float32] = pixel_boxes(np.asarray(regions.norm_bb[region : region + 1]), regions.size or (1, 1))[0]
+    return corners
 
 
 def _pixels(image: Photograph, longest: int) -> ByteImage:
