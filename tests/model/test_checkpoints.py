@@ -181,6 +181,25 @@ def test_hub_id_without_a_network_is_a_sentence(tmp_path):
     assert done.stdout.rstrip().endswith("give the folder")
 
 
+def test_hub_id_is_fetched_with_its_configuration(model, tmp_path, monkeypatch):
+    """What the hub holds may be in PyTorch's old format only."""
+    import transformers.utils
+
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    SMALL.to_json(tmp_path / "config.json")
+    asked = []
+
+    def from_folder(name, file):
+        asked.append((name, file))
+        if not (tmp_path / file).is_file():
+            raise OSError(f"{name} does not appear to have a file named {file}")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(transformers.utils, "cached_file", from_folder)
+    assert same_bits(load_uniter("somebody/model"), model)
+    assert asked == [("somebody/model", file) for file in ("config.json", "model.safetensors", "pytorch_model.bin")]
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("with_head", [True, False])
 def test_bert_from_transformers(kind, with_head, tmp_path):
