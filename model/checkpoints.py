@@ -93,16 +93,15 @@ def _from_hub(name: str) -> Path:
 
     problem: Exception | None = None
     try:
-        # From the same snapshot as the weights, so that it lies beside them.
         cached_file(name, CONFIG_FILE)
-    # The hub's client raises its own, its transport's and the operating system's errors; all mean the same here.
+        for file in FOLDER_WEIGHTS:
+            found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+            if found is not None:
+                return Path(found)
+    # OSError for most troubles; what lies below (its HTTP client) has classes of its own.
     except Exception as error:
         problem = error
-    for file in () if problem else FOLDER_WEIGHTS:
-        try:
-            return Path(cached_file(name, file))
-        except Exception as error:
-            problem = error
+    reason = _first_line(problem) if problem is not None else f"it holds neither {' nor '.join(FOLDER_WEIGHTS)}"
     raise BadInput(
         f"{name!r} is no file or folder here and could not be had from the hub ({reason}); "
         "check the name and the network, or download it and give the folder"
