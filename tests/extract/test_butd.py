@@ -203,9 +203,7 @@ def test_golden_given_boxes_through_detect_keep_their_order(detector: Detectron2
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_record_on_a_gpu(
-    precision: str, detector: Detectron2Detector, tmp_path: Path, state: dict[str, NDArray[np.float32]]
-) -> None:
+def test_record_on_a_gpu(precision: str, detector: Detectron2Detector, tmp_path: Path, state: dict[str, NDArray[np.float32]]) -> None:
     save_file({name: torch.from_numpy(array) for name, array in state.items()}, tmp_path / "butd.safetensors")
     on_gpu = Detectron2Detector("butd", weights=str(tmp_path / "butd.safetensors"), device="cuda", precision=precision, attributes=True)
     prepared = [on_gpu.prepare(read(f"{image}.png")) for image in IMAGES]
