@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from uniter.cli.common import common_options, print_summary, version
+from uniter.cli.predict_photographs import with_photographs
 from uniter.cli.train_detector import detector_command
 from uniter.datasets.errors import BadInput, unknown_name
 
@@ -326,6 +327,7 @@ def _until_told(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 main.add_command(detector_command)
+main.add_command(with_photographs(predict, ("vqa", "ve", "nlvr2", "retrieval")))
 
 
 if __name__ == "__main__":

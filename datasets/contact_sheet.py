@@ -16,23 +16,27 @@ HEADING_HEIGHT, CAPTION_HEIGHT = 20, 14  # pixels of letters
 TILE = 220  # the longer side of a small picture
 
 
-def contact_sheet(heading: Sequence[str], large: ByteImage, tiles: Sequence[tuple[str, ByteImage]] = ()) -> ByteImage:
+def contact_sheet(
+    heading: Sequence[str], large: ByteImage, groups: Sequence[tuple[str, Sequence[tuple[str, ByteImage]]]] = ()
+) -> ByteImage:
     """Lay out a page.
 
     Args:
         heading: its lines, above everything; a line that is too long is broken between words.
         large: shown as it is.
-        tiles: captions and pictures, shown in rows below; shrunk to `TILE`.
+        groups: below it, a title and captioned pictures in rows, shrunk to `TILE`; a group without pictures is left out.
 
     Returns:
         A new picture, as wide as the large one or, where that is narrow, wide enough for three small ones.
     """
-    small = [(caption, resized(picture, TILE)) for caption, picture in tiles]
-    width = max(large.shape[1], min(len(small), 3) * (TILE + MARGIN) - MARGIN, 320)
+    shown = [(title, [(caption, resized(picture, TILE)) for caption, picture in tiles]) for title, tiles in groups if tiles]
+    most = max((len(tiles) for _, tiles in shown), default=0)
+    width = max(large.shape[1], min(most, 3) * (TILE + MARGIN) - MARGIN, 320)
     parts = [_text(line, width, HEADING_HEIGHT) for line in heading]
     parts.append(large)
-    for row in _rows(small, width):
-        parts.append(_beside([_captioned(caption, picture) for caption, picture in row]))
+    for title, tiles in shown:
+        parts.append(_text(title, width, CAPTION_HEIGHT))
+        parts += [_beside([_captioned(caption, picture) for caption, picture in row]) for row in _rows(tiles, width)]
     height = MARGIN + sum(part.shape[0] + MARGIN for part in parts)
     page = np.full((height, width + 2 * MARGIN, 3), 255, dtype=np.uint8)
     top = MARGIN

@@ -294,14 +294,15 @@ class Understanding:
             large = draw_regions(image, result.regions.rows(np.array(chosen)), [labels[result.region]])
         else:
             large = draw_regions(image, result.regions, labels, most=SHOWN_REGIONS)
-        tiles: list[tuple[str, ByteImage]] = []
+        others: list[tuple[str, ByteImage]] = []
         if isinstance(result, Ranking):
             for place in result.order[1 : 1 + SHOWN_PHOTOGRAPHS].tolist():
-                tiles.append((f"{result.probabilities[place]:.3f}", _pixels(result.images[place], 300)))
+                others.append(
+                    (f"{name_of(result.images[place], place)} {result.probabilities[place]:.3f}", _pixels(result.images[place], 300))
+                )
         small = resized(image, 300)
-        for word, weights in self.attention(result)[:SHOWN_WORDS]:
-            tiles.append((word, draw_weights(small, result.regions, labels, weights)))
-        return contact_sheet([result.text, in_words(result)], large, tiles)
+        words = [(word, draw_weights(small, result.regions, labels, weights)) for word, weights in self.attention(result)[:SHOWN_WORDS]]
+        return contact_sheet([result.text, in_words(result)], large, [("after it", others), ("what each word attends to", words)])
 
     def attention(self, result: Seen) -> list[tuple[str, NDArray[np.float32]]]:
         """Each word of the text and how much it attends to each region: (R,) float32 summing to 1, the last layer's heads averaged.
@@ -421,8 +422,14 @@ def in_words(result: Seen) -> str:
             corners = ", ".join(f"{value:.6g}" for value in np.round(result.box, 1).tolist())
             return f"region {result.region} at {corners}, {result.probabilities[result.region]:.2f} of 1{way}"
         case Ranking():
-            return f"best of {len(result.images)}: {result.probabilities[int(result.order[0])]:.3f}"
-    return ""
+            best = int(result.order[0])
+            return f"best of {len(result.images)}: {name_of(result.image, best)} {result.probabilities[best]:.3f}"
+    raise TypeError(f"{type(result).__name__} is no result of Understanding")
+
+
+def name_of(image: Photograph, place: int = 0) -> str:
+    """The file's name, or the place where there is no file."""
+    return f"photograph {place}" if isinstance(image, np.ndarray) else Path(image).name
 
 
 def _sigmoid(score: float) -> float:
