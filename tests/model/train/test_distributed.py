@@ -19,6 +19,7 @@ from uniter.model.train.config import TrainSettings, write_config
 from uniter.model.train.distributed import choose_device
 from uniter.model.train.log import read_log
 from uniter.model.train.pretraining import pretrain
+from uniter.model.train.runs import _accumulation_of_resumed
 
 Make = Callable[..., TrainSettings]
 
@@ -91,12 +92,10 @@ def test_a_dead_process_ends_the_run_which_then_resumes(small: Make, tmp_path: P
     assert summary["steps"] == stopped_at + 2
 
 
-def test_a_number_of_processes_that_cannot_share_is_refused(small: Make, tmp_path: Path) -> None:
-    pretrain(small(accumulation=3, stop_after=2), tmp_path / "run")
-    process = torchrun(small(accumulation=3), tmp_path / "run", processes=2)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "3 micro-batches, which 2 processes cannot share evenly" in said
+def test_a_number_of_processes_that_cannot_share_is_refused() -> None:
+    assert _accumulation_of_resumed(state.Progressed(micro_batches=6), 2) == 3
+    with pytest.raises(BadInput, match="3 micro-batches, which 2 processes cannot share evenly"):
+        _accumulation_of_resumed(state.Progressed(micro_batches=3), 2)
 
 
 def test_devices_are_named_plainly() -> None:
