@@ -105,8 +105,14 @@ def _says_text(path: Path) -> bool:
 # -------------------------------------------------------------------------------------------------------------------- structure
 
 
-def _records(path: Path, report: CheckReport, table: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-    """Every record that the pages still yield, its key and bytes; faults go into the report."""
+def _records(
+    path: Path, report: CheckReport, table: bytes | None = None, places: Mapping[bytes, int] | None = None
+) -> Iterator[tuple[bytes, bytes]]:
+    """Every record that the pages still yield, its key and bytes; faults go into the report.
+
+    Args:
+        places: where the index says that values begin; a reader goes by it.
+    """
     data = path / "data.mdb"
     whole = True
     try:
@@ -131,6 +137,8 @@ def _records(path: Path, report: CheckReport, table: bytes | None = None) -> Ite
                 report.problem("pages", f"{data}: the value of key {_shown(item.key)} lies beyond the end of the file")
                 continue
             found += 1
+            if places is not None and places.get(item.key, item.offset) != item.offset:
+                report.problem("index", f"{path / INDEX}: {_shown(item.key)} lies elsewhere in data.mdb than the index says")
             yield item.key, value
         if table is None and whole and found < pages.entries:
             report.problem("pages", f"{data}: its header counts {pages.entries:,} records but {found:,} can be reached")
@@ -177,7 +185,7 @@ def examine_regions(path: Path, report: CheckReport) -> Iterator[tuple[str, byte
     seen: set[bytes] = set()
     listed: list[str] | None = None
     stored_rows: dict[str, int] = {}
-    for key, value in _records(path, report):
+    for key, value in _records(path, report, places=_places(path) if checksums is not None else None):
         if key == b"__keys__" and report.kind == "published regions":
             listed = _listed(value, report)
             continue
@@ -314,6 +322,19 @@ def _index(path: Path, report: CheckReport) -> dict[bytes, tuple[int, int]] | No
     except BadInput as error:
         report.problem("index", str(error))
     return None
+
+
+def _places(path: Path) -> dict[bytes, int] | None:
+    """Where the index says that each value begins; None if data.mdb was rewritten since (readers then look for themselves)."""
+    columns = map_arrays(path / INDEX)
+    try:
+        with PageFile(path / "data.mdb", whole=False) as pages:
+            if "offsets" not in columns or columns["data_file"].tolist() != list(pages.identity):
+                return None
+    except (UniterError, OSError):
+        return None
+    keys, offsets = KeyList(columns), columns["offsets"].tolist()
+    return {keys.raw(row): offset for row, offset in enumerate(offsets[: len(keys)])}
 
 
 def _header(path: Path, indexed: int, report: CheckReport) -> None:

@@ -9,6 +9,7 @@ max_bb, num_bb`), by the `nbb_*.json` beside the database where there is one. Ou
 Source: facts/uniter.md sections 1.2, 1.3 and 8 (rows 16, 17, 18, 20: mended, not copied).
 """
 
+import itertools
 import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -321,6 +322,10 @@ class _Complete:
         columns = map_arrays(self.path / INDEX)
         with PageFile(self.path / "data.mdb") as pages:
             current = "data_file" in columns and columns["data_file"].tolist() == list(pages.identity)
+            if current:  # and the first places, too: a copy could have the same identity by chance
+                first = list(itertools.islice(pages.records(look_at_values=False), 8))
+                stated = columns["offsets"][: len(first)].tolist()
+                current = all(isinstance(found, Fault) or found.offset == place for found, place in zip(first, stated, strict=False))
         self.keys = KeyList(columns)
         if not current:  # the file was rewritten since, e.g. by `mdb_copy -c`: the places are looked up anew
             columns = {**columns, **value_places(self.path / "data.mdb", [self.keys.raw(row) for row in range(len(self.keys))])}

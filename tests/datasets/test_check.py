@@ -21,6 +21,7 @@ from uniter.datasets.check import CheckReport, check_coverage, check_database, d
 from uniter.datasets.databases import describe, merge, repair, split
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db import ImageDB, encode_record
+from uniter.datasets.index_file import map_arrays, save_arrays
 from uniter.datasets.lmdb_pages import Fault, PageFile
 from uniter.datasets.lmdb_store import INDEX, UnitStore
 from uniter.datasets.regions import RegionFeatures, normalised_boxes
@@ -201,6 +202,32 @@ def test_side_files_that_are_absent_or_garbage(damaged: Path, name: str, how: st
         assert report.good == IMAGES
     elif name == "header.json":
         assert report.kind == "unfinished regions"
+
+
+def test_an_index_that_points_elsewhere_is_found(damaged: Path) -> None:
+    columns = {name: array.copy() for name, array in map_arrays(damaged / INDEX).items()}
+    columns["offsets"][50] += 4096
+    save_arrays(damaged / INDEX, columns)
+    report = check_database(damaged)
+    assert dict(report.problems) == {"index": 1}
+    assert "lies elsewhere in data.mdb" in report.examples[0]
+    columns["offsets"][50] = 1 << 40
+    save_arrays(damaged / INDEX, columns)
+    with pytest.raises(BadInput, match="outside the file"):
+        ImageDB(damaged)[key_of(50)]
+
+
+def test_a_database_copied_by_lmdb_itself_is_read(whole: Path, tmp_path: Path) -> None:
+    """`mdb_copy -c` moves every value; the reader sees that its index no longer holds."""
+    copy = tmp_path / "copied.lmdb"
+    shutil.copytree(whole, copy)
+    (copy / "data.mdb").unlink()
+    with lmdb.open(str(whole), readonly=True, lock=False) as environment:
+        environment.copy(str(copy), compact=True)
+    database = ImageDB(copy)
+    for number in (0, 5, IMAGES - 1):
+        np.testing.assert_array_equal(database[key_of(number)].features, record_of(number).features.astype(np.float16))
+    assert not check_database(copy).problems
 
 
 def test_leftover_lock_files_are_noted(damaged: Path) -> None:
