@@ -483,13 +483,14 @@ def _built(kind: type[DownstreamModel] | type[UniterForPretraining], state: Stat
 
 
 def _texts_of_run(weights: Path) -> list[Path]:
-    """The text databases of the run whose checkpoint this is, as far as they are still there."""
+    """The text databases of the run whose checkpoint this is, as far as they are found: as they were named, or beside the run."""
     run = weights.parent.parent.parent
     path = run / RUN_CONFIG_FILE
     if weights.parent.parent.name != "checkpoints" or not path.is_file():
         return []
     settings = read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
-    return [Path(text) for corpus in settings.corpora for text in corpus.text if Path(text).is_dir()]
+    named = [text for corpus in settings.corpora for text in corpus.text]
+    return [place for text in named for place in (Path(text), run.parent / text) if place.is_dir()]
 
 
 def _tokenizer(source: str, config: UniterConfig, weights: Path, texts: Sequence[Path]) -> Tokenizer:

@@ -222,6 +222,21 @@ def test_a_checkpoint_that_does_not_tell_its_tokenizer(untrained, photos, tmp_pa
         Understanding(squares.find_squares, tmp_path / "alone", tokenizer="bert-base-cased")
 
 
+def test_a_run_knows_tokenizer_and_answers_by_its_texts(photos, tmp_path):
+    texts, run = tmp_path / "texts.db", tmp_path / "run"
+    texts.mkdir()
+    (texts / "vocab.txt").write_text("\n".join(squares.VOCABULARY) + "\n")
+    (texts / "ans2label.json").write_text(json.dumps({"four": 1, "three": 0}))
+    save_checkpoint(run / "checkpoints" / "latest", UniterForVqa(small(), answers=2))
+    for named in (str(texts), "texts.db"):  # as named, or beside the run
+        (run / "config.yaml").write_text(json.dumps({"task": "vqa", "corpora": [{"text": [named], "images": ["regions.lmdb"]}]}))
+        answer = Understanding(squares.find_squares, run).answer(photos[0], "how many squares ?")
+        assert {name for name, _ in answer.best} == {"three", "four"}
+    (run / "config.yaml").write_text(json.dumps({"task": "vqa", "corpora": [{"text": ["gone.db"], "images": ["regions.lmdb"]}]}))
+    with pytest.raises(BadInput, match="run does not tell its tokenizer"):
+        Understanding(squares.find_squares, run)
+
+
 def test_a_vqa_checkpoint_that_does_not_tell_its_answers(photos, tmp_path):
     folder = write_checkpoint(tmp_path / "vqa", UniterForVqa(small(), answers=2))
     with pytest.raises(BadInput, match=r"vqa does not tell the names of its 2 answers; give its ans2label\.json"):
