@@ -67,7 +67,7 @@ def kind_of(name: str) -> Kind:
             training[wanted.name], validation[wanted.name] = with_validation(wanted, corpus, settings, options)
         return Data(training, validation, {corpus: {name: 1.0} for corpus in training})
 
-    def parts(corpora: dict[str, Corpus]) -> list[tuple[Task, Part]]:
+    def parts(corpora: dict[str, Corpus], row: Task = row) -> list[tuple[Task, Part]]:
         found = []
         for corpus_name, corpus in corpora.items():
             task = row.of_data(row, corpus)
@@ -106,7 +106,7 @@ def kind_of(name: str) -> Kind:
         complete=lambda settings, examples, mean, everyone: complete_finetuning(settings, extras(row), examples, mean, everyone),
         build_model=build_model,
         build_mixture=build_mixture,
-        validation_parts=lambda settings, data: parts(data.validation),
+        validation_parts=lambda settings, data: parts(data.validation, DOWNSTREAM[extras(row).validate_as or name]),
         head=extras(row).head,
         about=about,
     )
@@ -131,12 +131,12 @@ class _Opened:
     precision: str
     workers: int
 
-    def scored(self, part: Part, pairing: Pairing | None = None) -> Iterator[Any]:
+    def scored(self, part: Part, pairing: Pairing | None = None, *, head: Any = None) -> Iterator[Any]:
         plans = sequential_plans(
             part, 0, budget=self.budget, seed=self.seed, rank=self.everyone.rank, world=self.everyone.world, pairing=pairing
         )
         batches = load(Assembler([part], self.seed), plans, workers=self.workers)
-        return scored(self.model, self.task.head, batches, device=self.everyone.device, precision=self.precision)
+        return scored(self.model, head or self.task.head, batches, device=self.everyone.device, precision=self.precision)
 
     def predictions(self) -> dict[str, Any]:
         """What the model says of every example, in corpus order."""
@@ -158,7 +158,7 @@ class _Opened:
             rows = np.arange(first, min(first + step, texts))
             part = Part(f"pairs {first}", self.corpus.take(np.repeat(rows, len(pictures))), matched_pair)
             shown = np.tile(pictures, len(rows))[:, None].astype(np.int32)
-            for made, _, outputs in self.scored(part, Pairing(shown, np.ones(len(shown), dtype=np.bool_))):
+            for made, _, outputs in self.scored(part, Pairing(shown, np.ones(len(shown), dtype=np.bool_)), head=extras(self.task).pairs):
                 text, picture = np.divmod(made.plan.examples, len(pictures))
                 scores[first + text, picture] = outputs["scores"].float().squeeze(1).cpu().numpy()
         summed: np.ndarray[Any, np.dtype[np.float32]] = np.stack(self.everyone.gather(scores)).sum(axis=0, dtype=np.float32)
@@ -184,7 +184,7 @@ def evaluate_finetuned(
     """
     with processes(device) as everyone:
         run = _open(name, start_from, text, images, everyone, batch_tokens, seed, max_text_length, precision, workers)
-        if extras(run.task).every_pair:
+        if extras(run.task).pairs is not None:
             scores, own, keys = run.every_pair()
             figures = retrieval_recalls(scores, own)
             if len(keys) > 1000 and len(keys) % 5 == 0:
@@ -218,7 +218,7 @@ def predict(
     """
     with processes(device) as everyone:
         run = _open(name, start_from, text, images, everyone, batch_tokens, 42, -1, precision, workers)
-        if extras(run.task).every_pair:
+        if extras(run.task).pairs is not None:
             scores, _, keys = run.every_pair()
             if everyone.writes:
                 out.write_text(json.dumps(_best(scores, [run.corpus.example_id(row) for row in range(len(run.corpus))], keys)))

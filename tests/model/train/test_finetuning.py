@@ -16,7 +16,15 @@ from uniter.datasets.collate import collate
 from uniter.datasets.corpus import Corpus, gather, open_corpus
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.samples import Example, Masking, answered_question, ranked_group, statement_about_both, statement_about_each
+from uniter.datasets.samples import (
+    Example,
+    Masking,
+    answered_question,
+    mined_group,
+    ranked_group,
+    statement_about_both,
+    statement_about_each,
+)
 from uniter.datasets.text_db import TextDB
 from uniter.model import UniterConfig
 from uniter.model.losses import training_loss
@@ -30,7 +38,7 @@ from uniter.model.train.pretraining import pretrain
 
 Make = Callable[..., TrainSettings]
 EACH_TASK = pytest.mark.parametrize("name", list(DOWNSTREAM))
-TEXTS = {"nlvr2-paired": "nlvr2", "nlvr2-triplet": "nlvr2"}
+TEXTS = {"nlvr2-paired": "nlvr2", "nlvr2-triplet": "nlvr2", "retrieval-hard": "retrieval"}
 
 
 def checksum(array: np.ndarray) -> str:
@@ -122,6 +130,20 @@ def test_a_ranked_group_has_its_positive_first(world: dict[str, Path]) -> None:
             assert np.array_equal(other.features, own.features)
 
 
+def test_a_group_to_mine_from_holds_other_pictures_or_other_texts(world: dict[str, Path]) -> None:
+    corpus = corpus_of("retrieval", world)
+    pictures, kinds = np.unique(corpus.image_rows_NK), set()
+    for seed in range(12):
+        made = mined_group(example(corpus, 3), random.Random(seed), Masking(), pictures=pictures, drawn=10)
+        own, others = made.sequences[0], made.sequences[1:]
+        same_text = [other.input_ids == own.input_ids for other in others]
+        same_picture = [np.array_equal(other.features, own.features) for other in others]
+        assert len(others) == 10 and (all(same_text) != all(same_picture))
+        assert not any(one and two for one, two in zip(same_text, same_picture, strict=True)) or all(same_picture)
+        kinds.add(all(same_text))
+    assert kinds == {True, False}
+
+
 @EACH_TASK
 def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
     corpus = corpus_of(name, world)
@@ -132,7 +154,9 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
         "tiny", vocab_size=corpus.texts[0].v_range[1], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes
     )
     model = extras(task).model(config, **extras(task).sizes)
-    batch = collate([task.sample(example(corpus, number), random.Random(number), Masking()) for number in range(8)])
+    # A batch of mined groups is one group.
+    count = 1 if name == "retrieval-hard" else 8
+    batch = collate([task.sample(example(corpus, number), random.Random(number), Masking()) for number in range(count)])
     optimizer = AdamW(parameter_groups(model, weight_decay=0.0), lr=2e-3)
     losses = []
     for _ in range(80):
@@ -146,7 +170,7 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.35 * losses[0]
     assert task.metric(outputs, batch.targets)["accuracy"].mean() == 1
-    assert len(extras(task).answer(outputs)) in (8, 24)
+    assert len(extras(task).answer(outputs)) in (8, 24, 32)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +210,7 @@ def test_it_trains_resumes_evaluates_and_predicts(name: str, world: dict[str, Pa
     assert figures == evaluate_finetuned(name, str(run), text=[texts], images=[images], batch_tokens=600, device="cpu")
     out = tmp_path / "answers"
     predict(name, str(run), out, text=[texts], images=[images], device="cpu")
-    if name == "retrieval":
+    if name.startswith("retrieval"):
         assert 0 <= figures["txt_r1"] <= figures["txt_r10"] <= 1
         ranks = json.loads(out.read_text())
         assert len(ranks["images_of_text"]) == figures["texts"] and len(next(iter(ranks["images_of_text"].values()))) == 10
