@@ -334,7 +334,8 @@ def gather_settings(
     values = load_config(config) if config is not None else {}
     if is_published(values):
         own_start = bool({"from", "model.size"} & (options or {}).keys())
-        values = read_published(values, roots=roots, source=str(config), own_start=own_start)
+        task = str((options or {}).get("task", "pretrain"))
+        values = read_published(values, roots=roots, source=str(config), own_start=own_start, task=task)
     elif roots:
         raise BadInput("--root maps the container paths of UNITER's published JSON files; leave it out, or name such a file with --config")
     if text or images:

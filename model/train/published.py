@@ -49,6 +49,27 @@ MEANINGLESS = {
     "val_batch_size": "validation uses the training budget",
 }
 ELSEWHERE = {"output_dir", "model_config", "checkpoint", "train_datasets", "val_datasets", "optim", "fp16"}
+# Of the fine-tuning files.
+RENAMED_FINETUNING = {**{key: value for key, value in RENAMED.items() if key not in {"itm_neg_prob", "itm_ot_lambda", "mrm_prob"}}} | {
+    "lr_mul": "optimizer.head_rate_multiplier",
+}
+DEFAULTS_FINETUNING = {"weight_decay": 0.0, "grad_norm": 0.25, "dropout": 0.1}
+MEANINGLESS_FINETUNING = {
+    **MEANINGLESS,
+    "use_img_type": "NLVR2's pictures always have token types of their own",
+    "full_val": "training validates on groups, evaluation on all pairs",
+    "inf_minibatch_size": "evaluation batches by tokens",
+    "margin": "it is 0.2, as published",
+    "negative_size": "the row draws 1, with hard negatives 399",
+    "hard_neg_size": "it is 31, as published",
+    "train_db_group": "databases are given",
+}
+DATABASES = {
+    "train_txt_db", "train_img_db", "train_txt_dbs", "train_img_dbs", "val_txt_db", "val_img_db", "test_txt_db", "test_img_db",
+    "val_txt_dbs", "val_img_dbs",
+}  # fmt: skip
+NLVR2_MODELS = {"paired-attn": "nlvr2", "paired": "nlvr2-paired", "triplet": "nlvr2-triplet"}
+GROUP_TOKENS = 150  # of a text with its picture, a wrong picture and a wrong text, about
 
 
 def is_published(values: Mapping[str, Any]) -> bool:
@@ -56,20 +77,25 @@ def is_published(values: Mapping[str, Any]) -> bool:
     return bool({"train_datasets", "train_txt_db", "train_txt_dbs", "model_config"} & values.keys())
 
 
-def read_published(values: Mapping[str, Any], *, roots: Sequence[str] = (), source: str, own_start: bool = False) -> dict[str, Any]:
+def read_published(
+    values: Mapping[str, Any], *, roots: Sequence[str] = (), source: str, own_start: bool = False, task: str = "pretrain"
+) -> dict[str, Any]:
     """Our settings, as a mapping that `read_settings` validates.
 
     Args:
         values: the JSON file.
         roots: "/img=folder" and the like: where the container's folders are here.
         source: the file, for messages.
+        task: pretrain, or the down-stream task that is fine-tuned.
         own_start: the user says what to start from, so the file's checkpoint and model sizes are not looked at.
 
     Raises:
         BadInput: the file is of another task, a path has no root, or checkpoint and model do not fit.
     """
+    if task != "pretrain":
+        return _read_finetuning(values, roots=roots, source=source, own_start=own_start, task=task)
     if "train_datasets" not in values:
-        raise BadInput(f"{source} is a published file of a fine-tuning task, not of pre-training; expected the key 'train_datasets'")
+        raise BadInput(f"{source} is a published file of a fine-tuning task; use it with uniter-train finetune TASK")
     places = _Places(roots, source)
     ours: dict[str, Any] = {"normalisation": "published", "ordering": "published", "optimizer": {"unused_gradients": "zero"}}
     for key, value in {**DEFAULTS, **values}.items():
@@ -94,6 +120,54 @@ def read_published(values: Mapping[str, Any], *, roots: Sequence[str] = (), sour
         ours["from"] = places.here(str(checkpoint))
     else:
         ours["model"] = {"size": size} if size else _model_sizes(places.here(str(values.get("model_config", ""))), source)
+    return ours
+
+
+def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source: str, own_start: bool, task: str) -> dict[str, Any]:
+    """The settings of a published fine-tuning file (`train-vqa-base-4gpu.json` ...)."""
+    places = _Places(roots, source)
+    texts, images = (_listed(values.get(f"train_{kind}_dbs", values.get(f"train_{kind}_db", []))) for kind in ("txt", "img"))
+    if not texts or not images:
+        raise BadInput(
+            f"{source} names no training databases; expected train_txt_db(s) and train_img_db(s) as in UNITER's fine-tuning files"
+        )
+    model = values.get("model")
+    if model is not None and NLVR2_MODELS.get(str(model)) != task:
+        raise BadInput(f"{source} is of the model {model!r}; use it with uniter-train finetune {NLVR2_MODELS.get(str(model), 'nlvr2')}")
+    ours: dict[str, Any] = {"task": task, "normalisation": "published", "ordering": "published", "optimizer": {"unused_gradients": "zero"}}
+    ranks = task.startswith("retrieval")
+    for key, value in {**DEFAULTS_FINETUNING, **values}.items():
+        if key in RENAMED_FINETUNING:
+            _put(ours, RENAMED_FINETUNING[key], value)
+        elif key in MEANINGLESS_FINETUNING:
+            logger.info("%s: %s is ignored: %s", source, key, MEANINGLESS_FINETUNING[key])
+        elif key not in ELSEWHERE | DATABASES | {"model"}:
+            logger.warning("%s: %s = %r is not known and ignored", source, key, value)
+    if values.get("optim", "adam") != "adamw":
+        raise BadInput(f"{source}: optim is {values.get('optim', 'adam')!r}; only adamw, which every published file uses, is here")
+    if ranks:
+        # train_batch_size counts groups there. Groups are packed by tokens here; with hard negatives each is a micro-batch.
+        groups = int(ours.pop("batch_tokens", 8))
+        ours["ordering"] = "buckets"
+        if task == "retrieval":
+            ours["batch_tokens"] = groups * GROUP_TOKENS
+        else:
+            ours |= {"batch_tokens": 1, "accumulation": 2 * groups}
+    if values.get("fp16"):
+        ours["precision"] = "bf16"
+    ours["checkpoint_every"] = ours.get("validate_every")
+    corpus: dict[str, Any] = {"text": [places.here(path) for path in texts], "images": [places.here(path) for path in images]}
+    if values.get("val_txt_db"):
+        corpus["validation_text"] = [places.here(path) for path in _listed(values["val_txt_db"])]
+        corpus["validation_images"] = [places.here(path) for path in _listed(values.get("val_img_db", []))]
+    ours["corpora"] = [corpus]
+    if own_start:
+        return ours
+    check_sizes(values, source)
+    checkpoint = values.get("checkpoint")
+    if not checkpoint:
+        raise BadInput(f"{source} names no checkpoint to start from; give one with --from")
+    ours["from"] = places.here(str(checkpoint))
     return ours
 
 

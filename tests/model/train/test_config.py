@@ -198,8 +198,57 @@ def test_unmapped_container_paths_are_named(tmp_path: Path) -> None:
         BadInput, match="/img/coco_train2014/ is a path of the published container; say where it is with --root /img=FOLDER"
     ):
         read_published(ALL_DATA, roots=["/txt=/data/txt"], source="x.json")
-    with pytest.raises(BadInput, match="of a fine-tuning task"):
+    with pytest.raises(BadInput, match="of a fine-tuning task; use it with uniter-train finetune"):
         read_published({"train_txt_db": "/txt/ve_train.db", "model_config": "x"}, source="x.json")
     # What the user starts from need not be mapped.
     ours = read_published(ALL_DATA, roots=ROOTS[:2], source="x.json", own_start=True)
     assert "from" not in ours and "model" not in ours
+
+
+VQA = {
+    "train_txt_dbs": ["/txt/vqa_train.db", "/txt/vqa_vg.db"],
+    "train_img_dbs": ["/img/coco_train2014/", "/img/vg/"],
+    "val_txt_db": "/txt/vqa_devval.db",
+    "val_img_db": "/img/coco_val2014/",
+    "checkpoint": "/pretrain/uniter-base.pt",
+    "model_config": "/src/config/uniter-base.json",
+    "output_dir": "/storage/vqa/default",
+    "max_txt_len": 60,
+    "train_batch_size": 5120,
+    "val_batch_size": 10240,
+    "gradient_accumulation_steps": 5,
+    "learning_rate": 8e-05,
+    "lr_mul": 10.0,
+    "valid_steps": 500,
+    "num_train_steps": 6000,
+    "warmup_steps": 600,
+    "optim": "adamw",
+    "betas": [0.9, 0.98],
+    "dropout": 0.1,
+    "weight_decay": 0.01,
+    "grad_norm": 2.0,
+    "seed": 42,
+    "fp16": True,
+    "n_workers": 4,
+    "pin_mem": True,
+}
+
+
+def test_published_fine_tuning_files_mean_their_runs(tmp_path: Path) -> None:
+    path = tmp_path / "train-vqa-base-4gpu.json"
+    path.write_text(json.dumps(VQA))
+    settings = gather_settings(str(path), roots=ROOTS, options={"task": "vqa"})
+    assert settings.task == "vqa" and settings.from_ == "/data/start/uniter-base.pt"
+    assert settings.corpora[0].text == ["/data/txt/vqa_train.db", "/data/txt/vqa_vg.db"]
+    assert settings.corpora[0].validation_text == ["/data/txt/vqa_devval.db"]
+    assert (settings.batch_tokens, settings.accumulation, settings.steps) == (5120, 5, 6000)
+    assert (settings.optimizer.head_rate_multiplier, settings.optimizer.clip) == (10.0, 2.0)
+    nlvr2 = {key: value for key, value in VQA.items() if key != "lr_mul"} | {"model": "paired-attn", "use_img_type": True}
+    assert read_published(nlvr2, roots=ROOTS, source="x.json", task="nlvr2")["task"] == "nlvr2"
+    with pytest.raises(BadInput, match="use it with uniter-train finetune nlvr2"):
+        read_published(nlvr2, roots=ROOTS, source="x.json", task="nlvr2-triplet")
+    large = {**VQA, "model_config": "/src/config/uniter-large.json"}
+    with pytest.raises(BadInput, match="is a base model, but model_config"):
+        read_published(large, roots=ROOTS, source="train-itm-flickr-large-16gpu-hn.json", task="retrieval-hard")
+    hard = read_published({**VQA, "train_batch_size": 8}, roots=ROOTS, source="x.json", task="retrieval-hard")
+    assert (hard["batch_tokens"], hard["accumulation"], hard["ordering"]) == (1, 16, "buckets")
