@@ -63,7 +63,7 @@ class RegionExtractor:
 
     def __init__(
         self,
-        detector: str | Detector = "butd",
+        detector: str | os.PathLike[str] | Detector = "butd",
         *,
         weights: str | None = None,
         cache: str | os.PathLike[str] | None = None,
@@ -74,8 +74,8 @@ class RegionExtractor:
         batch_size: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        if isinstance(detector, str):
-            detector = build_detector(detector, weights=weights, device=device or _device_here())
+        if isinstance(detector, str | os.PathLike):
+            detector = build_detector(os.fspath(detector), weights=weights, device=device or _device_here())
         elif weights is not None or device is not None:
             raise ValueError("weights and device belong to a detector that is named; this one is built already")
         self.detector: Detector = detector

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -171,8 +172,8 @@ def test_a_named_detector_is_built(monkeypatch, fake, photos):
         return fake.FakeDetector()
 
     monkeypatch.setattr("uniter.extract.on_demand.build_detector", build)
-    extractor = RegionExtractor("detector/", weights="random:1", device="cpu")
-    assert (asked.name, asked.weights, asked.device) == ("detector/", "random:1", "cpu")
+    extractor = RegionExtractor(Path("detector"), weights="random:1", device="cpu")
+    assert (asked.name, asked.weights, asked.device) == ("detector", "random:1", "cpu")
     assert extractor.class_names == fake.FakeDetector().class_names and len(extractor(photos[:2])) == 2
 
 

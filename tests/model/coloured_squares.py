@@ -14,7 +14,7 @@ from uniter.datasets.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.tokenizer import SPECIALS, Tokenizer
 
 COLOURS = {"red": (0, 0, 255), "green": (0, 160, 0), "blue": (255, 0, 0), "yellow": (0, 220, 255), "black": (0, 0, 0)}
-WORDS = (*COLOURS, "square", "squares", "the", "a", "and", "how", "many", "?", "is", "there", "are", "##ish", "yellow")
+WORDS = (*COLOURS, "square", "squares", "the", "a", "and", "how", "many", "?", "is", "there", "are", "##ish")
 VOCABULARY = (*SPECIALS, "!", *dict.fromkeys(WORDS))
 ANSWERS = ("three", "four")
 SIZE = (60, 80)  # height, width
