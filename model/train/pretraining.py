@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 
 from uniter.datasets.corpus import Corpus, open_corpus
 from uniter.datasets.errors import BadInput
@@ -95,6 +97,7 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
             overrides["label_classes"] = classes
         config = UniterConfig.preset(settings.model.size or "tiny", **overrides)
         model = UniterForPretraining(config)
+        begin_at_averages(model, corpora)
     else:
         source = find_weights(settings.from_)
         weights = read_state(source)
@@ -121,6 +124,50 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model.train()
+
+
+@torch.no_grad()
+def begin_at_averages(model: UniterForPretraining, corpora: Sequence[Corpus], *, texts: int = 20_000, pictures: int = 500) -> None:
+    """Let a new model's heads answer the averages of the data before they know anything, by their biases alone.
+
+    A small model would otherwise spend a third of its updates on finding out which words and classes occur at all.
+
+    Args:
+        model: its word, class and feature biases are set.
+        corpora: what it will be trained on.
+        texts, pictures: the averages are over so many of each corpus, evenly spaced.
+    """
+    config = model.config
+    words = np.full(config.vocab_size, 0.05)
+    features, distributions = np.zeros(config.image_feature_size), np.zeros(config.label_classes)
+    regions = classified = 0
+    for corpus in corpora:
+        for number in _spread(len(corpus), texts):
+            np.add.at(words, corpus.record(number)["input_ids"], 1)
+        own = np.unique(corpus.image_rows_NK)
+        fields = ("features", "norm_bb", "soft_labels") if corpus.has_soft_labels else ("features", "norm_bb")
+        for row in own[_spread(len(own), pictures)].tolist():
+            record = corpus.regions(row, fields=fields)
+            features += record.features.sum(axis=0, dtype=np.float64)
+            regions += len(record)
+            if record.soft_labels is not None and record.soft_labels.shape[1] == config.label_classes:
+                distributions += record.soft_labels.sum(axis=0, dtype=np.float64)
+                classified += len(record)
+    model.cls.predictions.bias.copy_(torch.from_numpy(np.log(words / words.mean())))
+    mean = torch.from_numpy(features / max(regions, 1)).float()
+    model.feat_regress.bias.copy_(mean)
+    # Regions are then told apart by how they differ from the mean region, which is otherwise most of what each of them says.
+    projection = model.uniter.img_embeddings.img_linear
+    projection.bias.copy_(-(projection.weight @ mean))
+    if classified:
+        last = model.region_classifier.net[-1].bias
+        assert isinstance(last, torch.Tensor)
+        last.copy_(torch.from_numpy(np.log(np.maximum(distributions / classified, 1e-6))))
+
+
+def _spread(length: int, most: int) -> NDArray[np.int64]:
+    """At most `most` numbers below `length`, evenly spaced."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).astype(np.int64))
 
 
 def build_mixture(settings: TrainSettings, data: Data) -> tuple[list[Task], Mixture]:
