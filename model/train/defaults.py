@@ -11,10 +11,13 @@ from uniter.model.uniter import PRESETS
 
 # By model size: peak learning rate and dropout. Published for base and large; tiny is trained from random numbers
 # on little data, where a higher rate and no dropout were found best.
-LEARNING_RATES = {"tiny": 3e-4, "base": 5e-5, "large": 5e-5}
+LEARNING_RATES = {"tiny": 5e-4, "base": 5e-5, "large": 5e-5}
 DROPOUTS = {"tiny": 0.0, "base": 0.1, "large": 0.1}
-PASSES = 15
-FEWEST_STEPS, MOST_STEPS = 2000, 200_000
+# Small steps and many: what a small model needs to find out which words go with which regions is updates, not examples.
+BATCH_TOKENS = {(True, False): 768, (True, True): 2048, (False, False): 2048, (False, True): 10240}  # (tiny, on a GPU)
+ENOUGH_FOR_BASE = 100_000
+PASSES = 30
+FEWEST_STEPS, MOST_STEPS = 4000, 200_000
 
 
 def complete(settings: TrainSettings, examples: int, mean_length: float, everyone: Processes) -> TrainSettings:
@@ -28,14 +31,14 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
     on_gpu = everyone.device.type == "cuda"
     chosen = settings.model_copy(deep=True)
     if chosen.from_ is None and chosen.model.size is None:
-        chosen.model.size = "base" if on_gpu else "tiny"
+        chosen.model.size = "base" if on_gpu and examples >= ENOUGH_FOR_BASE else "tiny"
     size = chosen.model.size or "base"
     if chosen.from_ is None and size == "tiny" and chosen.model.initializer_range is None:
         # BERT's 0.02 is meant for 768 columns; in a narrow model it leaves attention uniform for thousands of updates.
         width = chosen.model.hidden_size or PRESETS[size]["hidden_size"]
         chosen.model.initializer_range = round(width**-0.5, 4)
     if chosen.batch_tokens is None:
-        chosen.batch_tokens = 10240 if on_gpu else 1024
+        chosen.batch_tokens = BATCH_TOKENS[size == "tiny", on_gpu]
     if chosen.accumulation is None:
         chosen.accumulation = 1
     if chosen.steps is None:
