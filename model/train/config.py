@@ -41,7 +41,7 @@ class CorpusSettings(Settings):
 class ModelSettings(Settings):
     """The size of the model, where it does not come from `from`."""
 
-    size: Literal["tiny", "base", "large"] | None = Field(default=None, description="none: base on a GPU with 100,000 examples or more, else tiny")
+    size: Literal["tiny", "base", "large"] | None = Field(default=None, description="none: by device and amount of data")
     hidden_size: int | None = Field(default=None, ge=1)
     num_hidden_layers: int | None = Field(default=None, ge=1)
     num_attention_heads: int | None = Field(default=None, ge=1)
