@@ -185,6 +185,7 @@ def finetune(
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Word pieces and regions of a batch.")
 @click.option("--max-text-length", type=click.IntRange(min=-1), default=-1, show_default=True, help="Leave longer texts out; -1 keeps all.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that make batches.")
+@click.option("--scores", type=click.Path(path_type=Path, file_okay=False), help="Keep retrieval's scores there; the same command resumes.")
 @click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one].")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @common_options
@@ -199,6 +200,7 @@ def evaluate(
     batch_tokens: int,
     max_text_length: int,
     workers: int,
+    scores: Path | None,
     device: str | None,
     precision: str,
     as_json: bool,
@@ -226,6 +228,8 @@ def evaluate(
     if task == "pretrain":
         from uniter.model.train.pretraining import evaluate_run
 
+        if scores is not None:
+            raise click.UsageError("--scores keeps the pairs of `evaluate retrieval`; leave it out here")
         chosen = [word.strip() for word in (words or "").split(",") if word.strip()]
         figures = evaluate_run(start, candidates=candidates, words=chosen, **measuring)
     else:
@@ -235,7 +239,7 @@ def evaluate(
         task = SYNONYMS.get(task, task)
         if task not in DOWNSTREAM:
             raise BadInput(unknown_name("task", task, ["pretrain", *DOWNSTREAM]))
-        figures = evaluate_finetuned(task, start, **measuring)
+        figures = evaluate_finetuned(task, start, scores=scores, **measuring)
     print_from_first(figures, as_json=as_json, title=f"{task} of {start}")
 
 
@@ -247,6 +251,7 @@ def evaluate(
 @click.option("--answers", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="ans2label.json, where nobody else has it.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Word pieces and regions of a batch.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that make batches.")
+@click.option("--scores", type=click.Path(path_type=Path, file_okay=False), help="Keep retrieval's scores there; the same command resumes.")
 @click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one].")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @common_options
@@ -259,6 +264,7 @@ def predict(
     answers: Path | None,
     batch_tokens: int,
     workers: int,
+    scores: Path | None,
     device: str | None,
     precision: str,
     as_json: bool,
@@ -281,6 +287,7 @@ def predict(
         answers=answers,
         batch_tokens=batch_tokens,
         workers=workers,
+        scores=scores,
         device=device,
         precision=precision,
     )

@@ -21,6 +21,7 @@ from uniter.model.downstream import DownstreamModel
 from uniter.model.metrics import fold_recalls, retrieval_recalls
 from uniter.model.predictions import answer_table
 from uniter.model.tasks import DOWNSTREAM, Finetuning, Task, task_name
+from uniter.model.train import pair_scores
 from uniter.model.train.config import TrainSettings
 from uniter.model.train.defaults import complete_finetuning
 from uniter.model.train.distributed import Processes, processes
@@ -130,6 +131,7 @@ class _Opened:
     seed: int
     precision: str
     workers: int
+    weights: Path
 
     def scored(self, part: Part, pairing: Pairing | None = None, *, head: Any = None) -> Iterator[Any]:
         plans = sequential_plans(
@@ -147,22 +149,28 @@ class _Opened:
         everything = {number: answer for one in self.everyone.gather(found) for number, answer in one.items()}
         return {self.corpus.example_id(number): everything[number] for number in range(len(self.corpus))}
 
-    def every_pair(self) -> tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int64]], list[str]]:
-        """Scores (texts, pictures), the column of each text's picture, the pictures' keys."""
-        pictures, own = np.unique(self.corpus.image_rows_NK[:, 0], return_inverse=True)
-        texts = len(self.corpus)
-        scores = np.zeros((texts, len(pictures)), dtype=np.float32)
-        # In slices of texts, so that plans stay small however many pairs there are.
-        step = max(1, 200_000 // len(pictures))
-        for first in range(0, texts, step):
-            rows = np.arange(first, min(first + step, texts))
-            part = Part(f"pairs {first}", self.corpus.take(np.repeat(rows, len(pictures))), matched_pair)
-            shown = np.tile(pictures, len(rows))[:, None].astype(np.int32)
+    def every_pair(self, folder: Path | None = None) -> tuple[pair_scores.Scores, np.ndarray[Any, np.dtype[np.int64]], list[str]]:
+        """Scores (texts, pictures), the column of each text's picture, the pictures' keys.
+
+        Args:
+            folder: where scores are kept, so that the same command goes on where it was stopped.
+        """
+        pictures, own = pair_scores.pictures_of(self.corpus)
+
+        def score(first: int, end: int) -> pair_scores.Scores:
+            scores = np.zeros((end - first, len(pictures)), dtype=np.float32)
+            part = Part(f"pairs {first}", self.corpus.take(np.repeat(np.arange(first, end), len(pictures))), matched_pair)
+            shown = np.tile(pictures, end - first)[:, None]
             for made, _, outputs in self.scored(part, Pairing(shown, np.ones(len(shown), dtype=np.bool_)), head=extras(self.task).pairs):
                 text, picture = np.divmod(made.plan.examples, len(pictures))
-                scores[first + text, picture] = outputs["scores"].float().squeeze(1).cpu().numpy()
-        summed: np.ndarray[Any, np.dtype[np.float32]] = np.stack(self.everyone.gather(scores)).sum(axis=0, dtype=np.float32)
-        return summed, own.astype(np.int64), [self.corpus.images.keys_list[row] for row in pictures.tolist()]
+                scores[text, picture] = outputs["scores"].float().squeeze(1).cpu().numpy()
+            return scores
+
+        scores = pair_scores.in_slices(
+            len(self.corpus), len(pictures), score, processes=self.everyone, folder=folder,
+            settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=self.precision),
+        )  # fmt: skip
+        return scores, own, [self.corpus.images.keys_list[row] for row in pictures.tolist()]
 
 
 def evaluate_finetuned(
@@ -177,18 +185,23 @@ def evaluate_finetuned(
     workers: int = 0,
     device: str | None = None,
     precision: str = "fp32",
+    scores: Path | None = None,
 ) -> dict[str, Any]:
     """The figures of a down-stream model: its loss and metric, and the official ones.
 
     Retrieval scores every text with every picture; a pre-trained model is evaluated zero-shot.
+
+    Args:
+        scores: the folder where retrieval keeps its scores; the same call goes on where it was stopped.
     """
+    _check_scores(name, scores)
     with processes(device) as everyone:
         run = _open(name, start_from, text, images, everyone, batch_tokens, seed, max_text_length, precision, workers)
         if extras(run.task).pairs is not None:
-            scores, own, keys = run.every_pair()
-            figures = retrieval_recalls(scores, own)
+            matrix, own, keys = run.every_pair(scores)
+            figures = retrieval_recalls(matrix, own)
             if len(keys) > 1000 and len(keys) % 5 == 0:
-                figures |= {f"five_folds.{key}": value for key, value in fold_recalls(scores, own).items()}
+                figures |= {f"five_folds.{key}": value for key, value in fold_recalls(matrix, own).items()}
             return {"texts": len(run.corpus), "pictures": len(keys), **figures}
         part = Part(name, run.corpus, run.task.sample, lengths=run.task.lengths)
         measured = validate(
@@ -210,24 +223,32 @@ def predict(
     workers: int = 0,
     device: str | None = None,
     precision: str = "fp32",
+    scores: Path | None = None,
 ) -> dict[str, Any]:
     """Write what a model answers as the file that the task's official evaluation takes (retrieval: each side's best ten).
 
     Args:
         answers: `ans2label.json`, where neither the model nor the texts know the names of the answers.
+        scores: as for `evaluate_finetuned`, and the same folder serves both.
     """
+    _check_scores(name, scores)
     with processes(device) as everyone:
         run = _open(name, start_from, text, images, everyone, batch_tokens, 42, -1, precision, workers)
         if extras(run.task).pairs is not None:
-            scores, _, keys = run.every_pair()
+            matrix, _, keys = run.every_pair(scores)
             if everyone.writes:
-                out.write_text(json.dumps(_best(scores, [run.corpus.example_id(row) for row in range(len(run.corpus))], keys)))
+                out.write_text(json.dumps(_best(matrix, [run.corpus.example_id(row) for row in range(len(run.corpus))], keys)))
         else:
             predictions, names = run.predictions(), _names(start_from, run.corpus, answers)
             write = extras(run.task).write
             if everyone.writes and write is not None:
                 write(out, run.corpus, predictions, names)
         return {"task": name, "out": str(out), "examples": len(run.corpus)}
+
+
+def _check_scores(name: str, folder: Path | None) -> None:
+    if folder is not None and extras(row_of(name)).pairs is None:
+        raise BadInput(f"scores of pairs are kept for retrieval only, and {name} scores none; leave --scores out")
 
 
 def _best(scores: np.ndarray[Any, Any], texts: list[str], pictures: list[str], depth: int = 10) -> dict[str, Any]:
@@ -275,4 +296,4 @@ def _open(
         raise BadInput(
             f"{start_from} knows {sizes}, but the texts {dict(wanted)}; was it trained for {name}, with the same list of answers?"
         )
-    return _Opened(task, corpus, model, everyone, batch_tokens, seed, precision, workers)
+    return _Opened(task, corpus, model, everyone, batch_tokens, seed, precision, workers, find_weights(start_from))
