@@ -5,7 +5,6 @@
 
 import itertools
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +156,6 @@ def _ask(
     several = len(texts) > 1 or (question != "rank" and len(photographs) > 1)
     if out is not None:
         _check_out(out, several=several)
-    warnings.filterwarnings("ignore", message=".*torch.jit.script")  # Detectron2's own, at import
     require_detectron2()
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions mean NOTHING, and so do the answers; this is for trying things out only.")

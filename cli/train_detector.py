@@ -1,7 +1,6 @@
 """uniter-train detector: train a detector on COCO's instances JSON."""
 
 import sys
-import warnings
 from typing import Any
 
 import click
@@ -61,7 +60,6 @@ def detector_command(assignments: tuple[str, ...], strict: bool, as_json: bool, 
                 raise click.UsageError(f"--set {name}={value}: expected a number of updates, 1 or more")
             options[name] = value
     require_detectron2()
-    warnings.filterwarnings("ignore", message=".*torch.jit.script")  # Detectron2's own, at import
     from uniter.extract.train_detector import train_detector
 
     summary = train_detector(overrides=overrides, **options)

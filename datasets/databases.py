@@ -16,7 +16,17 @@ import numpy as np
 from uniter.datasets.check import CheckReport, database_kind, examine_regions, examine_text
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db import ImageDB, encode_record, kind_of, kind_of_child
-from uniter.datasets.lmdb_store import UnitStore, difference_in_words, open_reader, read_failures, read_json, sync_folder, write_json
+from uniter.datasets.lmdb_store import (
+    UnitStore,
+    difference_in_words,
+    open_reader,
+    read_box_ids,
+    read_failures,
+    read_json,
+    sync_folder,
+    write_box_ids,
+    write_json,
+)
 from uniter.datasets.text_db import LENGTHS, TextDB, decode_text_record
 
 _UNIT: Final = 512
@@ -113,12 +123,14 @@ def _write_regions(
     settings: Mapping[str, Any],
     header: Callable[[], Mapping[str, Any]],
     failures: Sequence[Mapping[str, Any]] = (),
+    box_ids: Mapping[str, Sequence[Any]] | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write records in units; the same call again goes on. Returns how many images the database holds.
 
     Args:
         header: asked at the end for what the header says.
+        box_ids: the caller's ids of given boxes by key; those of the records written are kept.
 
     Raises:
         BadInput: there is not one record.
@@ -126,6 +138,7 @@ def _write_regions(
     store = UnitStore(out, settings=settings, overwrite=overwrite)
     if not store.is_complete():
         units = 0
+        kept: dict[str, Sequence[Any]] = {}
         stream = iter(records)
         while batch := list(itertools.islice(stream, _UNIT)):
             writer = store.unit(units)
@@ -139,9 +152,12 @@ def _write_regions(
                             if row["key"] not in writer.done:
                                 writer.fail(str(row["key"]), str(row.get("path", "")), str(row.get("error", "")))
                     writer.complete()
+            kept.update({key: box_ids[key] for key, _, _ in batch if key in box_ids} if box_ids else {})
             units += 1
         if not units:
             raise BadInput(f"there is not one good record to write to {out}")
+        if not store.is_complete():
+            write_box_ids(out, kept)
         if not store.finish(units=units, header=header()):
             raise UniterError(f"{out} is being written by another process; wait for it, or choose another folder")
     return int(read_json(out / "header.json")["images"])
@@ -152,12 +168,24 @@ def _shared_header(headers: Sequence[Mapping[str, Any] | None], paths: Sequence[
     known = [(header, path) for header, path in zip(headers, paths, strict=True) if header is not None]
     if not known:
         return {}
-    first = _provenance(known[0][0])
-    for header, path in known[1:]:
-        phrases = difference_in_words(first, _provenance(header))
+    made = [_provenance(header) for header, _ in known]
+    if all(one.get("box_kind") == "given" for one in made) and len({str(one.get("selection")) for one in made}) > 1:
+        # Given boxes come in one file for each part of a data set; only the rule has to be the same.
+        made = [{**one, "selection": {**one["selection"], "boxes_sha256": "several files"}} for one in made]
+    first = made[0]
+    for other, (_, path) in zip(made[1:], known[1:], strict=True):
+        phrases = difference_in_words(first, other)
         if phrases:
             raise SettingsDiffer(f"{path} was made otherwise than {known[0][1]} ({'; '.join(phrases[:5])}): they cannot be one database")
     return first
+
+
+def _box_ids_of(folders: Iterable[Path]) -> dict[str, list[Any]]:
+    """The caller's ids of given boxes in several databases; of an image that is in several, those of the first."""
+    together: dict[str, list[Any]] = {}
+    for folder in folders:
+        together = {**read_box_ids(folder), **together}
+    return together
 
 
 def _provenance(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +245,9 @@ def merge(sources: Sequence[Path], out: Path, *, overwrite: bool = False) -> dic
         "sources": [path.name for path in sources],
         "images": [len(database) for database in databases],
     }
-    images = _write_regions(out, all_records(), settings=settings, header=lambda: header, failures=failed, overwrite=overwrite)
+    images = _write_regions(
+        out, all_records(), settings=settings, header=lambda: header, failures=failed, box_ids=_box_ids_of(folders), overwrite=overwrite
+    )
     return {"out": str(out), "kind": "regions", "sources": len(sources), "images": images, "equal_records_dropped": doubled}
 
 
@@ -283,12 +313,15 @@ def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[
         parts = _parts(images.keys_list, by, lambda row: ())
         header: dict[str, Any] = {"feature_width": images.feature_width, "label_classes": images.label_classes}
         header |= _shared_header(images.headers, [source] * len(images.headers))
+        box_ids = _box_ids_of(_folders_of(source))
     for name, chosen in parts.items():
         if text:
             _write_texts(out / name, ((key, stored(key)) for key in chosen), [source], overwrite=overwrite)
         else:
             settings = {"made_by": "uniter-db split", "source": source.name, "part": name, "images": len(chosen)}
-            _write_regions(out / name, _records_of(images, chosen), settings=settings, header=lambda: header, overwrite=overwrite)
+            _write_regions(
+                out / name, _records_of(images, chosen), settings=settings, header=lambda: header, box_ids=box_ids, overwrite=overwrite
+            )
     told = {name: len(chosen) for name, chosen in parts.items()}
     return {"out": str(out), "kind": "text" if text else "regions", "parts": told}
 
@@ -357,6 +390,12 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
             failed += read_failures(folder / "failures.jsonl")
         except (UniterError, FileNotFoundError):
             continue
+    box_ids: dict[str, list[Any]] = {}
+    for folder in folders:
+        try:
+            box_ids = {**read_box_ids(folder), **box_ids}
+        except BadInput as error:
+            report.notes.append(f"{error}; left out")
     widths: dict[str, int] = {}
 
     def good_records() -> Iterator[Record]:
@@ -372,8 +411,9 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
     settings = {"made_by": "uniter-db check --repair", "source": source.name}
     header["repaired_from"] = source.name
     images = _write_regions(
-        out, good_records(), settings=settings, header=lambda: {**header, **widths}, failures=failed, overwrite=overwrite
-    )
+        out, good_records(), settings=settings, header=lambda: {**header, **widths}, failures=failed, box_ids=box_ids,
+        overwrite=overwrite,
+    )  # fmt: skip
     return {"out": str(out), "images": images}
 
 

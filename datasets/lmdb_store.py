@@ -8,7 +8,7 @@ common writer, and the final file is a function of the records alone, however of
     OUT/settings.json    first: all that changes a value
     OUT/units/           while unfinished
     OUT/data.mdb         LMDB format version 1, key -> record
-    OUT/index.safetensors, OUT/failures.jsonl
+    OUT/index.safetensors, OUT/failures.jsonl, OUT/box_ids.jsonl where boxes were given with ids
     OUT/header.json      last: complete
 """
 
@@ -40,6 +40,8 @@ from uniter.datasets.lmdb_pages import Fault, PageFile, check_data_file
 FORMAT_VERSION = 1
 MAX_KEY_BYTES = 511
 INDEX = "index.safetensors"
+BOX_IDS = "box_ids.jsonl"
+"""The caller's ids of given boxes: {"key", "ids"}, ids in the order of the record's rows."""
 _FIRST_MAP_BYTES = 1 << 24
 _SUMMARY = struct.Struct("<iI")  # number of regions, crc32 of the value
 logger = logging.getLogger(__name__)
@@ -102,6 +104,23 @@ def read_failures(path: Path) -> list[dict[str, Any]]:
         return [orjson.loads(line) for line in lines if line.strip()]
     except orjson.JSONDecodeError as error:
         raise BadInput(f"{path} is damaged ({error})") from None
+
+
+def read_box_ids(folder: Path) -> dict[str, list[Any]]:
+    """The caller's ids of given boxes by image key, from `box_ids.jsonl`; none if the file is absent."""
+    try:
+        rows = [orjson.loads(line) for line in (folder / BOX_IDS).read_bytes().splitlines() if line.strip()]
+        return {str(row["key"]): list(row["ids"]) for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder / BOX_IDS} is damaged ({error!r}); remove it if the ids are not needed") from None
+
+
+def write_box_ids(folder: Path, ids: Mapping[str, Sequence[Any]]) -> None:
+    """Write `box_ids.jsonl`, whole or not at all; no ids, no file."""
+    if ids:
+        _write_bytes(folder / BOX_IDS, b"".join(orjson.dumps({"key": key, "ids": row}) + b"\n" for key, row in ids.items()))
 
 
 def difference_in_words(stored: Any, asked: Any, name: str = "") -> list[str]:
@@ -263,7 +282,7 @@ class UnitStore:
             self.units_folder.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
-        for name in ("header.json", "settings.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl"):
+        for name in ("header.json", "settings.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS):
             (self.path / name).unlink(missing_ok=True)
         for name in ("units", "units.tmp"):
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -132,12 +133,16 @@ def is_importable() -> bool:
 
 
 def require_detectron2() -> None:
-    """Raise a UniterError that names the remedy unless Detectron2 can be imported. Imports nothing heavy itself."""
+    """Raise a UniterError that names the remedy unless Detectron2 can be imported. Imports nothing heavy itself.
+
+    Also silences what PyTorch says of Detectron2's own code when it is imported: a user can do nothing about it.
+    """
     if not is_importable():
         raise UniterError(
             f"Detectron2 is not installed, and detectors are built on it; run `{REMEDY}` (or `python -m uniter.extract.install`), "
             "or install it from conda-forge"
         )
+    warnings.filterwarnings("ignore", message=".*torch.jit.script")  # Detectron2 compiles functions so when it is imported
 
 
 def installed_version() -> str:

@@ -25,11 +25,11 @@ from typing import Any
 
 import cv2
 
-from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db import encode_record
-from uniter.datasets.lmdb_store import UnitStore, UnitWriter
+from uniter.datasets.lmdb_store import BOX_IDS, UnitStore, UnitWriter
 from uniter.datasets.progress import Progress
-from uniter.extract.detector import Detector, PreparedImage, RawRegions, is_out_of_memory
+from uniter.extract.detector import Detector, PreparedImage, RawRegions, is_out_of_memory, release_memory
 from uniter.extract.given_boxes import GivenBoxes
 from uniter.extract.images import MAX_PIXELS, UNIT_IMAGES, ImageItem, ImageList, decode_image, list_images, read_bytes
 from uniter.extract.select import GIVEN_RULE, SELECTION_RULE, keep_given, select_regions
@@ -250,10 +250,17 @@ def check_share(shard: tuple[int, int], *, overwrite: bool, retry_failed: bool) 
 def open_store(
     out: str | os.PathLike[str], listed: ImageList, detector: Detector, work: Work, *, key: str | None, overwrite: bool, retry_failed: bool
 ) -> UnitStore:
-    """Begin or continue the database; SettingsDiffer where it was begun with other settings."""
-    store = UnitStore(Path(out), settings=run_settings(listed, detector, work, key=key), overwrite=overwrite)
-    if overwrite:
-        (store.path / "box_ids.jsonl").unlink(missing_ok=True)
+    """Begin or continue the database; SettingsDiffer where it was begun with other settings, or for other images."""
+    settings = run_settings(listed, detector, work, key=key)
+    try:
+        store = UnitStore(Path(out), settings=settings, overwrite=overwrite)
+    except SettingsDiffer:
+        if (begun := other_images(Path(out), settings)) is None:
+            raise
+        raise SettingsDiffer(
+            f"{out} was begun for other images ({begun:,} then, {listed.images:,} now): extract those that were "
+            "added into another OUT (a .txt list can name them) and join the two with `uniter-db merge`; or --overwrite to begin anew"
+        ) from None
     if retry_failed:
         log.info("%d units hold images that failed and are tried again", len(store.forget_failures()))
     return store
@@ -382,6 +389,16 @@ def run_settings(listed: ImageList, detector: Detector, work: Work, *, key: str 
     }
 
 
+def other_images(out: Path, settings: Mapping[str, Any]) -> int | None:
+    """How many images `out` was begun for, if that list is all in which its settings differ."""
+    stored = json.loads((out / "settings.json").read_bytes())
+    asked = json.loads(json.dumps(settings))
+    was, now = stored.pop("images", {}), asked.pop("images")
+    if stored != asked or not isinstance(was, dict) or was.get("unit_images") != now["unit_images"]:
+        return None
+    return int(was.get("count", 0))
+
+
 def selection_settings(work: Work) -> dict[str, Any]:
     """Which regions stay."""
     if work.given is not None:
@@ -432,7 +449,7 @@ def write_box_ids(out: Path, listed: ImageList, given: GivenBoxes) -> None:
                     lines.write(json.dumps({"key": item.key, "ids": regions.ids}, ensure_ascii=False) + "\n")
                     wrote = True
     if wrote:
-        temporary.replace(out / "box_ids.jsonl")
+        temporary.replace(out / BOX_IDS)
     else:
         temporary.unlink()
 
@@ -673,7 +690,7 @@ def _detect(detector: Detector, images: Sequence[PreparedImage], boxes: Sequence
         failure = error.with_traceback(None)
         failure.__cause__ = failure.__context__ = None
     if is_out_of_memory(failure):
-        _free_memory()
+        release_memory()
     if len(images) == 1:
         return [failure]
     log.warning("a batch of %d images failed (%s); they are tried one by one", len(images), in_words(failure))
@@ -681,13 +698,6 @@ def _detect(detector: Detector, images: Sequence[PreparedImage], boxes: Sequence
     for row, image in enumerate(images):
         alone += _detect(detector, [image], None if boxes is None else [boxes[row]])
     return alone
-
-
-def _free_memory() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def encode_regions(raw: RawRegions, size: tuple[int, int], work: Work, key: str) -> tuple[bytes, int]:

@@ -52,7 +52,7 @@ class Recipe:
         config: Detectron2's.
         preparation: from an upright image to the network's input.
         class_names, attribute_names: without background and "no attribute".
-        weights: a file or URL that belongs to the detector; None where several sources are known.
+        weights: a file that belongs to the detector; None where it has to be fetched.
         known_sources: tried in order where `weights` is None and the user names none.
         caffe_anchors: Bottom-Up-Attention's anchors stand in where the weight file has none.
         min_boxes, max_boxes: how many regions its users keep.
@@ -115,7 +115,7 @@ def _from_zoo(name: str) -> Recipe:
         weights = str(model_zoo.get_checkpoint_url(f"{short}.yaml"))
     except RuntimeError:
         return recipe
-    return Recipe(**{**vars(recipe), "weights": weights})
+    return Recipe(**{**vars(recipe), "known_sources": (weights,)})
 
 
 def _zoo_names() -> list[str]:

@@ -15,7 +15,7 @@ from uniter.datasets.errors import BadInput, UniterError, unknown_name
 from uniter.datasets.formats import hdf5, lmdbs, npz, tsv
 from uniter.datasets.formats.records import ImageSizes, Item, Selection, with_pixels
 from uniter.datasets.image_db import kind_of
-from uniter.datasets.lmdb_store import read_json
+from uniter.datasets.lmdb_store import read_box_ids, read_json
 from uniter.datasets.progress import Progress
 from uniter.datasets.regions import RegionFeatures
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
@@ -218,6 +218,9 @@ def convert(
     sizes = ImageSizes(images) if images is not None else None
     seen = _Seen()
     form = FORMATS[to]
+    box_ids: dict[str, list[Any]] = {}
+    for folder in (source, *sorted(source.glob("*/"))) if name == "lmdb" else ():  # a database, or a folder of several
+        box_ids = {**read_box_ids(folder), **box_ids}
     if form.write is not None and target.is_file() and not overwrite:
         raise BadInput(f"{target} is there already; choose another name, or --overwrite")
     with Progress(None, unit="images", label=f"{name} to {to}") as progress:
@@ -238,7 +241,7 @@ def convert(
             def header() -> dict[str, Any]:
                 return {**seen.header(), **origin, "converted_from": name, "lacks": seen.lacks(form.holds)}
 
-            seen.skipped = lmdbs.write_ours(target, watched, settings=settings, header=header, overwrite=overwrite)
+            seen.skipped = lmdbs.write_ours(target, watched, settings=settings, header=header, box_ids=box_ids, overwrite=overwrite)
             written = read_json(target / "header.json")
             return ConvertReport(
                 name, to, written["images"], written["regions"], seen.skipped, written["label_classes"] > 0, str(written.get("lacks", ""))
@@ -248,7 +251,10 @@ def convert(
         except OSError as error:
             raise UniterError(f"writing {target} failed ({error.strerror or error}); make room and run the same command again") from None
     labels = seen.label_columns > 0 and "soft labels" in form.holds
-    return ConvertReport(name, to, seen.images, seen.regions, seen.skipped, labels, seen.lacks(form.holds))
+    lacks = seen.lacks(form.holds)
+    if box_ids:
+        lacks = "the ids of given boxes" if lacks == "nothing" else f"{lacks}, the ids of given boxes"
+    return ConvertReport(name, to, seen.images, seen.regions, seen.skipped, labels, lacks)
 
 
 def _not_in_vain(items: Iterator[Item], seen: _Seen, source: Path, name: str) -> Iterator[Item]:

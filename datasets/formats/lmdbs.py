@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from uniter.datasets.formats.npz import uniter_arrays
 from uniter.datasets.formats.records import Item, Selection, npz_name
 from uniter.datasets.image_db import ImageDB, encode_record
 from uniter.datasets.index_file import hash_key
-from uniter.datasets.lmdb_store import UnitStore, checked_key, sync_folder, write_json
+from uniter.datasets.lmdb_store import UnitStore, checked_key, sync_folder, write_box_ids, write_json
 from uniter.datasets.regions import RegionFeatures
 
 UNIT_RECORDS = 512
@@ -83,12 +83,19 @@ def _put_all(environment: Any, values: list[tuple[bytes, bytes]]) -> None:
 
 
 def write_ours(
-    path: Path, items: Iterable[Item], *, settings: Mapping[str, Any], header: Callable[[], Mapping[str, Any]], overwrite: bool = False
+    path: Path,
+    items: Iterable[Item],
+    *,
+    settings: Mapping[str, Any],
+    header: Callable[[], Mapping[str, Any]],
+    box_ids: Mapping[str, Sequence[Any]] | None = None,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]]:
     """Write a region database in units of 512 records; the same call again goes on where a killed one stopped.
 
     Args:
         header: asked at the end for what else the header says.
+        box_ids: the caller's ids of given boxes by key.
 
     Broken items become rows of `failures.jsonl`; so does an image that comes twice.
 
@@ -129,6 +136,8 @@ def write_ours(
                     unit.fail(key, key, str(error))
             if unit is not None:
                 unit.complete()
+    if not store.is_complete():
+        write_box_ids(path, box_ids or {})
     if not store.finish(units=units, header={**widths, **header()}):
         raise BadInput(f"{path} is being written by another process; wait for it, or choose another folder")
     return store.failures()

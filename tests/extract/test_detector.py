@@ -19,6 +19,7 @@ from uniter.extract.detectron import Detectron2Detector
 from uniter.extract.preparation import CaffePreparation, ShortestEdgePreparation
 from uniter.extract.recipes import Recipe, find_recipe, merged_config, read_config
 from uniter.extract.select import select_regions
+from uniter.extract.weights import load_known_weights
 
 SIZES = [(96, 128), (131, 99), (64, 157), (96, 128)]
 
@@ -348,8 +349,22 @@ def test_names_and_numbers_of_known_detectors() -> None:
     butd, fixed, coco = find_recipe("butd"), find_recipe("butd-36"), find_recipe(f"{ZOO}R_101_C4_3x")
     assert (butd.min_boxes, butd.max_boxes, fixed.min_boxes, fixed.max_boxes) == (10, 100, 36, 36)
     assert len(butd.class_names) == 1600 and len(butd.attribute_names) == 400 and len(butd.known_sources) > 1
-    assert len(coco.class_names) == 80 and coco.class_names[0] == "person" and str(coco.weights).endswith(".pkl")
+    assert len(coco.class_names) == 80 and coco.class_names[0] == "person" and coco.weights is None
+    assert len(coco.known_sources) == 1 and coco.known_sources[0].endswith(".pkl")
     assert find_recipe("PascalVOC-Detection/faster_rcnn_R_50_C4").class_names[0] == "aeroplane"
+
+
+def test_a_zoo_detector_whose_weights_cannot_be_fetched_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(source: str) -> Path:
+        raise UniterError(f"{source}: the server answers 403 Forbidden")
+
+    monkeypatch.setattr("uniter.extract.weights.find_weight_file", gone)
+    recipe = find_recipe(f"{ZOO}R_50_FPN_1x")
+    with pytest.raises(
+        UniterError, match=r"model_final_\w+\.pkl: the server answers 403 Forbidden\. What to do: .*--weights FILE"
+    ) as caught:
+        load_known_weights(recipe.known_sources, detector=recipe.name)
+    assert "`uniter-train detector`" in str(caught.value) and "\n" not in str(caught.value)
 
 
 HOSTILE_YAML = {

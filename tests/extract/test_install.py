@@ -145,6 +145,12 @@ def test_without_detectron2_the_error_names_the_remedy(monkeypatch: pytest.Monke
         install.require_detectron2()
 
 
+def test_importing_detectron2_tells_the_user_nothing() -> None:
+    program = "from uniter.extract.install import require_detectron2; require_detectron2(); import uniter.extract.recipes"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_a_mere_folder_is_no_detectron2(tmp_path: Path) -> None:
     (tmp_path / "detectron2").mkdir()
     program = (

@@ -17,8 +17,12 @@ import cv2
 import numpy as np
 import pytest
 
+from uniter.datasets.check import CheckReport
+from uniter.datasets.databases import merge, repair, split
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.formats import convert
 from uniter.datasets.image_db import ImageDB
+from uniter.datasets.lmdb_store import read_box_ids
 from uniter.extract import extract_images
 from uniter.extract.pipeline import Stopped, share_from_environment
 from uniter.extract.preparation import CaffePreparation
@@ -106,8 +110,25 @@ def test_other_images_are_refused(make_photos: Photos, fake: ModuleType, tmp_pat
     photos = make_photos(3)
     extract_images(photos, tmp_path / "out", detector=fake.FakeDetector())
     (photos / "photo0001.jpg").rename(photos / "renamed.jpg")
-    with pytest.raises(SettingsDiffer, match=r"images\.keys_sha256 was"):
+    (photos / "photo0002.jpg").unlink()
+    with pytest.raises(SettingsDiffer, match=r"for other images \(3 then, 2 now\): .*`uniter-db merge`.*--overwrite"):
         extract_images(photos, tmp_path / "out", detector=fake.FakeDetector())
+    with pytest.raises(SettingsDiffer, match=r"images\.keys_sha256 was .*selection\.max_boxes was|selection\.max_boxes was .*images\.keys"):
+        extract_images(photos, tmp_path / "out", detector=fake.FakeDetector(), max_boxes=5)
+
+
+def test_added_images_are_extracted_aside_and_merged(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
+    photos = make_photos(4)
+    lists = {name: tmp_path / f"{name}.txt" for name in ("first", "added")}
+    files = sorted(map(str, photos.iterdir()))
+    lists["first"].write_text("\n".join(files[:3]))
+    lists["added"].write_text(files[3])
+    for name, listed in lists.items():
+        extract_images(listed, tmp_path / name, detector=fake.FakeDetector(), batch_size=1)
+    assert merge([tmp_path / "first", tmp_path / "added"], tmp_path / "both")["images"] == 4
+    extract_images(photos, tmp_path / "whole", detector=fake.FakeDetector(), batch_size=1)
+    assert ImageDB(tmp_path / "both").keys_list[3] == "photo0003"
+    np.testing.assert_array_equal(ImageDB(tmp_path / "both")["photo0003"].features, ImageDB(tmp_path / "whole")["photo0003"].features)
 
 
 def test_an_unfinished_database_keeps_its_batch_size(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
@@ -207,7 +228,9 @@ class OutOfMemoryError(RuntimeError):
     """Bears PyTorch's name."""
 
 
-def test_an_image_too_large_for_memory_costs_only_itself(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
+def test_an_image_too_large_for_memory_costs_only_itself(
+    make_photos: Photos, fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     photos = make_photos(6)
     cv2.imwrite(str(photos / "photo0002.png"), np.zeros((60, 200, 3), np.uint8))
     (photos / "photo0002.jpg").unlink()
@@ -221,9 +244,12 @@ def test_an_image_too_large_for_memory_costs_only_itself(make_photos: Photos, fa
             self.batches.pop()
             return found
 
+    released: list[bool] = []
+    monkeypatch.setattr("uniter.extract.pipeline.release_memory", lambda: released.append(True))
     detector = Small()
     summary = extract_images(photos, tmp_path / "out", detector=detector, batch_size=4)
     assert detector.batches == [4, 1, 1, 1, 1, 2]
+    assert len(released) == 2  # after the batch, and after the image alone
     assert (summary.images, summary.failures) == (5, 1)
     assert failures(tmp_path / "out") == {"photo0002": "there was not enough memory for this image alone"}
 
@@ -288,6 +314,31 @@ def test_given_boxes_keep_their_order_and_ids(make_photos: Photos, fake: ModuleT
     assert summary.box_kind == "given" and database.header is not None and database.header["box_kind"] == "given"
     rows = [json.loads(line) for line in (tmp_path / "out" / "box_ids.jsonl").read_text().splitlines()]
     assert rows == [{"key": "photo0000", "ids": ["c", "a", 7]}]
+
+
+def test_ids_of_given_boxes_survive_merging_splitting_converting_and_repair(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
+    photos = make_photos(4)
+    boxes = [[20, 5, 30, 25], [0, 0, 10, 10]]
+    for part, names in (("a", ("photo0000", "photo0001")), ("b", ("photo0002", "photo0003"))):
+        (tmp_path / f"{part}.txt").write_text("".join(f"{photos / name}.jpg\n" for name in names))
+        rows = [{"image": f"{name}.jpg", "boxes": boxes, "ids": [f"{name}-0", number]} for number, name in enumerate(names)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        extract_images(tmp_path / f"{part}.txt", tmp_path / part, detector=fake.FakeDetector(), boxes=tmp_path / f"{part}.jsonl")
+    mine = {**read_box_ids(tmp_path / "a"), **read_box_ids(tmp_path / "b")}
+    assert mine["photo0003"] == ["photo0003-0", 1] and len(mine) == 4
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "both")  # though each part had its own file of boxes
+    assert read_box_ids(tmp_path / "both") == mine
+    split(tmp_path / "both", tmp_path / "parts", by="4")
+    assert read_box_ids(tmp_path / "parts" / "part-2") == {"photo0002": mine["photo0002"]}
+    repair(tmp_path / "both", tmp_path / "repaired", CheckReport(""))
+    assert read_box_ids(tmp_path / "repaired") == mine
+    convert(tmp_path / "both", tmp_path / "converted")
+    assert read_box_ids(tmp_path / "converted") == mine
+    convert(tmp_path / "parts", tmp_path / "converted parts")
+    assert read_box_ids(tmp_path / "converted parts") == mine
+    assert "ids of given boxes" in convert(tmp_path / "both", tmp_path / "npz", to="npz").lacks
+    extract_images(tmp_path / "a.txt", tmp_path / "both", detector=fake.FakeDetector(), overwrite=True)
+    assert read_box_ids(tmp_path / "both") == {}
 
 
 def test_given_boxes_in_coco_form(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
