@@ -4,6 +4,7 @@ Legend of shape suffixes: B sequences, T text tokens of all sequences, R regions
 Sequence b is its text tokens followed by its regions; the texts of all sequences stand together and so do the regions.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -92,36 +93,36 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     sequences = [sequence for sample in samples for sequence in sample.sequences]
     text_lengths = np.fromiter((len(sequence.input_ids) for sequence in sequences), dtype=np.int64, count=len(sequences))
     region_counts = np.fromiter((len(sequence.features) for sequence in sequences), dtype=np.int64, count=len(sequences))
-    first = sequences[0].features
-    regions, width = int(region_counts.sum()), first.shape[1]
-    # NumPy asks for huge pages where torch does not: filling a fresh batch takes half the page faults.
-    rows = np.empty((regions, width), dtype=np.float16 if first.dtype == np.float16 else np.float32)
-    boxes, region_types = np.empty((regions, 6), dtype=np.float32), np.empty(regions, dtype=np.int64)
-    any_masked = any(sequence.masked is not None for sequence in sequences)
-    masked = np.zeros(regions, dtype=np.bool_) if any_masked else None
-    end = 0
+    width = sequences[0].features.shape[1]
     for sample in samples:
         for sequence in sample.sequences:
-            start, end = end, end + len(sequence.features)
-            if sequence.features.shape[1] != width or len(sequence.norm_bb) != end - start:
+            if sequence.features.shape[1] != width or len(sequence.norm_bb) != len(sequence.features):
                 raise BadInput(
                     f"example {sample.id!r}: features of shape {sequence.features.shape} and {len(sequence.norm_bb)} boxes beside features "
                     f"{width} wide; were the region databases made with different detectors?"
                 )
-            rows[start:end] = sequence.features
-            boxes[start:end] = sequence.norm_bb
-            region_types[start:end] = sequence.region_type
-            if masked is not None and sequence.masked is not None:
-                masked[start:end] = sequence.masked
-    if masked is not None:
+    # NumPy asks for huge pages where torch does not: filling a fresh batch takes half the page faults.
+    rows = np.concatenate([sequence.features for sequence in sequences])
+    if rows.dtype != np.float16:
+        rows = np.asarray(rows, dtype=np.float32)
+    masked = None
+    if any(sequence.masked is not None for sequence in sequences):
+        masked = np.concatenate([np.zeros(len(s.features), dtype=np.bool_) if s.masked is None else s.masked for s in sequences])
         rows[masked] = 0
+    positions = np.empty((len(rows), 7), dtype=np.float32)
+    positions[:, :6] = np.concatenate([sequence.norm_bb for sequence in sequences])
     # The area in float32, after the cast: as UNITER's reader does.
-    positions = np.concatenate([boxes, boxes[:, 4:5] * boxes[:, 5:6]], axis=1)
+    np.multiply(positions[:, 4], positions[:, 5], out=positions[:, 6])
+    region_types = np.ones(len(rows), dtype=np.int64)
+    for sequence, end in zip(sequences, np.cumsum(region_counts).tolist(), strict=True):
+        if not isinstance(sequence.region_type, int) or sequence.region_type != 1:
+            region_types[end - len(sequence.features) : end] = sequence.region_type
     text_types = np.zeros(int(text_lengths.sum()), dtype=np.int64)
     if any(sequence.text_types is not None for sequence in sequences):
         text_types = np.concatenate([np.asarray(s.text_types or [0] * len(s.input_ids), dtype=np.int64) for s in sequences])
+    words = itertools.chain.from_iterable(sequence.input_ids for sequence in sequences)
     return PackedBatch(
-        input_ids_T=torch.tensor([word for sequence in sequences for word in sequence.input_ids], dtype=torch.int64),
+        input_ids_T=torch.from_numpy(np.fromiter(words, dtype=np.int64, count=int(text_lengths.sum()))),
         text_positions_T=torch.from_numpy(_count_up(text_lengths)),
         text_types_T=torch.from_numpy(text_types),
         features_RD=torch.from_numpy(rows),

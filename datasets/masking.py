@@ -36,19 +36,20 @@ def mask_words(
     """
     if not input_ids:
         raise ValueError("there is no word to mask")
-    replacements = range(*v_range)
     read, wanted = list(input_ids), [NOT_PREDICTED] * len(input_ids)
+    chosen = False
     for position, word in enumerate(input_ids):
         draw = rng.random()
         if draw >= probability:
             continue
+        chosen = True
         wanted[position] = word
         draw /= probability
         if draw < 0.8:
             read[position] = mask_id
         elif draw < 0.9:
-            read[position] = rng.choice(replacements)
-    if all(label == NOT_PREDICTED for label in wanted):
+            read[position] = rng.choice(range(*v_range))
+    if not chosen:
         read[0], wanted[0] = mask_id, input_ids[0]
     return read, wanted
 
@@ -71,9 +72,10 @@ def mask_regions(count: int, rng: random.Random, *, probability: float = 0.15) -
     """
     if count < 1:
         raise ValueError("there is no region to mask")
-    hidden = np.fromiter((rng.random() < probability for _ in range(count)), dtype=np.bool_, count=count)
-    if not hidden.any():
-        hidden[rng.choice(range(count))] = True
+    draw = rng.random
+    rows = [row for row in range(count) if draw() < probability] or [rng.choice(range(count))]
+    hidden = np.zeros(count, dtype=np.bool_)
+    hidden[rows] = True
     return hidden
 
 

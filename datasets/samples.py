@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from uniter.datasets.candidates import IOU_THRESHOLD, Pictures, candidate_boxes, inclusive_iou, picture_of
 from uniter.datasets.corpus import Corpus
 from uniter.datasets.errors import BadInput
 from uniter.datasets.masking import NOT_PREDICTED, mask_regions, mask_words
 from uniter.datasets.regions import RegionFeatures
+
+UNKNOWN = -100  # a target that cross-entropy leaves out
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +102,7 @@ def masked_regions_with_classes(example: Example, rng: random.Random, masking: M
     Only the hidden regions' distributions are read: they are nearly half of a record.
     """
     masked = mask_regions(_count(example), rng, probability=masking.regions)
-    regions = example.corpus.regions(
-        example.images[0], fields=("features", "norm_bb", "soft_labels"), soft_label_rows=np.flatnonzero(masked)
-    )
+    regions = example.corpus.regions(example.images[0], fields=("features", "norm_bb", "soft_labels"), soft_label_rows=masked.nonzero()[0])
     if regions.soft_labels is None:
         key = example.corpus.images.keys_list[example.images[0]]
         raise BadInput(f"image {key!r} has no soft labels, which MRC needs; leave mrc and mrc-kl out of the tasks")
@@ -209,9 +210,81 @@ def mined_group(example: Example, rng: random.Random, masking: Masking, *, pictu
     return Sample(example.id, sequences)
 
 
+def referred_region(example: Example, rng: random.Random, masking: Masking, *, pictures: Sequence[Pictures], annotated: bool) -> Sample:
+    """RefCOCO: a phrase with the regions it may mean.
+
+    Args:
+        pictures: of each text database of the corpus.
+        annotated: the regions are the annotated boxes in the order of `pictures`; otherwise they were detected.
+
+    Targets: `region` (1,) int64, the number of the region that is meant; of detected ones that which overlaps most, or -100 (which
+    the losses leave out) where none overlaps by more than half. `overlaps` (R,) float32, how far each region covers the annotated
+    box. `draw` (1,) int64, decides what the ranking loss compares with.
+    """
+    corpus, regions = example.corpus, _regions(example)
+    record = corpus.record(example.number)
+    picture = picture_of(pictures, corpus, example.number, record)
+    boxes = candidate_boxes(regions.norm_bb, picture.size).tolist()
+    overlaps = np.array([inclusive_iou(box, record["bbox"]) for box in boxes], dtype=np.float32)
+    if annotated:
+        if len(regions) != len(picture.annotations) or record["ann_id"] not in picture.annotations:
+            raise BadInput(
+                f"example {example.id!r}: picture {record['image_id']} has {len(regions)} regions, but its {len(picture.annotations)} "
+                f"annotations are expected (annotation {record['ann_id']} is meant); extract with --boxes from the texts' instances.json"
+            )
+        region = picture.annotations.index(record["ann_id"])
+    else:
+        best = int(overlaps.argmax())
+        region = best if overlaps[best] > IOU_THRESHOLD else UNKNOWN
+    targets = {"region": np.array([region]), "overlaps": overlaps, "draw": np.array([rng.randrange(2**62)])}
+    return Sample(example.id, [_sequence(example, list(record["input_ids"]), regions)], targets)
+
+
+def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, every_answer: bool = False) -> Sample:
+    """VCR: the question with each answer, then with the right answer and each rationale; each is a sequence of its own.
+
+    All sequences show the annotated regions and then the detected ones. Token types: [CLS] and question 0, answer 2, rationale 3; a
+    [SEP] has the type of what follows it, the last one that of what stands before it. Differs from the published code, where Q->A and QA->R
+    are separate examples: here a question's two halves are in one batch.
+
+    Args:
+        every_answer: for a submission: rationales with each answer, 4 + 16 sequences instead of 4 + 4, whichever is right.
+
+    Targets: `correct` (4 + 4 or 4 + 16,) int64, 1 at the right choice; with `every_answer` and no label all 0.
+    """
+    record = example.corpus.record(example.number)
+    right_answer, right_rationale = int(record.get("qa_target", -1)), int(record.get("qar_target", -1))
+    answers, rationales = record["input_ids_as"], record["input_ids_rs"]
+    if not every_answer and (right_answer < 0 or right_rationale < 0):
+        raise BadInput(f"question {example.id!r} has no right answer and rationale (a test part?); it can be predicted, nothing else")
+    text = example.corpus.texts[example.corpus.database_N[example.number]]
+    features, norm_bb = _regions_of_both(example)
+
+    def sequence(*parts: list[int]) -> TokenSequence:
+        words, types = [text.cls_id, *record["input_ids"]], [0] * (1 + len(record["input_ids"]))
+        for token_type, part in enumerate(parts, start=2):
+            words += [text.sep_id, *part]
+            types += [token_type] * (1 + len(part))
+        return TokenSequence([*words, text.sep_id], features, norm_bb, text_types=[*types, types[-1]])
+
+    sequences = [sequence(answer) for answer in answers]
+    correct = [number == right_answer for number in range(len(answers))]
+    for number, answer in enumerate(answers):
+        if every_answer or number == right_answer:
+            sequences += [sequence(answer, rationale) for rationale in rationales]
+            correct += [place == right_rationale for place in range(len(rationales))]
+    return Sample(example.id, sequences, {"correct": np.array(correct, dtype=np.int64)})
+
+
+def _regions_of_both(example: Example) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """VCR's regions, annotated then detected: features and boxes."""
+    annotated, detected = (example.corpus.regions(image) for image in example.images)
+    return np.concatenate([annotated.features, detected.features]), np.concatenate([annotated.norm_bb, detected.norm_bb])
+
+
 def _truth(record: dict[str, Any]) -> NDArray[np.int64]:
     target = record.get("target")
-    return np.array([-100 if target is None else int(target)], dtype=np.int64)
+    return np.array([UNKNOWN if target is None else int(target)], dtype=np.int64)
 
 
 def _count(example: Example) -> int:

@@ -10,6 +10,7 @@ A reader would get this wrong: `lengths` count the word pieces without [CLS] and
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ def decode_text_record(value: bytes | memoryview, *, example: str) -> dict[str, 
         BadInput: the bytes are no such record, or a hostile one.
     """
     try:
-        frame = lz4.frame.LZ4FrameDecompressor()
         # lz4 expands 255 times at most; the limit is also what gets allocated, so it must fit the record.
-        plain = frame.decompress(value, max_length=min(LARGEST_RECORD, 255 * len(value) + 1024))
-        if not frame.eof:
-            raise ValueError("the compressed frame does not end" if frame.needs_input else f"it holds more than {LARGEST_RECORD} bytes")
+        limit = min(LARGEST_RECORD, 255 * len(value) + 1024)
+        plain, _, ended = lz4.frame.decompress_chunk(lz4.frame.create_decompression_context(), value, max_length=limit)
+        if not ended:
+            raise ValueError(f"it holds more than {LARGEST_RECORD} bytes" if len(plain) == limit else "the compressed frame does not end")
         record = msgpack.unpackb(plain, raw=False)
         if not isinstance(record, dict):
             raise ValueError(f"it holds a {type(record).__name__}, not a map")
@@ -134,23 +135,23 @@ class TextDB(Mapping[str, dict[str, Any]]):
             raise BadInput(f"{self.path / 'meta.json'} says {value!r} of {name}; expected the id of that word piece")
         return value
 
-    @property
+    @cached_property
     def cls_id(self) -> int:
         return self._special("CLS")
 
-    @property
+    @cached_property
     def sep_id(self) -> int:
         return self._special("SEP")
 
-    @property
+    @cached_property
     def mask_id(self) -> int:
         return self._special("MASK")
 
-    @property
+    @cached_property
     def unk_id(self) -> int:
         return self._special("UNK")
 
-    @property
+    @cached_property
     def v_range(self) -> tuple[int, int]:
         """Ids that MLM draws random replacements from, half open."""
         value = self.meta.get("v_range")
