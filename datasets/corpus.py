@@ -140,7 +140,7 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
     for number, text in enumerate(texts):
         lengths = np.asarray(text.lengths, dtype=np.int32)
         # Each picture is looked up once, however many texts speak of it.
-        places = np.fromiter((images.index_of(key) if key in images else -1 for key in text.image_keys), np.int32, len(text.image_keys))
+        places = np.fromiter((_place(images, key) for key in text.image_keys), np.int32, len(text.image_keys))
         pictures = places[text.image_numbers] if len(lengths) else np.empty((0, 1), dtype=np.int32)
         keep = np.ones(len(lengths), dtype=np.bool_)
         for reason, wrong in (
@@ -176,3 +176,12 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
         image_rows_NK=np.concatenate(image_parts),
         left_out={reason: count for reason, count in left_out.items() if count},
     )
+
+
+def _place(images: ImageDB, key: str) -> int:
+    """The row of a picture, -1 where it is not there."""
+    if key in images:
+        return images.index_of(key)
+    # Published RefCOCO texts name the record of annotated boxes; the same picture's detected ones have a key of their own.
+    detected = key.replace("visual_grounding_coco_gt_", "visual_grounding_det_coco_")
+    return images.index_of(detected) if detected in images else -1

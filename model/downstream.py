@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uniter.datasets.annotations.vcr import TAG_WORDS
 from uniter.datasets.collate import PackedBatch
 from uniter.datasets.errors import BadInput
 from uniter.model.checkpoints import State, find_weights, infer_config, load_state, read_state
@@ -323,20 +324,20 @@ class UniterForVcr(DownstreamModel):
 
     token_type_rows = VCR_TOKEN_TYPES
 
-    def __init__(self, config: UniterConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: UniterConfig, *, words: int = 0) -> None:
+        """`words`: the vocabulary is grown to so many word pieces (the object tags) where the checkpoint does not know them yet."""
+        if words > config.vocab_size + len(TAG_WORDS):
+            raise BadInput(
+                f"the texts were built with {words:,} word pieces, the model has {config.vocab_size:,}; VCR's object tags are "
+                f"{len(TAG_WORDS)} more at most, so use the model's tokenizer"
+            )
+        super().__init__(replace(config, vocab_size=max(config.vocab_size, words)))
         self.vcr_output = _two_layers(config.hidden_size, 2 * config.hidden_size, 2, nn.ReLU)
         initialise(self.vcr_output, deviation=config.initializer_range)
 
     @classmethod
-    def from_checkpoint(cls, path_or_id: str | Path, *, config: UniterConfig | None = None, extra_words: int = 0, **sizes: Any) -> Self:
-        """As for every task; `extra_words` object tags are added to the vocabulary of a checkpoint that does not know them yet."""
-        weights = find_weights(path_or_id)
-        state = read_state(weights)
-        config = config or infer_config(state, beside=weights)
-        model = cls(replace(config, vocab_size=config.vocab_size + extra_words), **sizes)
-        model.start_from(state, source=str(path_or_id))
-        return model.eval()
+    def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"words": len(state[WORDS])} if WORDS in state else {}
 
     def choices(self, batch: PackedBatch) -> Outputs:
         """scores (B, 2); the score of a choice in evaluation is column 1."""

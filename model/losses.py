@@ -106,7 +106,7 @@ def ranking(outputs: Targets, targets: Targets, *, group_size: int, margin: floa
 
 
 def referred_regions(outputs: Targets, targets: Targets) -> Terms:
-    """RefCOCO: cross-entropy (B,) over the regions of each picture against `region`; reduce with "sum", as published."""
+    """RefCOCO: cross-entropy (B,) over the regions of each picture against `region`, 0 where that is -100; reduced with "sum"."""
     return {"cross_entropy": F.cross_entropy(outputs["scores"].float(), targets["region"], reduction="none")}
 
 
@@ -119,10 +119,10 @@ def ranked_regions(outputs: Targets, targets: Targets, *, rng: random.Random, ma
         hard_ratio: probability of the best-scoring one.
 
     Returns:
-        `margin` (B,); 0 where a picture has no other region.
+        `margin` (B,); 0 where a picture has no other region, or `region` is -100.
     """
     scores_BR = outputs["scores"].float()
-    wanted_B = targets["region"]
+    wanted_B = targets["region"].clamp(min=0)
     others_BR = scores_BR.scatter(1, wanted_B.unsqueeze(1), -torch.inf)
     negatives = others_BR.argmax(dim=1).tolist()
     counts = outputs["region_counts"].tolist()
@@ -133,7 +133,7 @@ def ranked_regions(outputs: Targets, targets: Targets, *, rng: random.Random, ma
     negatives_B = torch.tensor(negatives, device=scores_BR.device)
     chances_BR = torch.sigmoid(scores_BR)
     wrong, right = (chances_BR.gather(1, picked.unsqueeze(1)).squeeze(1) for picked in (negatives_B, wanted_B))
-    return {"margin": F.relu(margin + wrong - right) * (outputs["region_counts"] > 1)}
+    return {"margin": F.relu(margin + wrong - right) * ((outputs["region_counts"] > 1) & (targets["region"] >= 0))}
 
 
 def sum_and_count(term: Tensor, reduction: Reduction = "elements") -> tuple[Tensor, int]:

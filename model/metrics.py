@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from uniter.datasets.candidates import IOU_THRESHOLD, inclusive_iou
 from uniter.datasets.errors import BadInput
 
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.integer]
 DEPTHS = (1, 5, 10)
-IOU_THRESHOLD = 0.5
 
 
 # Per example: (outputs of a head, PackedBatch.targets) -> values whose mean is reported.
@@ -35,14 +35,21 @@ def statement_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tens
 
 
 def referred_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """RefCOCO on annotated boxes: whether the best-scoring region is the referred one, (B,)."""
-    return {"accuracy": (outputs["scores"].argmax(dim=1) == targets["region"]).float()}
+    """RefCOCO, annotated or detected boxes: whether the best-scoring region overlaps the annotated one by more than half, (B,)."""
+    counts = outputs["region_counts"]
+    best_B = counts.cumsum(0) - counts + outputs["scores"].argmax(dim=1)
+    return {"accuracy": (targets["overlaps"][best_B] > IOU_THRESHOLD).float()}
 
 
 def choice_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, choices: int = 4) -> dict[str, Tensor]:
-    """VCR: whether the best of the choices of each question, end to end in the batch, is the right one, (B / choices,)."""
-    scores = outputs["scores"][:, 1].view(-1, choices)
-    return {"accuracy": targets["correct"].view(-1, choices).gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1).float()}
+    """VCR: whether the best of each question's answers, and the best of its rationales, which follow them, is the right one.
+
+    Returns:
+        (questions,) `qa`, `qar` (given the true answer), `q2ar` (both right).
+    """
+    best = outputs["scores"][:, 1].view(-1, 2, choices).argmax(dim=2, keepdim=True)
+    right = targets["correct"].view(-1, 2, choices).gather(2, best).squeeze(2) == 1
+    return {"qa": right[:, 0].float(), "qar": right[:, 1].float(), "q2ar": right.all(dim=1).float()}
 
 
 def rank_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, group_size: int) -> dict[str, Tensor]:
@@ -228,24 +235,6 @@ def nlvr2_figures(predictions: Mapping[str, bool], truths: Mapping[str, bool]) -
 # RefCOCO.
 
 
-def inclusive_iou(box: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union as published: boxes x, y, w, h in pixels, both ends of an intersection counted, areas plainly w * h.
-
-    Boxes whose intersection is a single row or column of pixels do not meet.
-    """
-    left, top = max(box[0], other[0]), max(box[1], other[1])
-    right = min(box[0] + box[2] - 1, other[0] + other[2] - 1)
-    bottom = min(box[1] + box[3] - 1, other[1] + other[3] - 1)
-    common = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0.0
-    return float(common / (box[2] * box[3] + other[2] * other[3] - common))
-
-
-def box_from_position(position: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """x, y, w, h in pixels of an image of (height, width), from a region's seven position numbers."""
-    height, width = size
-    return position[0] * width, position[1] * height, position[4] * width, position[5] * height
-
-
 def referring_accuracy(boxes: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> float:
     """The share of predicted boxes (x, y, w, h) that overlap the wanted ones by more than one half."""
     if not boxes or len(boxes) != len(wanted):
@@ -269,7 +258,7 @@ def vcr_figures(answer_scores: FloatArray, rationale_scores: FloatArray, answers
     right_answers = answer_scores.argmax(axis=1) == answers
     right_rationales = given_truth.argmax(axis=1) == rationales
     return {
-        "q_a": float(right_answers.mean()),
-        "qa_r": float(right_rationales.mean()),
-        "q_ar": float((right_answers & right_rationales).mean()),
+        "qa": float(right_answers.mean()),
+        "qar": float(right_rationales.mean()),
+        "q2ar": float((right_answers & right_rationales).mean()),
     }

@@ -4,6 +4,7 @@ A row says what of an example is shown (`sample`), which scores are computed (`h
 terms, with weights beside them) and what is reported (`metric`, values to be averaged). Cells are functions.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uniter.datasets import samples
+from uniter.datasets import candidates, samples
+from uniter.datasets.annotations.vcr import CHOICES, TAG_WORDS
 from uniter.datasets.collate import PackedBatch
 from uniter.datasets.corpus import SPECIAL_TOKENS, Corpus
 from uniter.datasets.errors import BadInput, unknown_name
@@ -74,6 +76,8 @@ class Finetuning:
         figures: official figures of a whole corpus beside the metric.
         pairs: the head that scores single pairs, where all texts are evaluated with all pictures instead of example by example.
         validate_as: the row that training validates with, where its own would be too expensive.
+        predicted: what of an example is asked in predictions, where that is more than in training, and `predicted_lengths` its tokens.
+        max_text_length: longest text, where the settings leave it open and UNITER's 60 are too few.
         learning_rate, head_rate_multiplier, steps, batch_tokens, accumulation, clip: where the settings leave them open.
     """
 
@@ -84,6 +88,9 @@ class Finetuning:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     pairs: Callable[[Any, PackedBatch], Outputs] | None = None
     validate_as: str | None = None
+    predicted: SampleFunction | None = None
+    predicted_lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] | None = None
+    max_text_length: int | None = None
     head: str | None = None
     learning_rate: float = 5e-5
     head_rate_multiplier: float = 1.0
@@ -235,6 +242,46 @@ def one_rank_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
     return metrics.rank_accuracy(outputs, targets, group_size=len(outputs["scores"]))
 
 
+def with_candidates(task: Task, corpus: Corpus) -> Task:
+    """The row with the order of each picture's annotations, for annotated or for detected boxes, whichever the corpus has."""
+    pictures = [candidates.read_pictures(text) for text in corpus.texts]
+    annotated = candidates.are_annotated(corpus, pictures)
+    return replace(task, sample=partial(samples.referred_region, pictures=pictures, annotated=annotated))
+
+
+def no_candidates(example: samples.Example, rng: random.Random, masking: samples.Masking) -> samples.Sample:
+    raise ValueError("a referring row samples only after `of_data` gave it the pictures of its corpus")
+
+
+def ranked_regions(outputs: Outputs, targets: Targets) -> Terms:
+    """RefCOCO's ranking loss; its draws are the samples', so that a resumed run makes the same ones."""
+    return losses.ranked_regions(outputs, targets, rng=random.Random(int(targets["draw"][0])))
+
+
+def lengths_of_choices(corpus: Corpus, images_N2: NDArray[np.int32], *, sequences: int = 2 * CHOICES) -> NDArray[np.int64]:
+    """Tokens of VCR's sequences, each counted with the longest answer and rationale; there are two more [SEP] in it."""
+    return (corpus.lengths_with(images_N2) + 2) * sequences
+
+
+def with_tags(task: Task, corpus: Corpus) -> Task:
+    """The row for texts with so many word pieces, the object tags counted."""
+    if bool((corpus.image_rows_NK[:, 0] == corpus.image_rows_NK[:, 1]).any()):
+        row = int(corpus.image_rows_NK[corpus.image_rows_NK[:, 0] == corpus.image_rows_NK[:, 1]][0, 0])
+        raise BadInput(
+            f"corpus {corpus.name!r}: {corpus.images.keys_list[row]!r} is both the annotated and the detected regions of a picture; "
+            "extract them under different keys (--key 'vcr_gt_train_{stem}.npz' and 'vcr_train_{stem}.npz')"
+        )
+    # Ours say which words they added; published databases do not, but always have UNITER's 81.
+    words = max(text.v_range[1] + len(text.meta.get("added_words", TAG_WORDS)) for text in corpus.texts)
+    assert task.finetuning is not None
+    return replace(task, finetuning=replace(task.finetuning, sizes={"words": words}))
+
+
+def choice_scores(outputs: Outputs) -> list[Any]:
+    """The scores of a question's answers, and of its rationales with each answer."""
+    return list(outputs["scores"][:, 1].float().view(-1, CHOICES + CHOICES**2).tolist())
+
+
 def _answers(*, published: int, write: Any, **numbers: Any) -> Task:
     return Task(
         sample=partial(samples.answered_question, answers=published),
@@ -262,6 +309,27 @@ def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.length
             write=predictions.write_statements,
             learning_rate=3e-5,
             steps=8000,
+        ),
+    )
+
+
+def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> Task:
+    return Task(
+        sample=no_candidates,
+        head=downstream.UniterForReferring.regions,
+        losses=losses_of,
+        metric=metrics.referred_accuracy,
+        reduction="sum",
+        of_data=with_candidates,
+        finetuning=Finetuning(
+            model=downstream.UniterForReferring,
+            answer=best_answer,
+            write=predictions.write_regions,
+            sizes=sizes,
+            learning_rate=1e-4,
+            steps=24000,
+            # Published: 128 phrases, with their regions some twenty tokens each.
+            batch_tokens=2560,
         ),
     )
 
@@ -313,6 +381,32 @@ DOWNSTREAM: dict[str, Task] = {
             # One group a micro-batch, whatever its tokens; eight texts and eight pictures an update.
             batch_tokens=1,
             accumulation=16,
+        ),
+    ),
+    "refcoco": _referring(losses.referred_regions),
+    "refcoco-two-layers": _referring(losses.referred_regions, layers=2),
+    "refcoco-rank": _referring(ranked_regions),
+    "vcr": Task(
+        sample=samples.multiple_choice,
+        head=downstream.UniterForVcr.choices,
+        losses=losses.choices,
+        metric=metrics.choice_accuracy,
+        lengths=lengths_of_choices,
+        pictures=2,
+        of_data=with_tags,
+        finetuning=Finetuning(
+            model=downstream.UniterForVcr,
+            answer=choice_scores,
+            figures=predictions.vcr_figures,
+            write=predictions.write_choices,
+            predicted=partial(samples.multiple_choice, every_answer=True),
+            predicted_lengths=partial(lengths_of_choices, sequences=CHOICES + CHOICES**2),
+            max_text_length=220,
+            learning_rate=6e-5,
+            steps=8000,
+            # Published: 4,000 tokens, not counting that each example is four sequences.
+            batch_tokens=16000,
+            accumulation=5,
         ),
     ),
 }

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
+from uniter.datasets.annotations import ANNOTATIONS
 from uniter.datasets.build_text import build_text_db
 from uniter.datasets.captions.caption import Caption
-from uniter.datasets.image_db import encode_record
+from uniter.datasets.image_db import ImageDB, encode_record
 from uniter.datasets.lmdb_store import UnitStore
 from uniter.datasets.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.tokenizer import Tokenizer
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "orange", "purple")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
+TAGS = tuple(f"[[{shape}]]" for shape in SHAPES)
 
 VE_LABELS = {"contradiction": 0, "entailment": 1, "neutral": 2}
 
@@ -84,10 +86,12 @@ class World:
 
     def write_task(self, folder: Path, task: str, *, seed: int = 1, count: int = 200) -> Path:
         """Write `folder/TASK.db`, examples of a down-stream task over the pictures written before; return its path."""
-        rng, keys = random.Random(seed), sorted(self.things)
+        rng, keys = random.Random(seed), sorted(key for key in self.things if not key.startswith("found"))
+        regions = ImageDB(folder / "regions.lmdb")
         examples = []
         for number in range(count):
             image: str | tuple[str, ...] = rng.choice(keys)
+            texts = None
             shape, colour = rng.choice(self.things[str(image)])
             fields: dict[str, object] = {}
             if task == "vqa":
@@ -102,19 +106,51 @@ class World:
                 holds = any(there == shape for there, _ in self.things[image[1]])
                 text = f"there is a {SHAPES[shape]}"
                 fields["target"] = int(holds)
+            elif task == "refcoco":
+                boxes, region = regions[str(image)].boxes, self._region_of(regions[str(image)], shape, colour)
+                text = f"the {COLOURS[colour]} {SHAPES[shape]}"
+                place = keys.index(str(image))
+                fields = {
+                    "sent_id": number,
+                    "ref_id": number,
+                    "image_id": place,
+                    "ann_id": 100 * place + region,
+                    "bbox": _xywh(boxes[region]),
+                }
+            elif task == "vcr":
+                image = (str(image), f"found_{image}")
+                text = f"what is with the {SHAPES[shape]}"
+                others = rng.sample([place for place in range(len(COLOURS)) if place != colour], 3)
+                answer, reason = rng.randrange(4), rng.randrange(4)
+                fields = {"qa_target": answer, "qar_target": reason}
+                named = [[*others[:right], colour, *others[right:]] for right in (answer, reason)]
+                texts = {
+                    "input_ids_as": [f"[[{SHAPES[shape]}]] {COLOURS[place]}" for place in named[0]],
+                    "input_ids_rs": [f"there is {COLOURS[place]} with the [[{SHAPES[shape]}]]" for place in named[1]],
+                }
             else:
                 text = _caption(self.things[str(image)], rng)
             name = str(number) if task != "nlvr2" else f"dev-{number // 4}-{number % 4}-{number % 2}"
-            examples.append(Caption(name, image, text, (), fields))
+            examples.append(Caption(name, image, text, (), fields, texts))
+        listed = [
+            {"id": place, "file_name": key, "height": 440, "width": 440, "ann_ids": [100 * place + row for row in range(len(regions[key]))]}
+            for place, key in enumerate(keys if task == "refcoco" else ())
+        ]
         answers = {"vqa": {colour: place for place, colour in enumerate(COLOURS)}, "ve": VE_LABELS}.get(task)
         build_text_db(
             examples,
             folder / f"{task}.db",
-            tokenizer=vocabulary(),
+            tokenizer=vocabulary().with_words(TAGS) if task == "vcr" else vocabulary(),
             settings={"made_up": True, "task": task, "seed": seed},
-            side_files=None if answers is None else lambda: {"ans2label.json": answers},
+            lengths=ANNOTATIONS[task].lengths if task == "vcr" else None,
+            side_files=lambda: {"images.json": listed} if listed else {} if answers is None else {"ans2label.json": answers},
         )
         return folder / f"{task}.db"
+
+    def _region_of(self, regions: RegionFeatures, shape: int, colour: int) -> int:
+        """The first row that looks like this."""
+        away = np.abs(regions.features - (self.shape_looks[shape] + self.colour_looks[colour]).clip(-1)).sum(axis=1)
+        return int((away < 1.5 * away.min()).argmax())
 
     def _regions(self, things: list[tuple[int, int]], rng: np.random.Generator, *, count: int, soft_labels: bool) -> RegionFeatures:
         features, boxes, labels = [], [], []
@@ -141,6 +177,11 @@ class World:
             soft_labels=np.array(labels, dtype=np.float32)[order] if soft_labels else None,
             size=(440, 440),
         )
+
+
+def _xywh(box: np.ndarray) -> list[float]:
+    x0, y0, x1, y1 = box.tolist()
+    return [x0, y0, x1 - x0, y1 - y0]
 
 
 def vocabulary() -> Tokenizer:

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 def finetune(settings: TrainSettings, run: Path) -> dict[str, Any]:
     """Start a fine-tuning run in the folder `run`, or go on with the one that is there; see `runs.start`."""
+    longest = extras(row_of(settings.task)).max_text_length
+    if longest is not None and "max_text_length" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"max_text_length": longest})
     return start(settings, run, kind_of(settings.task))
 
 
@@ -143,7 +146,8 @@ class _Opened:
     def predictions(self) -> dict[str, Any]:
         """What the model says of every example, in corpus order."""
         found: dict[int, Any] = {}
-        part = Part("predictions", self.corpus, self.task.sample, lengths=self.task.lengths)
+        row = extras(self.task)
+        part = Part("predictions", self.corpus, row.predicted or self.task.sample, lengths=row.predicted_lengths or self.task.lengths)
         for made, _, outputs in self.scored(part):
             found |= dict(zip(made.plan.examples.tolist(), extras(self.task).answer(outputs), strict=True))
         everything = {number: answer for one in self.everyone.gather(found) for number, answer in one.items()}

@@ -122,7 +122,7 @@ def test_golden_head_initialisation_from_a_pretrained_checkpoint(tag, uniter_gol
     if kind is UniterForPretraining:
         model = second_stage(base, golden_config, extra_words=extra_words, source="golden")
     elif kind is UniterForVcr:
-        model = kind.from_checkpoint(tmp_path / "pretrained.pt", extra_words=extra_words)
+        model = kind.from_checkpoint(tmp_path / "pretrained.pt", words=golden_config.vocab_size + extra_words)
     elif kind is UniterForVqa:
         model = kind.from_checkpoint(tmp_path / "pretrained.pt", answers=listed["keys"]["vqa_output.3.bias"][0])
     elif kind is UniterForReferring:

@@ -147,7 +147,6 @@ def test_nlvr2_accuracy_and_consistency():
 def test_referring_needs_more_than_half():
     # Two boxes of 100 pixels that share 9 x 10, and one compared with its half: exactly one half is not enough.
     assert metrics.referring_accuracy([[0, 0, 10, 10], [0, 0, 10, 10]], [[1, 0, 10, 10], [0, 0, 5, 10]]) == 0.5
-    assert metrics.box_from_position([0.1, 0.2, 0.5, 0.6, 0.4, 0.4, 0.16], (100, 200)) == pytest.approx((20, 20, 80, 40))
     with pytest.raises(BadInput, match="one box a phrase"):
         metrics.referring_accuracy([], [])
 
@@ -156,7 +155,7 @@ def test_vcr_figures_by_hand():
     answers, rationales = np.array([0, 1, 2]), np.array([3, 3, 3])
     answer_scores = np.eye(4)[[0, 1, 0]]
     rationale_scores = np.eye(4)[[3, 0, 3]]
-    expected = {"q_a": pytest.approx(2 / 3), "qa_r": pytest.approx(2 / 3), "q_ar": pytest.approx(1 / 3)}
+    expected = {"qa": pytest.approx(2 / 3), "qar": pytest.approx(2 / 3), "q2ar": pytest.approx(1 / 3)}
     assert metrics.vcr_figures(answer_scores, rationale_scores, answers, rationales) == expected
     with_each_answer = np.zeros((3, 4, 4))
     with_each_answer[[0, 1, 2], answers] = rationale_scores
@@ -168,8 +167,11 @@ def test_metrics_of_batches():
     soft = {"answers": torch.tensor([[0.0, 0.6], [0.0, 1.0]])}
     assert metrics.answer_score({"scores": scores}, soft)["accuracy"].tolist() == pytest.approx([0.6, 0.0])
     assert metrics.statement_accuracy({"scores": scores}, {"truth": torch.tensor([1, 1])})["accuracy"].tolist() == [1.0, 0.0]
-    assert metrics.referred_accuracy({"scores": scores}, {"region": torch.tensor([1, 1])})["accuracy"].tolist() == [1.0, 0.0]
+    regions = {"scores": scores, "region_counts": torch.tensor([2, 2])}
+    overlaps = {"overlaps": torch.tensor([0.9, 0.6, 0.5, 0.9])}
+    assert metrics.referred_accuracy(regions, overlaps)["accuracy"].tolist() == [1.0, 0.0], "more than half"
     groups = {"scores": torch.tensor([[0.9], [0.1], [0.5], [0.5]])}
     assert metrics.rank_accuracy(groups, {}, group_size=2)["accuracy"].tolist() == [1.0, 0.0]
-    choices = {"scores": torch.tensor([[0.0, 0.1], [0.0, 0.3], [0.0, 0.2], [0.0, 0.0]])}
-    assert metrics.choice_accuracy(choices, {"correct": torch.tensor([0, 1, 0, 0])})["accuracy"].tolist() == [1.0]
+    choices = {"scores": torch.tensor([[0.0, score] for score in (0.1, 0.3, 0.2, 0.0, 0.9, 0.1, 0.1, 0.1)])}
+    right = metrics.choice_accuracy(choices, {"correct": torch.tensor([0, 1, 0, 0, 0, 0, 0, 1])})
+    assert {name: values.tolist() for name, values in right.items()} == {"qa": [1.0], "qar": [0.0], "q2ar": [0.0]}

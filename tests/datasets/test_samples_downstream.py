@@ -1,0 +1,171 @@
+"""RefCOCO's and VCR's samples against the golden items, and the check of the order of regions."""
+
+import dataclasses
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from uniter.datasets.candidates import are_annotated, candidate_boxes, inclusive_iou, picture_of, read_pictures
+from uniter.datasets.collate import collate
+from uniter.datasets.corpus import Corpus, gather, open_corpus
+from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db import ImageDB
+from uniter.datasets.regions import RegionFeatures
+from uniter.datasets.samples import UNKNOWN, Example, Masking, Sample, multiple_choice, referred_region
+from uniter.datasets.text_db import TextDB
+
+
+def checksum(array: np.ndarray) -> str:
+    return hashlib.sha1(np.ascontiguousarray(array, dtype=np.float32).tobytes()).hexdigest()
+
+
+def example(corpus: Corpus, number: int) -> Example:
+    return Example(corpus, number, tuple(corpus.image_rows_NK[number].tolist()))
+
+
+def phrase(corpus: Corpus, number: int, *, annotated: bool) -> Sample:
+    pictures = [read_pictures(text) for text in corpus.texts]
+    return referred_region(example(corpus, number), random.Random(0), Masking(), pictures=pictures, annotated=annotated)
+
+
+def boxes_of(corpus: Corpus, number: int) -> np.ndarray:
+    record = corpus.record(number)
+    picture = picture_of([read_pictures(text) for text in corpus.texts], corpus, number, record)
+    return candidate_boxes(corpus.regions(int(corpus.image_rows_NK[number, 0])).norm_bb, picture.size)
+
+
+def _check_item(sample: Sample, expected: dict, *, sequence: int = 0) -> None:
+    shown = sample.sequences[sequence]
+    assert shown.input_ids == expected["input_ids"]["values"]
+    assert checksum(shown.features) == expected["img_feat"]["sha1_f32"]
+    positions = collate([dataclasses.replace(sample, sequences=[shown])]).positions_R7
+    assert checksum(positions.numpy()) == expected["img_pos_feat"]["sha1_f32"]
+
+
+def test_golden_phrases_with_annotated_and_detected_boxes(uniter_tasks_golden: Path) -> None:
+    items = json.loads((uniter_tasks_golden / "expect_items.json").read_text())
+    arrays = np.load(uniter_tasks_golden / "expect_items.npz", allow_pickle=False)
+    images = ImageDB(uniter_tasks_golden / "img_db" / "toy")
+    corpus = gather([TextDB(uniter_tasks_golden / "txt_db" / "refcoco_train.db")], images, "refcoco", -1)
+    assert [corpus.example_id(number) for number in range(len(corpus))] == items["ReDataset.ids"]
+    for number, expected in items["ReDataset"].items():
+        made = phrase(corpus, int(number), annotated=True)
+        _check_item(made, expected)
+        assert made.targets["region"].tolist() == expected["target"]["values"]
+
+    keys = [images.keys_list[row].replace("coco_gt", "det_coco") for row in corpus.image_rows_NK[:, 0]]
+    rows = np.array([[images.index_of(key)] for key in keys], dtype=np.int32)
+    detected = dataclasses.replace(corpus, image_rows_NK=rows)
+    for number, expected in items["ReEvalDataset_det"].items():
+        made = phrase(detected, int(number), annotated=False)
+        _check_item(made, expected)
+        boxes = boxes_of(detected, int(number))
+        np.testing.assert_allclose(boxes, arrays[f"ReEvalDataset_det|{number}|obj_boxes"], rtol=1e-6)
+        wanted = arrays[f"ReEvalDataset_det|{number}|tgt_box"].tolist()
+        assert made.targets["overlaps"].tolist() == pytest.approx([inclusive_iou(box, wanted) for box in boxes.tolist()], abs=1e-5)
+
+
+def _data_corpus(golden: Path, which: str) -> Corpus:
+    entry = json.loads((golden / "expected.json").read_text())["txt_db"]
+    path = next(value["path"] for name, value in entry.items() if name.startswith("refcoco"))
+    return open_corpus("refcoco", [golden / path], [golden / "img_db" / which], max_text_length=-1)
+
+
+def test_golden_phrases_of_the_data_goldens(uniter_data_golden: Path) -> None:
+    golden = json.loads((uniter_data_golden / "expected.json").read_text())["datasets"]
+    annotated, detected = (_data_corpus(uniter_data_golden, which) for which in ("re_gt", "re_det"))
+    assert [annotated.example_id(number) for number in range(len(annotated))] == golden["re_train"]["ids"]
+    for number, expected in enumerate(golden["re_train"]["items"]):
+        made = phrase(annotated, number, annotated=True)
+        assert made.sequences[0].input_ids == expected["input_ids"]
+        assert made.targets["region"].tolist() == expected["target"]
+        positions = collate([made]).positions_R7
+        assert len(positions) == expected["num_bb"] and float(positions.sum()) == pytest.approx(expected["pos_sum"], rel=1e-5)
+    for corpus, kind in ((annotated, "re_eval_gt"), (detected, "re_eval_det")):
+        for number, expected in enumerate(golden[kind]):
+            made, boxes = phrase(corpus, number, annotated=kind == "re_eval_gt"), boxes_of(corpus, number)
+            assert (made.id, len(boxes)) == (expected["sent_id"], expected["num_bb"])
+            assert corpus.record(number)["bbox"] == pytest.approx(expected["tgt_box"])
+            assert boxes[0].tolist() == pytest.approx(expected["obj_boxes_first"], rel=1e-5)
+            assert float(boxes.sum()) == pytest.approx(expected["obj_boxes_sum"], rel=1e-5)
+            assert made.targets["overlaps"].tolist() == pytest.approx(expected["iou"], abs=2e-5)
+
+
+def test_golden_sets_tell_annotated_boxes_from_detected_ones(uniter_data_golden: Path) -> None:
+    annotated, detected = (_data_corpus(uniter_data_golden, which) for which in ("re_gt", "re_det"))
+    pictures = [read_pictures(text) for text in annotated.texts]
+    assert are_annotated(annotated, pictures) and not are_annotated(detected, pictures)
+    turned = [
+        {image: dataclasses.replace(one, annotations=one.annotations[1:] + one.annotations[:1]) for image, one in pictures[0].items()}
+    ]
+    with pytest.raises(BadInput, match=r"are not the annotations in the order of images\.json"):
+        are_annotated(annotated, turned)
+
+
+def test_a_phrase_that_no_detected_region_covers_has_no_target(uniter_data_golden: Path) -> None:
+    corpus = _data_corpus(uniter_data_golden, "re_det")
+    for number in range(len(corpus)):
+        targets = phrase(corpus, number, annotated=False).targets
+        best = int(targets["overlaps"].argmax())
+        assert targets["region"].tolist() == [best if targets["overlaps"][best] > 0.5 else UNKNOWN]
+
+
+def test_regions_that_are_not_the_annotations_are_refused(uniter_data_golden: Path) -> None:
+    with pytest.raises(BadInput, match=r"has \d+ regions, but its \d+ annotations are expected"):
+        phrase(_data_corpus(uniter_data_golden, "re_det"), 0, annotated=True)
+
+
+class Both:
+    """Annotated and detected regions under the same keys, as the golden set has them: rows of the one, then of the other."""
+
+    def __init__(self, annotated: ImageDB, detected: ImageDB) -> None:
+        self.databases, self.first = (annotated, detected), len(annotated)
+        self.keys_list = [*annotated.keys_list, *detected.keys_list]
+
+    def read_row(self, row: int, **chosen: Any) -> RegionFeatures:
+        return self.databases[row >= self.first].read(self.keys_list[row], fields=chosen["fields"])
+
+
+@pytest.fixture
+def questions(uniter_tasks_golden: Path) -> Corpus:
+    toy = uniter_tasks_golden / "img_db" / "toy"
+    text = TextDB(uniter_tasks_golden / "txt_db" / "vcr_toy.db")
+    annotated, detected = ImageDB(next(toy.glob("feat_numbb*")), conf_th=-1, num_bb=100), ImageDB(toy)
+    corpus = gather([text], detected, "vcr", -1)
+    keys = [text.image_key(number) for number in range(len(text))]
+    rows = [[annotated.index_of(left), len(annotated) + detected.index_of(right)] for left, right in keys]
+    return dataclasses.replace(corpus, images=Both(annotated, detected), image_rows_NK=np.array(rows, dtype=np.int32))
+
+
+def test_golden_choices(uniter_tasks_golden: Path, questions: Corpus) -> None:
+    items = json.loads((uniter_tasks_golden / "expect_items.json").read_text())
+    count = len(items["VcrDataset.qa.choice0"])
+    for number in range(count):
+        made = multiple_choice(example(questions, number), random.Random(0), Masking())
+        assert len(made.sequences) == 8
+        for place in range(8):
+            task = ("qa", "qar")[place // 4]
+            expected = items[f"VcrDataset.{task}.choice{place % 4}"][str(number)]
+            _check_item(made, expected, sequence=place)
+            assert made.sequences[place].text_types == expected["txt_type_ids"]["values"]
+            assert made.targets["correct"][place] == expected["target"]["values"][0]
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_golden_choices_of_evaluation(part: str, uniter_tasks_golden: Path, questions: Corpus) -> None:
+    items = json.loads((uniter_tasks_golden / "expect_items.json").read_text())
+    whole = items[f"VcrEvalDataset.{part}"]
+    number = next(number for number in range(len(questions)) if questions.example_id(number) == whole["qid"])
+    made = multiple_choice(example(questions, number), random.Random(0), Masking(), every_answer=part == "test")
+    assert len(made.sequences) == whole["n_choices"]
+    for place, sequence in enumerate(made.sequences):
+        expected = items[f"VcrEvalDataset.{part}.choice{place}"][str(number)]
+        _check_item(made, expected, sequence=place)
+        assert sequence.text_types == expected["txt_type_ids"]["values"]
+    assert made.targets["correct"][:4].argmax() == whole["qa_target"][0]
+    assert (made.targets["correct"][4:].reshape(-1, 4).argmax(axis=1) == whole["qar_target"][0]).all()
