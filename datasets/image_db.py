@@ -502,6 +502,11 @@ class ImageDB(Mapping[str, RegionFeatures]):
         return [part.header for part in self._parts]
 
     @property
+    def folders(self) -> list[Path]:
+        """Where each of these databases lies."""
+        return [part.path for part in self._parts]
+
+    @property
     def feature_width(self) -> int:
         """Columns of `features`; 0 in an empty database."""
         return self._stated_width("feature_width", lambda first: first.features.shape[1])
@@ -655,10 +660,29 @@ class _Chained(Sequence[str]):
 
 
 def open_image_dbs(paths: Sequence[str | Path], **selection: Any) -> ImageDB:
-    """Several region databases (each anything that `ImageDB` reads) as one; the arguments are `ImageDB`'s."""
+    """Several region databases (each anything that `ImageDB` reads) as one; the arguments are `ImageDB`'s.
+
+    Raises:
+        BadInput: none is named, or two say that they were made with different detectors: other widths, or other classes.
+    """
     if not paths:
         raise BadInput("no region database was named; pass --images")
-    return ImageDB(list(paths), **selection)
+    together = ImageDB(list(paths), **selection)
+    stated: dict[str, tuple[Any, Path]] = {}
+    for header, path in zip(together.headers, together.folders, strict=True):
+        for name, what in (
+            ("feature_width", "features {} wide"),
+            ("label_classes", "{} detector classes"),
+            ("class_names", "other classes"),
+        ):
+            # Empty databases and those without soft labels or names fit any.
+            if header is None or not (value := header.get(name)):
+                continue
+            first, where = stated.setdefault(name, (value, path))
+            if value != first:
+                mine, theirs = (what.format(number) for number in (value, first))
+                raise BadInput(f"{path} has {mine}, {where} has {theirs}: they cannot be read as one; extract all with one detector")
+    return together
 
 
 def match_image_key(databases: ImageDB | Sequence[ImageDB], name: str) -> tuple[str, str] | None:

@@ -362,6 +362,21 @@ def test_several_databases_read_as_one(tmp_path: Path, database: Path) -> None:
         together.keys_list[len(together)]
 
 
+def test_databases_of_different_detectors_are_not_read_as_one(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(10)]
+    made = {"feature_width": 16, "label_classes": 11, "class_names": names}
+    one = write_database(tmp_path / "one", KEYS[:4], header=made)
+    for name, other, said in (
+        ("width", {"feature_width": 32}, r"width has features 32 wide, .*one has features 16 wide: .* one detector"),
+        ("count", {"label_classes": 12}, "count has 12 detector classes, .*one has 11 detector classes"),
+        ("names", {"class_names": names[::-1]}, "names has other classes"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            open_image_dbs([one, write_database(tmp_path / name, KEYS[4:], header={**made, **other})])
+    unlabelled = write_database(tmp_path / "unlabelled", KEYS[4:], header={"feature_width": 16, "label_classes": 0, "class_names": None})
+    assert len(open_image_dbs([unlabelled, one])) == len(KEYS)
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("state", ["complete", "partial"])
 def test_workers_of_every_start_method_can_read(tmp_path: Path, method: str, state: str) -> None:

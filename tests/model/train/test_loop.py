@@ -1,5 +1,6 @@
 """The loop's own laws: what an update does, what it logs, and that it stops before nonsense is learned."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,24 @@ def test_databases_of_two_detectors_are_refused(small: Make, databases: tuple[Pa
     corpora = [{"name": name, "text": [str(texts)], "images": [str(images)]} for name, (texts, images) in (("a", databases), ("b", other))]
     with pytest.raises(UniterError, match="differ in width"):
         open_data(small(corpora=corpora))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"width": 24}, r"region features are 24 wide, but .* was trained on 16; use its detector"),
+        ({"classes": 5}, r"the region databases have \[5\] detector classes, the model 9; leave mrc and mrc-kl out"),
+    ],
+)
+def test_databases_that_do_not_fit_the_model_are_refused(
+    small: Make, databases: tuple[Path, Path], tmp_path: Path, made_up: Any, other: dict[str, int], said: str
+) -> None:
+    pretrain(small(steps=2, validate_every=2), tmp_path / "run")
+    texts, images = made_up.World(width=other.get("width", 16)).write(tmp_path / "other", pictures=40)
+    if "classes" in other:
+        header = json.loads((images / "header.json").read_text())
+        (images / "header.json").write_text(json.dumps({**header, "label_classes": other["classes"]}))
+    corpora = [{"name": "toy", "text": [str(texts)], "images": [str(images)]}]
+    settings = small(corpora=corpora, model={}, **{"from": str(tmp_path / "run")})
+    with pytest.raises(BadInput, match=said):
+        build_model(settings, open_data(settings))
