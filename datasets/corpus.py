@@ -117,7 +117,7 @@ def open_corpus(
         texts, images: paths of text and region databases; any text may speak of any image.
         max_text_length: longer texts (word pieces without [CLS] and [SEP]) are left out; -1 keeps all.
         image_options: which regions to take from published databases (`conf_th`, `min_bb`, `max_bb`, `num_bb`), `allow_partial`,
-            `readahead`.
+            `readahead`; the last two hold for the texts as well.
 
     Raises:
         BadInput: no example is left; the sentence says why.
@@ -125,8 +125,8 @@ def open_corpus(
     if not texts or not images:
         raise BadInput(f"corpus {name!r} needs at least one text database (--text) and one region database (--images)")
     options = dict(image_options or {})
-    partial = bool(options.get("allow_partial", False))
-    return gather([TextDB(path, allow_partial=partial) for path in texts], open_image_dbs(list(images), **options), name, max_text_length)
+    both = {name: options[name] for name in ("allow_partial", "readahead") if name in options}
+    return gather([TextDB(path, **both) for path in texts], open_image_dbs(list(images), **options), name, max_text_length)
 
 
 def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length: int = 60) -> Corpus:

@@ -114,6 +114,7 @@ class TrainSettings(Settings):
     seed: int = Field(default=42, ge=0)
     device: str | None = Field(default=None, description="cpu, cuda, cuda:N; none: a GPU where there is one")
     workers: int | None = Field(default=None, ge=0, description="processes that make batches; none: fitted to the machine")
+    readahead: bool = Field(default=True, description="false for random reads of databases larger than memory on a local disk")
     validate_every: int | None = Field(default=None, ge=1, description="updates between validations; none: a tenth, at most 5,000")
     validation_pictures: int | None = Field(
         None, ge=1, description="pictures held out where there is no validation database; none: a twentieth"
@@ -141,7 +142,7 @@ class TrainSettings(Settings):
 
 # A repeated command may differ in these and still be the same run.
 MAY_CHANGE = {
-    "device", "workers", "checkpoint_every", "keep", "stop_after", "tensorboard", "wandb_project", "accumulation"
+    "device", "workers", "readahead", "checkpoint_every", "keep", "stop_after", "tensorboard", "wandb_project", "accumulation"
 }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def kind_of(name: str) -> Kind:
     row = DOWNSTREAM[name]
 
     def open_data(settings: TrainSettings) -> Data:
-        options = {**settings.regions.model_dump(), "readahead": True}
+        options = {**settings.regions.model_dump(), "readahead": settings.readahead}
         training: dict[str, Corpus] = {}
         validation: dict[str, Corpus] = {}
         for wanted in settings.corpora:

@@ -48,7 +48,7 @@ def pretrain(settings: TrainSettings, run: Path) -> dict[str, Any]:
 
 def open_data(settings: TrainSettings) -> Data:
     """Open the corpora and hold out pictures for validation where no validation database is given."""
-    options = {**settings.regions.model_dump(), "readahead": True}
+    options = {**settings.regions.model_dump(), "readahead": settings.readahead}
     training: dict[str, Corpus] = {}
     validation: dict[str, Corpus] = {}
     tasks: dict[str, dict[str, float]] = {}

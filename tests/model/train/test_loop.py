@@ -125,6 +125,22 @@ def test_soft_labels_decide_the_tasks(small: Make, tmp_path: Path, made_up: Any,
         open_data(small(corpora=[{**corpus, "tasks": {"mlm": 1, "mrckl": 1}}]))
 
 
+@pytest.mark.parametrize("readahead", [True, False])
+def test_reading_ahead_is_a_setting(tmp_path: Path, made_up, small, readahead: bool) -> None:
+    """The kernel itself says of a mapping whether it was told to expect random reads ("rr")."""
+    texts, images = made_up.World(width=16).write(tmp_path, pictures=10)
+    data = open_data(small(corpora=[{"name": "toy", "text": [str(texts)], "images": [str(images)]}], readahead=readahead))
+    corpus = data.training["toy"]
+    corpus.record(0), corpus.regions(int(corpus.image_rows_NK[0, 0]))
+    flags, path = {}, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("VmFlags:"):
+            flags[path] = "rr" in line.split()
+        elif not line.split()[0].endswith(":"):
+            path = line.split(maxsplit=5)[-1]
+    assert {flags[str(folder / "data.mdb")] for folder in (texts, images)} == {not readahead}
+
+
 def test_databases_of_two_detectors_are_refused(small: Make, databases: tuple[Path, Path], tmp_path: Path, made_up: Any) -> None:
     other = made_up.World(width=24).write(tmp_path / "other")
     corpora = [{"name": name, "text": [str(texts)], "images": [str(images)]} for name, (texts, images) in (("a", databases), ("b", other))]
