@@ -21,11 +21,14 @@ $(STAMP): pyproject.toml constraints.txt extract/install.py
 demo: setup
 	$(BIN)/python demo/demo.py --out demo-output
 
+# Two processes of one thread each: the tests are many and small, and threads that share two cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: setup types
 	$(BIN)/ruff check .
