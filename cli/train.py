@@ -146,7 +146,8 @@ def finetune(
     roots: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Fine-tune a pre-trained model on a down-stream TASK: vqa, ve, nlvr2, nlvr2-paired, nlvr2-triplet or retrieval.
+    """Fine-tune a pre-trained model on a down-stream TASK: vqa, ve, nlvr2, nlvr2-paired, nlvr2-triplet, retrieval, retrieval-hard,
+    refcoco, refcoco-two-layers, refcoco-rank or vcr.
 
     \b
     Example:
@@ -269,7 +270,8 @@ def predict(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Write a TASK's official submission: VQA's result JSON, NLVR2's CSV, SNLI-VE's labels, retrieval's ranks.
+    """Write a TASK's official submission: VQA's result JSON, NLVR2's and VCR's CSV, SNLI-VE's labels, RefCOCO's
+    boxes, retrieval's ranks.
 
     \b
     Example:
@@ -334,7 +336,7 @@ def _until_told(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 main.add_command(detector_command)
-main.add_command(with_photographs(predict, ("vqa", "ve", "nlvr2", "retrieval")))
+main.add_command(with_photographs(predict, ("vqa", "ve", "nlvr2", "retrieval", "refcoco", "vcr")))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ What a reader would get wrong: a rank counts everything that scores at least as 
 model - a model that gives every pair the same score must not look good.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from uniter.datasets.annotations.answers import normalise_answer, strip_punctuation
 from uniter.datasets.candidates import IOU_THRESHOLD, inclusive_iou
 from uniter.datasets.errors import BadInput
 
@@ -123,66 +123,6 @@ def fold_recalls(scores: FloatArray, image_of_text: IntArray, *, folds: int = 5)
 
 
 # VQA v2. Source: GT-Vision-Lab/VQA, vqaEval.py; constants and quirks are the official ones.
-
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-_NUMBERS = {word: str(value) for value, word in enumerate(_words("zero one two three four five six seven eight nine ten"))} | {"none": "0"}
-_ARTICLES = {"a", "an", "the"}
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_COMMA_IN_NUMBER = re.compile(r"\d,\d")
-_PERIOD = re.compile(r"\.(?!\d)")
-_MOST_PERIODS = 32  # the official code passes a flag where the number of replacements belongs
-_ONE_APOSTROPHE = _words(
-    """
-    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd it'll
-    ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's
-    someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll they're they've 'twas
-    wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's
-    won't would've wouldn't y'all you'd you'll you're you've
-    """
-)
-_TWO_APOSTROPHES = _words(
-    """
-    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've there'd've
-    they'd've we'd've who'd've wouldn't've y'all'll you'd've
-    """
-)
-
-
-def _contractions() -> dict[str, str]:
-    table = {word.replace("'", ""): word for word in _ONE_APOSTROPHE}
-    for word in _TWO_APOSTROPHES:
-        first, second = (match.start() for match in re.finditer("'", word))
-        table |= {word[:first] + word[first + 1 :]: word, word[:second] + word[second + 1 :]: word}
-    for form in ("ow's'at", "'ows'at", "'ow'sat"):
-        table[form] = "'ow's'at"
-    for form in ("yall'd've", "y'alld've", "y'all'dve"):
-        table[form] = "y'all'd've"
-    # The official table has this one the wrong way round.
-    return table | {"somebody'd": "somebodyd"}
-
-
-_CONTRACTIONS = _contractions()
-
-
-def strip_punctuation(answer: str) -> str:
-    """The official handling of punctuation: away beside a space or where a number has a comma, a space elsewhere."""
-    text = answer
-    number_with_comma = _COMMA_IN_NUMBER.search(answer) is not None
-    for mark in _PUNCTUATION:
-        beside_space = f"{mark} " in answer or f" {mark}" in answer
-        text = text.replace(mark, "" if beside_space or number_with_comma else " ")
-    return _PERIOD.sub("", text, count=_MOST_PERIODS)
-
-
-def normalise_answer(answer: str) -> str:
-    """An answer in the official normal form: punctuation, lower case, digits for number words, no articles, apostrophes."""
-    words = strip_punctuation(answer.replace("\n", " ").replace("\t", " ").strip()).lower().split()
-    kept = [word for word in (_NUMBERS.get(word, word) for word in words) if word not in _ARTICLES]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in kept)
 
 
 def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:

@@ -41,14 +41,18 @@ you'dve:you'd've youll:you'll youre:you're youve:you've
 _CONTRACTIONS: Final = {wrong: right for wrong, _, right in (pair.partition(":") for pair in _PAIRS.split())}
 
 
+def strip_punctuation(answer: str) -> str:
+    """The official handling of signs: away beside a blank or where a number has a comma, a blank elsewhere; no full stops."""
+    comma_in_number = _COMMA_IN_NUMBER.search(answer) is not None
+    text = answer
+    for sign in _SIGNS:
+        beside_blank = f"{sign} " in answer or f" {sign}" in answer
+        text = text.replace(sign, "" if beside_blank or comma_in_number else " ")
+    return _FULL_STOP.sub("", text, count=_FULL_STOPS_TAKEN)
+
+
 def normalise_answer(answer: str) -> str:
     """An answer as the official evaluation compares it: small letters, no articles, digits for number words, signs taken out."""
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
-    without_signs = text
-    comma_in_number = _COMMA_IN_NUMBER.search(text) is not None
-    for sign in _SIGNS:
-        beside_blank = f"{sign} " in text or f" {sign}" in text
-        without_signs = without_signs.replace(sign, "" if beside_blank or comma_in_number else " ")
-    without_stops = _FULL_STOP.sub("", without_signs, count=_FULL_STOPS_TAKEN)
-    words = [_NUMBERS.get(word, word) for word in without_stops.lower().split()]
+    text = strip_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
+    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)

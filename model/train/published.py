@@ -63,12 +63,17 @@ MEANINGLESS_FINETUNING = {
     "negative_size": "the row draws 1, with hard negatives 399",
     "hard_neg_size": "it is 31, as published",
     "train_db_group": "databases are given",
+    "hard_ratio": "it is 0.3, as published",
+    "decay": "the rate falls linearly, as in every published file",
+    "checkpoint_from": "a checkpoint says itself which tables it holds",
 }
 DATABASES = {
     "train_txt_db", "train_img_db", "train_txt_dbs", "train_img_dbs", "val_txt_db", "val_img_db", "test_txt_db", "test_img_db",
     "val_txt_dbs", "val_img_dbs",
 }  # fmt: skip
 NLVR2_MODELS = {"paired-attn": "nlvr2", "paired": "nlvr2-paired", "triplet": "nlvr2-triplet"}
+REFERRING_LAYERS = {1: ("refcoco", "refcoco-rank"), 2: ("refcoco-two-layers",)}
+PHRASE_TOKENS = 20  # of a phrase with the annotated boxes of its picture, about
 GROUP_TOKENS = 150  # of a text with its picture, a wrong picture and a wrong text, about
 
 
@@ -134,6 +139,12 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
     model = values.get("model")
     if model is not None and NLVR2_MODELS.get(str(model)) != task:
         raise BadInput(f"{source} is of the model {model!r}; use it with uniter-train finetune {NLVR2_MODELS.get(str(model), 'nlvr2')}")
+    layers = int(values.get("mlp", 1))
+    rows = REFERRING_LAYERS.get(layers, ())
+    if task.startswith("refcoco") and task not in rows:
+        raise BadInput(
+            f"{source} is of a head with {layers} layers (mlp); use it with uniter-train finetune {' or '.join(rows) or 'nothing'}"
+        )
     ours: dict[str, Any] = {"task": task, "normalisation": "published", "ordering": "published", "optimizer": {"unused_gradients": "zero"}}
     ranks = task.startswith("retrieval")
     for key, value in {**DEFAULTS_FINETUNING, **values}.items():
@@ -141,7 +152,7 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
             _put(ours, RENAMED_FINETUNING[key], value)
         elif key in MEANINGLESS_FINETUNING:
             logger.info("%s: %s is ignored: %s", source, key, MEANINGLESS_FINETUNING[key])
-        elif key not in ELSEWHERE | DATABASES | {"model"}:
+        elif key not in ELSEWHERE | DATABASES | {"model", "mlp"}:
             logger.warning("%s: %s = %r is not known and ignored", source, key, value)
     if values.get("optim", "adam") != "adamw":
         raise BadInput(f"{source}: optim is {values.get('optim', 'adam')!r}; only adamw, which every published file uses, is here")
@@ -153,6 +164,10 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
             ours["batch_tokens"] = groups * GROUP_TOKENS
         else:
             ours |= {"batch_tokens": 1, "accumulation": 2 * groups}
+    if task.startswith("refcoco"):  # it counts phrases
+        ours |= {"ordering": "buckets", "batch_tokens": int(ours.pop("batch_tokens", 128)) * PHRASE_TOKENS}
+    if task == "vcr":  # it counts one of an example's four sequences
+        ours |= {"ordering": "buckets", "batch_tokens": int(ours.pop("batch_tokens", 4000)) * 4}
     if values.get("fp16"):
         ours["precision"] = "bf16"
     ours["checkpoint_every"] = ours.get("validate_every")

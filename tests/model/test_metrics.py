@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from uniter.datasets.annotations.answers import normalise_answer
 from uniter.datasets.errors import BadInput
 from uniter.model import metrics
 
@@ -107,7 +108,7 @@ def test_bad_scores_are_said():
     ],
 )
 def test_normal_form_of_answers(answer, normal):
-    assert metrics.normalise_answer(answer) == normal
+    assert normalise_answer(answer) == normal
 
 
 def test_nine_of_ten_rule_by_hand():

@@ -252,3 +252,16 @@ def test_published_fine_tuning_files_mean_their_runs(tmp_path: Path) -> None:
         read_published(large, roots=ROOTS, source="train-itm-flickr-large-16gpu-hn.json", task="retrieval-hard")
     hard = read_published({**VQA, "train_batch_size": 8}, roots=ROOTS, source="x.json", task="retrieval-hard")
     assert (hard["batch_tokens"], hard["accumulation"], hard["ordering"]) == (1, 16, "buckets")
+
+
+def test_published_files_of_referring_expressions_and_choices() -> None:
+    referring = {**VQA, "train_batch_size": 128, "decay": "linear", "conf_th": -1, "num_bb": 100, "seed": 24}
+    ours = read_published(referring, roots=ROOTS, source="train-refcoco-base-1gpu.json", task="refcoco")
+    assert (ours["batch_tokens"], ours["ordering"], ours["regions"]["conf_th"]) == (2560, "buckets", -1)
+    with pytest.raises(BadInput, match=r"a head with 2 layers .* use it with uniter-train finetune refcoco-two-layers"):
+        read_published({**referring, "mlp": 2}, roots=ROOTS, source="train-refcoco+-base-1gpu.json", task="refcoco")
+    choices = {**VQA, "train_batch_size": 4000, "max_txt_len": 220, "checkpoint_from": "vcr_pretrain"}
+    choices |= {"train_txt_dbs": ["/txt/vcr_train.db/"], "train_img_dbs": ["/img/vcr_gt_train/;/img/vcr_train/"]}
+    ours = read_published(choices, roots=ROOTS, source="train-vcr-base-4gpu.json", task="vcr")
+    assert (ours["batch_tokens"], ours["max_text_length"]) == (16000, 220)
+    assert ours["corpora"][0]["images"] == ["/data/img/vcr_gt_train;/data/img/vcr_train"]
