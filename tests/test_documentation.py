@@ -20,14 +20,17 @@ SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 
 def commands(page: Path) -> Iterator[list[str]]:
     """Every command line of the toolkit in the page's code blocks, continued lines joined."""
-    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for block in (text for language, text in blocks if language in {"", "sh"}):
         for line in block.replace("\\\n", " ").splitlines():
+            if not line.startswith(("uniter-", "torchrun ")):
+                continue
             words = shlex.split(line, comments=True)
-            if words and words[0] == "torchrun":
+            if words[0] == "torchrun":
                 words = words[words.index("-m") + 1 :]
                 words[0] = "uniter-" + words[0].rpartition(".")[2].replace("_", "-")
-            if words and words[0] in SCRIPTS:
-                yield words
+            assert words[0] in SCRIPTS, line
+            yield words
 
 
 def click_command(words: list[str]) -> tuple[click.Command, list[str]]:
@@ -42,9 +45,10 @@ def click_command(words: list[str]) -> tuple[click.Command, list[str]]:
 def test_commands_in_the_pages_have_the_options_they_are_given(page: Path) -> None:
     for words in commands(page):
         command, rest = click_command(words)
-        if isinstance(command, click.Group):  # `uniter-build-db CAPTIONS` is a group's default command
-            command = command.commands["build"]
-        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        # A group that is given no sub-command (`uniter-train predict vqa`) falls back on one of its own.
+        candidates = [command, *command.commands.values()] if isinstance(command, click.Group) else [command]
+        parameters = [parameter for candidate in candidates for parameter in candidate.params]
+        known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
         for word in rest:
             if word.startswith("--"):
                 assert word.split("=")[0] in known, f"{page.name}: {shlex.join(words)}: {word} is no option (known: {sorted(known)})"
