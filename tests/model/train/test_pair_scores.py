@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from uniter.cli.train import main
 from uniter.datasets.collate import collate
 from uniter.datasets.corpus import open_corpus
 from uniter.datasets.errors import BadInput, SettingsDiffer
@@ -132,3 +134,8 @@ def test_two_processes_score_as_one(model: Path, world: tuple[Path, Path], tmp_p
     one = evaluated(model, world, scores=tmp_path / "one")
     assert json.loads(done.stdout) == pytest.approx(one)
     assert np.allclose(kept(tmp_path / "two"), kept(tmp_path / "one"), atol=1e-6)
+
+
+def test_scores_belong_to_retrieval_only(model: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["evaluate", "pretrain", "--from", str(model), "--scores", str(tmp_path / "scores")])
+    assert result.exit_code == 2 and "--scores keeps the pairs of `evaluate retrieval`" in result.stderr
