@@ -101,7 +101,7 @@ def are_annotated(corpus: Corpus, pictures: Sequence[Pictures]) -> bool:
     for number in chosen.tolist():
         record, row = corpus.record(number), int(corpus.image_rows_NK[number, 0])
         picture, key = picture_of(pictures, corpus, number, record), corpus.images.keys_list[row]
-        if int(corpus.images.region_counts[row]) != len(picture.annotations):
+        if int(corpus.images.region_counts[row]) != len(picture.annotations) or record["ann_id"] not in picture.annotations:
             other_counts.append(key)
             continue
         own = corpus.regions(row).norm_bb[[picture.annotations.index(record["ann_id"])]]
