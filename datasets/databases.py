@@ -20,6 +20,7 @@ from uniter.datasets.lmdb_store import (
     UnitStore,
     difference_in_words,
     open_reader,
+    put_all,
     read_box_ids,
     read_failures,
     read_json,
@@ -451,9 +452,9 @@ def _write_texts(out: Path, texts: Iterable[tuple[str, bytes]], sources: Sequenc
                     texts_of.setdefault(name, []).append(key)
             pending.append((key.encode(), value))
             if len(pending) == 4096:
-                _put(environment, pending)
+                put_all(environment, pending)
                 pending = []
-        _put(environment, pending)
+        put_all(environment, pending)
     finally:
         environment.close()
     (temporary / "lock.mdb").unlink(missing_ok=True)
@@ -486,16 +487,3 @@ def _stated_lengths(source: Path) -> dict[str, dict[str, int]]:
         if isinstance(table, dict):
             tables[name] = {key: length for key, length in table.items() if type(length) is int}
     return tables
-
-
-def _put(environment: Any, values: Sequence[tuple[bytes, bytes]]) -> None:
-    while True:
-        try:
-            with environment.begin(write=True) as transaction:
-                for key, value in values:
-                    transaction.put(key, value)
-            return
-        except lmdb.MapFullError:
-            environment.set_mapsize(2 * environment.info()["map_size"])
-        except lmdb.Error as error:
-            raise UniterError(f"writing {environment.path()} failed: {error}; make room and run the same command again") from None

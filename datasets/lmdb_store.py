@@ -205,6 +205,24 @@ def _said(error: Exception, place: Path) -> UniterError:
     return UniterError(f"writing {place} failed: {text}; what was committed is kept")
 
 
+def put_all(environment: lmdb.Environment, values: Sequence[tuple[bytes, bytes]]) -> None:
+    """Write keys and values in one transaction into a database of a writer's own, whose map grows as needed.
+
+    Raises:
+        UniterError: they could not be written, because the disk is full for instance.
+    """
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for key, value in values:
+                    transaction.put(key, value)
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
+        except lmdb.Error as error:
+            raise UniterError(f"writing {environment.path()} failed: {error}; make room and run the same command again") from None
+
+
 _held: set[str] = set()
 _held_guard = threading.Lock()
 

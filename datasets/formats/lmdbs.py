@@ -15,7 +15,7 @@ from uniter.datasets.formats.npz import uniter_arrays
 from uniter.datasets.formats.records import Item, Selection, npz_name
 from uniter.datasets.image_db import ImageDB, encode_record
 from uniter.datasets.index_file import hash_key
-from uniter.datasets.lmdb_store import UnitStore, checked_key, sync_folder, write_box_ids, write_json
+from uniter.datasets.lmdb_store import UnitStore, checked_key, put_all, sync_folder, write_box_ids, write_json
 from uniter.datasets.regions import RegionFeatures
 
 UNIT_RECORDS = 512
@@ -60,8 +60,8 @@ def write_uniter(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, sel
                 counts[stored] = max(len(regions), selection.min_bb)  # the lower bound is not cut to the rows there are
                 arrays = uniter_arrays(key, regions)
                 values.append((checked_key(stored), pack_npz(arrays) if compressed else pack_arrays(arrays)))
-            _put_all(environment, values)
-        _put_all(environment, [(b"__keys__", json.dumps(sorted(counts)).encode())])
+            put_all(environment, values)
+        put_all(environment, [(b"__keys__", json.dumps(sorted(counts)).encode())])
     finally:
         environment.close()
     (temporary / "lock.mdb").unlink(missing_ok=True)
@@ -69,17 +69,6 @@ def write_uniter(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, sel
         write_json(path / f"nbb_{rule}.json", counts)
     temporary.rename(folder)
     sync_folder(path)
-
-
-def _put_all(environment: Any, values: list[tuple[bytes, bytes]]) -> None:
-    while True:
-        try:
-            with environment.begin(write=True) as transaction:
-                for key, value in values:
-                    transaction.put(key, value)
-            return
-        except lmdb.MapFullError:
-            environment.set_mapsize(2 * environment.info()["map_size"])
 
 
 def write_ours(

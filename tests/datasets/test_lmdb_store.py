@@ -20,7 +20,16 @@ import pytest
 from uniter.datasets import lmdb_store
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.index_file import KeyList, key_columns, map_arrays, save_arrays
-from uniter.datasets.lmdb_store import INDEX, UnitStore, check_data_file, difference_in_words, open_reader, read_failures, write_json
+from uniter.datasets.lmdb_store import (
+    INDEX,
+    UnitStore,
+    check_data_file,
+    difference_in_words,
+    open_reader,
+    put_all,
+    read_failures,
+    write_json,
+)
 
 UNITS, IMAGES, BATCH = 4, 12, 4
 
@@ -471,3 +480,13 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     build(Path(sys.argv[1]), pause=0.05)
+
+
+def test_many_values_are_put_though_the_map_is_small(tmp_path: Path) -> None:
+    environment = lmdb.open(str(tmp_path / "db"), map_size=1 << 16)
+    put_all(environment, [(b"%d" % number, bytes(1 << 12)) for number in range(100)])
+    assert environment.stat()["entries"] == 100
+    environment.close()
+    readonly = lmdb.open(str(tmp_path / "db"), readonly=True)
+    with pytest.raises(UniterError, match=r"writing .*db failed: .*; make room"):
+        put_all(readonly, [(b"key", b"value")])
