@@ -16,10 +16,10 @@ from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summar
 from uniter.datasets import annotations
 from uniter.datasets.build_text import build_text_db
 from uniter.datasets.captions import CAPTIONS, Caption, detect
-from uniter.datasets.captions.caption import key_maker, last_number
 from uniter.datasets.captions.img2dataset import shards_in
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db import match_image_key, open_image_dbs
+from uniter.datasets.keys import key_maker, last_number
 from uniter.datasets.leakage import PARTS, Exclusion, exclusion_lists, forbidden_coco, kind_of_annotations
 from uniter.datasets.lmdb_store import write_json
 from uniter.datasets.tokenizer import Tokenizer

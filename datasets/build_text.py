@@ -29,9 +29,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from uniter.datasets.captions.caption import Caption, key_maker
+from uniter.datasets.captions.caption import Caption
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.index_file import hash_key, save_arrays
+from uniter.datasets.keys import key_maker
 from uniter.datasets.lmdb_store import INDEX, difference_in_words, sync_folder, write_json
 from uniter.datasets.progress import Progress
 from uniter.datasets.text_db import TEXT_FORMAT, read_json_object
@@ -111,7 +112,7 @@ def build_text_db(
         settings: JSON; what else than the tokeniser and `key` decides what is written. Another run with others is refused.
         images: from an image's name to (its key in the region databases, the rule it was found by), None if it is in none. Texts
             without an image are left out and counted.
-        key: how an image's key is made from its name where `images` is None (`captions.caption.key_maker`).
+        key: how an image's key is made from its name where `images` is None (`keys.key_maker`).
         excluded: true for texts whose image must not be seen; they are left out and counted.
         source_counts: what the source counts while it is read; goes into the report.
         lengths: what side files of lengths to write, by name, from the finished record; by default `id2len` of `input_ids`.

@@ -35,7 +35,7 @@ from PIL import (
 )
 
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.extract.keys import KeyRule, NameParts, key_fault, key_rule
+from uniter.datasets.keys import KeyRule, NameParts, key_fault, key_rule
 
 log = logging.getLogger(__name__)
 

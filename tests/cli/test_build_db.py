@@ -150,7 +150,7 @@ def test_messages_and_exit_codes(captions: Path, tmp_path: Path) -> None:
     assert "is not there" in run(tmp_path / "nowhere.json", code=1).stderr
     assert "unknown task 'vqaa'" in run(captions, "--task", "vqaa", code=1).stderr
     assert "Usage: " in run(code=2).stderr and "Usage: " in run("exclude", code=2).stderr
-    assert run(captions, tmp_path / "a.db", "--key", "{what}", code=1).stderr.startswith("error: key template")
+    assert run(captions, tmp_path / "a.db", "--key", "{what}", code=1).stderr.startswith("error: --key '{what}': unknown field 'what'")
     assert not (tmp_path / "a.db").exists()
     result = run(captions, "--format", "karpathy", "--traceback", code=1)
     assert "Traceback" in result.stderr and "lacks filename" in result.stderr

@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniter.datasets.build_text import build_text_db
-from uniter.datasets.captions.caption import Caption, key_maker
+from uniter.datasets.captions.caption import Caption
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.keys import NameParts, key_maker, key_rule
 from uniter.datasets.text_db import MissingExample, TextDB, decode_text_record, encode_text_record
 from uniter.datasets.tokenizer import Tokenizer
 
@@ -471,10 +472,17 @@ def test_keys() -> None:
     assert key_maker("coco_train2014_{id:012d}.npz")("x/COCO_train2014_000000000009.jpg") == "coco_train2014_000000000009.npz"
     assert key_maker("{parent}-{name}")("x/y/z.jpg") == "y-z.jpg"
     for template in ("{nothing}", "plain", "{id", "{id.real}", "{0}", "{stem!x}", "{}"):
-        with pytest.raises(BadInput, match="key template"):
+        with pytest.raises(BadInput, match=r"^--key "):
             key_maker(template)
     with pytest.raises(BadInput, match=r"image 'cat.jpg' has no digits"):
         key_maker("{id}")("cat.jpg")
+    assert key_maker("path")("./train2014//a.jpg") == "train2014/a"
+    for name in ("train2014/COCO_train2014_000000000009.jpg", "a.b.jpg", ".hidden", "x/1_22.333.png"):  # as extraction makes them
+        for rule in ("stem", "path", "{name}", "{stem}+{path}"):
+            assert key_maker(rule)(name) == key_rule(rule)(NameParts.of_file(name, root="photos"))
+    assert key_maker("{id}")("9" * 200) == "9" * 200
+    with pytest.raises(BadInput, match="no digits"):
+        key_maker("{id}")("9" * 5000)
 
 
 OPENED = """

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.keys import NameParts, key_fault, key_rule
 from uniter.extract.images import decode_image, list_images, read_bytes
-from uniter.extract.keys import NameParts, key_fault, key_rule
 
 rng = np.random.default_rng(7)
 PICTURE = cv2.resize(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8), (64, 48), interpolation=cv2.INTER_CUBIC)  # BGR

@@ -2,19 +2,21 @@
 
 `stem` (the default for files), `path` (the default for tar shards, where it is WebDataset's `__key__`), or a template such as
 `coco_train2014_{id:012d}.npz`. A template is parsed here, never handed to `str.format`, so that it can reach nothing but its fields.
+Images that are extracted and images that captions name get their keys here, so the same rule makes the same keys.
 """
 
 import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from uniter.datasets.errors import BadInput, unknown_name
 
 LONGEST_KEY_BYTES = 511  # LMDB's limit
 FIELDS = ("stem", "name", "parent", "path", "id")
 _RULES = {"stem": "{stem}", "path": "{path}"}
-_DIGITS = re.compile(r"[0-9]+")
+LONGEST_NUMBER = 255  # digits; no file name is longer, and int() refuses thousands
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +77,32 @@ def key_rule(rule: str) -> KeyRule:
         for literal, field, specification in pieces:
             key += literal
             if field == "id":
-                digits = _DIGITS.findall(parts.stem)
-                if not digits:
+                number = last_number(parts.stem)
+                if number is None:
                     raise BadInput(f"image {parts.name!r} has no digits in its name, and --key {rule!r} asks for {{id}}; choose another")
-                key += format(int(digits[-1]), specification)
+                key += format(number, specification)
             elif field is not None:
                 key += str(getattr(parts, field))
         return key
 
     return make
+
+
+def key_maker(rule: str) -> Callable[[str], str]:
+    """The same for the names of images in other people's files: from a name or path with `/` to the key; errors as of `key_rule`."""
+    make = key_rule(rule)
+    return lambda name: make(NameParts.of_file(str(PurePosixPath(name)), root=""))
+
+
+def last_number(stem: str) -> int | None:
+    """The last run of ASCII digits of a name without suffix: "COCO_train2014_000000000009" -> 9; None where there is none."""
+    end = len(stem)
+    while end and not ("0" <= stem[end - 1] <= "9"):
+        end -= 1
+    start = end
+    while start and "0" <= stem[start - 1] <= "9":
+        start -= 1
+    return int(stem[start:end]) if 0 < end - start <= LONGEST_NUMBER else None
 
 
 def key_fault(key: str) -> str | None:
