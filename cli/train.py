@@ -176,6 +176,22 @@ def finetune(
     print_from_first(_until_told(lambda: run_finetuning(settings, out)), as_json=as_json, title=f"fine-tuning {name}")
 
 
+def scoring_options(function: Command) -> Command:
+    """How a trained model is put through its data; the same for `evaluate` and `predict`."""
+    function = click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)(function)
+    function = click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one].")(function)
+    function = click.option(
+        "--scores", type=click.Path(path_type=Path, file_okay=False), help="Keep retrieval's scores there; the same command resumes."
+    )(function)
+    function = click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that make batches.")(
+        function
+    )
+    function = click.option(
+        "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Word pieces and regions of a batch."
+    )(function)
+    return function
+
+
 @main.command()
 @click.argument("task")
 @click.option("--from", "start", required=True, metavar="RUN|FILE|ID", help="The run or checkpoint to evaluate.")
@@ -183,12 +199,8 @@ def finetune(
 @click.option("--candidates", type=click.IntRange(min=2), default=50, show_default=True, help="Pairs that compete in retrieval.")
 @click.option("--words", metavar="WORD,WORD", help="Also report the accuracy on these words, e.g. red,blue,square.")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Decides masks, pairs and candidates.")
-@click.option("--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Word pieces and regions of a batch.")
 @click.option("--max-text-length", type=click.IntRange(min=-1), default=-1, show_default=True, help="Leave longer texts out; -1 keeps all.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that make batches.")
-@click.option("--scores", type=click.Path(path_type=Path, file_okay=False), help="Keep retrieval's scores there; the same command resumes.")
-@click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one].")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@scoring_options
 @common_options
 def evaluate(
     task: str,
@@ -250,11 +262,7 @@ def evaluate(
 @data_options
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
 @click.option("--answers", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="ans2label.json, where nobody else has it.")
-@click.option("--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Word pieces and regions of a batch.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that make batches.")
-@click.option("--scores", type=click.Path(path_type=Path, file_okay=False), help="Keep retrieval's scores there; the same command resumes.")
-@click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one].")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@scoring_options
 @common_options
 def predict(
     task: str,
