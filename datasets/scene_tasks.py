@@ -4,7 +4,9 @@
     snli_ve/   snli_ve_{train,dev}.jsonl
     nlvr2/     {train,dev}.json, and images/ with the pictures under NLVR2's names (links to the world's)
     retrieval/ dataset_scenes.json (Karpathy's)
-    refcoco/   refs(unc).p, instances.json
+    refcoco/   refs(unc).p, instances.json: short phrases, by looks or by place
+    refcoco+/  refs(unc).p, instances.json: by looks only
+    refcocog/  refs(umd).p, instances.json: long ones, with a size and another thing
     vcr/       {train,val}.jsonl, vcr1images/scenes/*.json (metadata)
 
 What a reader would get wrong: VQA names a picture by its number only, as COCO's photographs, so its text database is built with
@@ -19,6 +21,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -102,6 +105,10 @@ def _unique(things: Sequence[Thing], text: Callable[[Thing], str]) -> list[Thing
 
 def _phrase(thing: Thing) -> str:
     return thing.phrase()
+
+
+def _phrase_with_size(thing: Thing) -> str:
+    return thing.phrase(with_size=True)
 
 
 def _with_article(phrase: str) -> str:
@@ -341,8 +348,8 @@ def _write_retrieval(folder: Path, world: World, scenes: _Parts, suffix: str, im
 # --------------------------------------------------------------------------------------------------------------------- RefCOCO
 
 
-def _referring_phrases(scene: Scene, thing: Thing) -> list[str]:
-    """What names this thing and no other of the picture, shortest first."""
+def _phrases_by_looks(scene: Scene, thing: Thing) -> list[str]:
+    """What names this thing and no other of the picture by what it looks like, shortest first: RefCOCO+ allows nothing else."""
     things = scene.things
     phrases = []
     if thing in _unique(things, lambda one: one.shape):
@@ -351,8 +358,22 @@ def _referring_phrases(scene: Scene, thing: Thing) -> list[str]:
         phrases.append(f"{thing.colour} thing")
     if thing in _unique(things, _phrase):
         phrases.append(thing.phrase())
-    if thing in _unique(things, lambda one: one.phrase(with_size=True)):
+    if thing in _unique(things, _phrase_with_size):
         phrases.append(thing.phrase(with_size=True))
+    return phrases
+
+
+def _phrases_by_place(scene: Scene, thing: Thing) -> list[str]:
+    """What names it by where it is: on one side of the picture, or of another thing."""
+    things = scene.things
+    phrases = []
+    half = scene.size[1] / 2
+    for side, is_there in (("left", thing.centre[0] < half), ("right", thing.centre[0] > half)):
+        beside = [one for one in things if (one.centre[0] <= half if side == "left" else one.centre[0] >= half)]
+        if is_there and thing in _unique(beside, lambda one: one.shape):
+            phrases.append(f"{side} {thing.shape}")
+        if is_there and thing in _unique(beside, lambda one: one.colour):
+            phrases.append(f"{thing.colour} thing on the {side}")
     place = things.index(thing)
     for relation in scene.relations:
         other = things[relation.object]
@@ -362,7 +383,39 @@ def _referring_phrases(scene: Scene, thing: Thing) -> list[str]:
     return phrases
 
 
-def _write_referring(folder: Path, world: World, scenes: _Parts, suffix: str, images: Path, seed: int) -> int:
+def _short_phrases(scene: Scene, thing: Thing) -> list[str]:
+    return _phrases_by_looks(scene, thing) + _phrases_by_place(scene, thing)
+
+
+def _long_phrases(scene: Scene, thing: Thing) -> list[str]:
+    """Whole descriptions: a thing with size and colour, and where another one, described as fully, stands from it."""
+    things = scene.things
+    phrases = []
+    place = things.index(thing)
+    for relation in scene.relations:
+        other = things[relation.object]
+        rivals = [r for r in scene.relations if r.object == relation.object and r.name == relation.name and r.subject != place]
+        alone = other in _unique(things, _phrase_with_size)
+        if relation.subject == place and alone and all(_phrase_with_size(things[r.subject]) != _phrase_with_size(thing) for r in rivals):
+            phrases.append(f"the {_phrase_with_size(thing)} that is {relation.name} the {_phrase_with_size(other)}")
+    return phrases
+
+
+_Describe = Callable[[Scene, Thing], list[str]]
+
+
+def _write_referring(
+    folder: Path,
+    world: World,
+    scenes: _Parts,
+    suffix: str,
+    images: Path,
+    seed: int,
+    *,
+    describe: _Describe,
+    by: str,
+    held_out: tuple[str, ...],
+) -> int:
     refs: list[dict[str, Any]] = []
     sentence = 0
     everything = [scene for part in PARTS for scene in scenes[part]]
@@ -370,9 +423,9 @@ def _write_referring(folder: Path, world: World, scenes: _Parts, suffix: str, im
     categories = {annotation["id"]: annotation["category_id"] for annotation in instances["annotations"]}
     for part in PARTS:
         for place, scene in enumerate(scenes[part]):
-            rng = _rng(seed, "refcoco", scene.number)
+            rng = _rng(seed, folder.name, scene.number)
             for number, thing in enumerate(scene.things):
-                phrases = _referring_phrases(scene, thing)
+                phrases = describe(scene, thing)
                 if not phrases:
                     continue
                 chosen = rng.sample(phrases, min(3, len(phrases)))
@@ -386,14 +439,14 @@ def _write_referring(folder: Path, world: World, scenes: _Parts, suffix: str, im
                         "ann_id": annotation,
                         "ref_id": len(refs),
                         "image_id": scene.number,
-                        "split": part if part == "train" else ("val", "testA", "testB")[place % 3],
+                        "split": part if part == "train" else held_out[place % len(held_out)],
                         "sentences": [
                             {"tokens": text.split(), "raw": text, "sent_id": n, "sent": text} for n, text in zip(ids, chosen, strict=True)
                         ],
                         "category_id": categories[annotation],
                     }
                 )
-    with open(folder / "refs(unc).p", "wb") as file:
+    with open(folder / f"refs({by}).p", "wb") as file:
         pickle.dump(refs, file, protocol=2)  # what its authors' Python 2 wrote
     write_json(folder / "instances.json", instances)
     return sentence
@@ -510,6 +563,8 @@ _WRITERS: Final[dict[str, Callable[[Path, World, _Parts, str, Path, int], int]]]
     "snli_ve": _write_entailment,
     "nlvr2": _write_nlvr2,
     "retrieval": _write_retrieval,
-    "refcoco": _write_referring,
+    "refcoco": partial(_write_referring, describe=_short_phrases, by="unc", held_out=("val", "testA", "testB")),
+    "refcoco+": partial(_write_referring, describe=_phrases_by_looks, by="unc", held_out=("val", "testA", "testB")),
+    "refcocog": partial(_write_referring, describe=_long_phrases, by="umd", held_out=("val", "test")),
     "vcr": _write_vcr,
 }

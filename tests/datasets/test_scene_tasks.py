@@ -17,8 +17,12 @@ SOURCES = {
     "nlvr2": ("nlvr2/train.json", [], None),
     "retrieval": ("retrieval/dataset_scenes.json", [], "train"),
     "refcoco": ("refcoco/refs(unc).p", ["refcoco/instances.json"], "train"),
+    "refcoco+": ("refcoco+/refs(unc).p", ["refcoco+/instances.json"], "train"),
+    "refcocog": ("refcocog/refs(umd).p", ["refcocog/instances.json"], "train"),
     "vcr": ("vcr/train.jsonl", [], None),
 }
+READERS = {"refcoco+": "refcoco", "refcocog": "refcoco"}
+PLACES = {"left", "right", "above", "below"}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,9 @@ def examples(world, task):
     path, join, split = SOURCES[task]
     tasks = world[0] / "tasks"
     counts = Counter()
-    return list(ANNOTATIONS[task](tasks / path, split=split, join=[tasks / name for name in join], counts=counts)), counts
+    return list(
+        ANNOTATIONS[READERS.get(task, task)](tasks / path, split=split, join=[tasks / name for name in join], counts=counts)
+    ), counts
 
 
 @pytest.mark.parametrize("task", SOURCES)
@@ -45,7 +51,7 @@ def test_the_readers_of_the_authors_formats_read_them(world, task):
 
 
 def test_every_task_has_examples_and_other_tables_know_no_more(world):
-    assert set(world[1]) == {"vqa", "snli_ve", "nlvr2", "retrieval", "refcoco", "vcr"}
+    assert set(world[1]) == {"vqa", "snli_ve", "nlvr2", "retrieval", "refcoco", "refcoco+", "refcocog", "vcr"}
     assert all(count > 50 for count in world[1].values())
 
 
@@ -110,21 +116,41 @@ def test_statements_hold_for_some_pairs_and_not_for_others(world):
 
 def test_phrases_name_one_thing_alone(world):
     found, _ = examples(world, "refcoco")
-    plain = 0
+    plain = placed = 0
     for example in found:
         things = world[2][example.image.removesuffix(".jpg")]["things"]
         wanted = things[example.fields["ann_id"] % 100]
         x0, y0, x1, y1 = wanted["box"]
         assert example.fields["bbox"] == [x0, y0, x1 - x0, y1 - y0]
         words = example.text.split()
-        if len(words) <= 3 and words[-1] != "thing":
+        if words[0] in PLACES or words[-2:-1] == ["the"]:
+            side = (set(words) & PLACES).pop()
+            same = [t for t in things if {t["shape"], t["colour"]} & set(words)]
+            there = [t for t in same if (t["box"][0] + t["box"][2] < 160) == (side == "left")]
+            assert there == [wanted]
+            placed += 1
+        elif len(words) <= 3 and words[-1] != "thing":
             plain += 1
             described = [f"{t['size']} {t['colour']} {t['shape']}" for t in things]
             assert sum(text.endswith(example.text) for text in described) == 1
             assert f"{wanted['size']} {wanted['colour']} {wanted['shape']}".endswith(example.text)
-    assert plain > 50
+    assert plain > 50 and placed > 50
     refs = load_plain_pickle(world[0] / "tasks/refcoco/refs(unc).p")
     assert {ref["split"] for ref in refs} == {"train", "val", "testA", "testB"}
+
+
+def test_the_three_sets_of_phrases_differ_as_the_authors_do(world):
+    by_looks, long = (examples(world, name)[0] for name in ("refcoco+", "refcocog"))
+    assert not any(PLACES & set(example.text.split()) for example in by_looks)
+    assert any(PLACES & set(example.text.split()) for example in examples(world, "refcoco")[0])
+    for example in long:
+        things = world[2][example.image.removesuffix(".jpg")]["things"]
+        said, relation, other = example.text.removeprefix("the ").replace(" that is ", "|").replace(" the ", "|").split("|")
+        described = [f"{thing['size']} {thing['colour']} {thing['shape']}" for thing in things]
+        assert described[example.fields["ann_id"] % 100] == said and described.count(other) == 1
+        assert relation in ("left of", "right of", "above", "below")
+    refs = load_plain_pickle(world[0] / "tasks/refcocog/refs(umd).p")
+    assert {ref["split"] for ref in refs} == {"train", "val", "test"}
 
 
 def test_multiple_choice_has_one_right_answer_somewhere(world):

@@ -24,6 +24,8 @@ COMMANDS = {
     "nlvr2": ["nlvr2/{nlvr2}.json"],
     "retrieval": ["retrieval/dataset_scenes.json", "--split", "{part}"],
     "refcoco": ["refcoco/refs(unc).p", "--join", "refcoco/instances.json", "--split", "{part}"],
+    "refcoco+": ["refcoco+/refs(unc).p", "--join", "refcoco+/instances.json", "--split", "{part}"],
+    "refcocog": ["refcocog/refs(umd).p", "--join", "refcocog/instances.json", "--split", "{part}"],
     "vcr": ["vcr/{part}.jsonl"],
 }
 
@@ -62,7 +64,17 @@ def test_every_text_finds_its_picture(world, build, tmp_path, task, part):
     paths = [out / "tasks" / word if "/" in word else word for word in words]
     # The table of answers is the training part's.
     extra = ["--join", _answers(out, build, tmp_path)] if (task, part) == ("vqa", "val") else []
-    command = [paths[0], tmp_path / "text.db", "--task", task, *paths[1:], *extra, "--images", databases.get(task, scenes), "--json"]
+    command = [
+        paths[0],
+        tmp_path / "text.db",
+        "--task",
+        task.rstrip("+g"),
+        *paths[1:],
+        *extra,
+        "--images",
+        databases.get(task, scenes),
+        "--json",
+    ]
     result = build(*command)
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
