@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,15 @@ def test_bad_scores_are_said():
 )
 def test_normal_form_of_answers(answer, normal):
     assert normalise_answer(answer) == normal
+
+
+def test_golden_answers_are_normalised_and_scored_as_by_the_official_evaluation():
+    cases = json.loads((Path(__file__).parents[1] / "golden" / "vqa-evaluation" / "cases.json").read_text())
+    for answer, normal in cases["normal_forms"]:
+        assert normalise_answer(answer) == normal, answer
+    scored = [metrics.vqa_accuracy(case["answer"], case["people"]) for case in cases["accuracies"]]
+    assert scored == pytest.approx([case["accuracy"] for case in cases["accuracies"]], abs=1e-9)
+    assert 50 < sum(score > 0 for score in scored) < len(scored) - 50
 
 
 def test_nine_of_ten_rule_by_hand():
