@@ -28,6 +28,7 @@ from uniter.datasets.vocabulary import bert_base_cased_path
 PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORD_LETTERS = 100  # a longer word is [UNK]; BERT's constant
 ON_BOARD = ("bert-base-cased", "google-bert/bert-base-cased", "bert-large-cased", "google-bert/bert-large-cased")  # one vocabulary
+VOCABULARY_FILE, TOKENIZER_FILE = "vocab.txt", "tokenizer_config.json"  # of a model's folder
 REMEMBERED_WORDS = 1 << 18  # about 60 MB at most
 LONGEST_REMEMBERED_WORD = 64
 ALPHABET_LIMIT = 1000  # letters that a learned vocabulary holds at most; rarer ones become [UNK]
@@ -179,6 +180,20 @@ class Tokenizer:
             pieces.append(self.vocabulary[number])
         return pieces
 
+    def save(self, folder: str | Path) -> None:
+        """Write `vocab.txt` and `tokenizer_config.json` into a model's folder; `load` reads them, and so does `transformers`."""
+        folder = Path(folder)
+        self.write_vocabulary(folder / VOCABULARY_FILE)
+        told: dict[str, Any] = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase, "name_or_path": self.name}
+        if self.added:
+            told["additional_special_tokens"] = list(self.added)
+        (folder / TOKENIZER_FILE).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write_vocabulary(self, path: str | Path) -> None:
+        """Write the pieces, one a line, as BERT's `vocab.txt`."""
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{piece}\n" for piece in self.vocabulary)
+
     def sha256(self) -> str:
         """Of the pieces, one a line."""
         return hashlib.sha256("".join(f"{piece}\n" for piece in self.vocabulary).encode("utf-8", "surrogatepass")).hexdigest()
@@ -307,12 +322,18 @@ def _read_folder(path: Path) -> tuple[list[str], str, bool, list[str]]:
         lowercase = bool(meta.get("lowercase", "uncased" in name))
         words = meta.get("added_words", [])
         added = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
-    elif (path / "tokenizer_config.json").is_file():
-        stated = _read_json(path / "tokenizer_config.json").get("do_lower_case")
+    elif (path / TOKENIZER_FILE).is_file():
+        told = _read_json(path / TOKENIZER_FILE)
+        stated = told.get("do_lower_case")
         lowercase = stated if isinstance(stated, bool) else lowercase
+        name = str(told.get("name_or_path") or name)
+        words = told.get("additional_special_tokens", [])
+        added = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
     if (path / "vocab.txt").is_file():
         vocabulary = _read_vocabulary(path / "vocab.txt")
         plain = len(vocabulary) - len(added)
+        if vocabulary[plain:] != added and not (path / "meta.json").is_file():
+            added, plain = [], len(vocabulary)  # of another tokeniser's folder: its own special pieces, wherever they stand
         if vocabulary[plain:] != added:
             raise BadInput(
                 f"{path / 'vocab.txt'} does not end with the words that {path / 'meta.json'} says were added; rebuild the database"

@@ -7,6 +7,7 @@ A file that lacks some of our tensors, or has more, loads with a word in the log
 wrong shape is an error.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.tokenizer import VOCABULARY_FILE, Tokenizer
 from uniter.model.heads import UniterForPretraining
 from uniter.model.uniter import UniterConfig
 
@@ -38,6 +40,7 @@ TIED = {
     "feat_regress.weight": "uniter.img_embeddings.img_linear.weight",
 }
 HEAD_WIDTH = 64  # of the published models and of BERT; the tensors themselves do not tell
+VOCABULARY_OF_BERT_BASE_CASED = 28996  # of all published models without words of their own
 
 State = dict[str, Tensor]
 
@@ -227,6 +230,44 @@ def infer_config(state: Mapping[str, Tensor], *, beside: Path | None = None) -> 
     return UniterConfig(**{**values, **sizes})
 
 
+def told_beside(weights: str | Path) -> dict[str, Any]:
+    """What the configuration beside a weights file tells besides sizes: the task, the names of its answers. Empty where nothing does."""
+    weights = Path(weights)
+    path = next((path for path in (weights.with_suffix(".json"), weights.parent / CONFIG_FILE) if path.is_file()), None)
+    if path is None:
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read the model configuration {path}: {error}") from error
+    sizes = {field.name for field in dataclasses.fields(UniterConfig)}
+    return {name: value for name, value in values.items() if name not in sizes} if isinstance(values, dict) else {}
+
+
+def tokenizer_beside(weights: str | Path) -> Tokenizer | None:
+    """The tokeniser that lies beside a weights file: of an exported `model.pt` its `model-vocab.txt`, else its folder's own."""
+    weights = Path(weights)
+    for name in (vocabulary_name(weights, lowercase=lowercase) for lowercase in (False, True)):
+        if (weights.parent / name).is_file():
+            return Tokenizer.load(weights.parent / name)
+    if (weights.parent / VOCABULARY_FILE).is_file() or (weights.parent / "tokenizer.json").is_file():
+        return Tokenizer.load(weights.parent)
+    return None
+
+
+def tokenizer_of(weights: str | Path, vocabulary_size: int) -> Tokenizer | None:
+    """The tokeniser of a model: what lies beside its weights, or BERT's where the number of word pieces is that of BERT-cased."""
+    found = tokenizer_beside(weights)
+    if found is None and vocabulary_size == VOCABULARY_OF_BERT_BASE_CASED:
+        return Tokenizer.load()
+    return found
+
+
+def vocabulary_name(path: Path, *, lowercase: bool) -> str:
+    """The vocabulary file of a flat weights file, beside it; as everywhere, "uncased" in its name says that letters are lowered."""
+    return f"{path.stem}-{'uncased-' if lowercase else ''}{VOCABULARY_FILE}"
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
     """Copy tensors by name into a model, leniently: missing and unexpected names are logged, a wrong shape is an error.
 
@@ -262,23 +303,79 @@ def _listed(names: list[str], most: int = 6) -> str:
     return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "")
 
 
-def write_model(folder: str | Path, model: nn.Module, *, about: Mapping[str, Any] | None = None) -> None:
-    """Write `model.safetensors` and `config.json` into an existing folder; each file is complete or absent, weights first.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Weights:
+    """A checkpoint, whatever heads it has, ready to be written.
 
-    Args:
-        model: one of ours; its `config` is written, tied tensors under both names, so that any loader of the published names is served.
-        about: more entries of `config.json` (a task's name, ...).
+    Attributes:
+        state: every tensor once.
+        config: its sizes.
+        about: what else its configuration tells (a task's name, the names of its answers).
+        tokenizer: of its texts, None where nobody knows.
     """
+
+    state: Mapping[str, Tensor]
+    config: UniterConfig
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, *, about: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None) -> Self:
+        """Those of a model of ours, which carries its configuration."""
+        config = getattr(model, "config", None)
+        assert isinstance(config, UniterConfig), "only UNITER models, which carry their configuration, can be written"
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in TIED}
+        return cls(state, config, {"architectures": [type(model).__name__], **(about or {})}, tokenizer)
+
+    @classmethod
+    def read(cls, path_or_id: str | Path) -> Self:
+        """Those of whatever `load_uniter` takes, and of fine-tuned models."""
+        weights = find_weights(path_or_id)
+        state = read_state(weights)
+        config = infer_config(state, beside=weights)
+        return cls(state, config, told_beside(weights), tokenizer_of(weights, config.vocab_size))
+
+    def published(self) -> State:
+        """All tensors, on the host, under all their published names; tied ones share their memory."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state.items()}
+        # An alias stands where its head does: a fine-tuned model has none of pre-training's.
+        for alias, head in (("cls.predictions.decoder.weight", "cls.predictions.bias"), ("feat_regress.weight", "feat_regress.bias")):
+            if head in state:
+                state[alias] = state[TIED[alias]]
+        return state
+
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.state.values())
+
+
+def _as_weights(model: nn.Module | Weights) -> Weights:
+    return model if isinstance(model, Weights) else Weights.of(model)
+
+
+def write_weights(folder: str | Path, weights: Weights) -> None:
+    """Write `model.safetensors`, `config.json` and the vocabulary into an existing folder; weights and configuration are each
+    complete or absent, weights first. Tied tensors stand under both names, so that any loader of the published names is served."""
     folder = Path(folder)
     # One memory block may stand under one name only in a safetensors file: aliases are copied.
-    tensors: State = {}
-    for name, value in model.state_dict().items():
-        value = value.detach().cpu().contiguous()
-        tensors[name] = value.clone() if name in TIED else value
+    tensors = {name: tensor.clone() if name in TIED else tensor for name, tensor in weights.published().items()}
     with _complete_file(folder / WEIGHTS_FILE) as aside:
         save_file(tensors, aside, metadata={"format": "pt"})
+    if weights.tokenizer is not None:
+        weights.tokenizer.save(folder)
     with _complete_file(folder / CONFIG_FILE) as aside:
-        aside.write_text(json.dumps({**_config_of(model).to_dict(), **(about or {})}, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps({**weights.config.to_dict(), **weights.about}, indent=2) + "\n", encoding="utf-8")
+
+
+def write_model(
+    folder: str | Path, model: nn.Module, *, about: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None
+) -> None:
+    """Write a model of ours into an existing folder, as `write_weights`.
+
+    Args:
+        about: more entries of `config.json` (a task's name, ...).
+        tokenizer: of the texts it was trained on.
+    """
+    write_weights(folder, Weights.of(model, about=about, tokenizer=tokenizer))
 
 
 def read_model(folder: str | Path, model: nn.Module) -> None:
@@ -304,20 +401,22 @@ def save_checkpoint(folder: str | Path, model: nn.Module, *, about: Mapping[str,
         write_model(aside, model, about=about)
 
 
-def export_published(model: nn.Module, path: str | Path) -> None:
+def export_published(model: nn.Module | Weights, path: str | Path) -> None:
     """Write the published layout: one flat `.pt` state dict, readable by UNITER's own PyTorch 1.1 too, and its configuration
-    beside it under the same name ending in `.json`. Complete or absent; an existing file is replaced."""
-    path = Path(path)
+    beside it under the same name ending in `.json`, its vocabulary in `-vocab.txt`. Complete or absent; an existing file is replaced."""
+    path, weights = Path(path), _as_weights(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _complete_file(path.with_suffix(".json")) as aside:
-        _config_of(model).to_json(aside)
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        aside.write_text(json.dumps({**weights.config.to_dict(), **weights.about}, indent=2) + "\n", encoding="utf-8")
+    if weights.tokenizer is not None:
+        with _complete_file(path.with_name(vocabulary_name(path, lowercase=weights.tokenizer.lowercase))) as aside:
+            weights.tokenizer.write_vocabulary(aside)
     with _complete_file(path) as aside:
-        torch.save(state, aside, _use_new_zipfile_serialization=False)
+        torch.save(weights.published(), aside, _use_new_zipfile_serialization=False)
 
 
-def export_hub(model: nn.Module, folder: str | Path, *, card: str | None = None) -> None:
-    """Write a folder that `huggingface_hub` can share: safetensors, config, model card.
+def export_hub(model: nn.Module | Weights, folder: str | Path, *, card: str | None = None) -> None:
+    """Write a folder that `huggingface_hub` can share: safetensors, config, vocabulary, model card.
 
     Args:
         card: the text of `README.md`; by default `model_card(model)`.
@@ -325,24 +424,27 @@ def export_hub(model: nn.Module, folder: str | Path, *, card: str | None = None)
     Raises:
         BadInput: the folder exists.
     """
+    weights = _as_weights(model)
     with _complete_folder(Path(folder)) as aside:
-        write_model(aside, model, about={"model_type": "uniter", "architectures": [type(model).__name__]})
-        (aside / CARD_FILE).write_text(card if card is not None else model_card(model), encoding="utf-8")
+        write_weights(aside, dataclasses.replace(weights, about={"model_type": "uniter", **weights.about}))
+        (aside / CARD_FILE).write_text(card if card is not None else model_card(weights), encoding="utf-8")
 
 
-def model_card(model: nn.Module, *, name: str = "UNITER", trained_on: str | None = None, results: Mapping[str, float] | None = None) -> str:
-    """The model card of a model: what it is, its sizes, how to load it, and what is known of its training.
+def model_card(
+    model: nn.Module | Weights, *, name: str = "UNITER", trained_on: str | None = None, results: Mapping[str, float] | None = None
+) -> str:
+    """The model card: what it is, its sizes, how to load it, and what is known of its training.
 
     Args:
         trained_on: a sentence about the data; None is said as not recorded.
         results: figures to show, by name.
     """
-    config = _config_of(model)
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    weights = _as_weights(model)
+    config, tokenizer = weights.config, weights.tokenizer
     sizes = {
-        "parameters": f"{millions:.1f} million",
+        "parameters": f"{weights.parameters() / 1e6:.1f} million",
         "layers, hidden size, heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
-        "vocabulary": f"{config.vocab_size:,} word pieces",
+        "vocabulary": f"{config.vocab_size:,} word pieces" + (f" ({tokenizer.name})" if tokenizer is not None else ""),
         "region features": f"{config.image_feature_size} wide",
         "detector classes": f"{config.label_classes:,} with background",
     }
@@ -361,12 +463,6 @@ def model_card(model: nn.Module, *, name: str = "UNITER", trained_on: str | None
     ]
     lines += ["for any use that concerns persons.", ""]
     return "\n".join(lines)
-
-
-def _config_of(model: nn.Module) -> UniterConfig:
-    config = getattr(model, "config", None)
-    assert isinstance(config, UniterConfig), "only UNITER models, which carry their configuration, can be written"
-    return config
 
 
 @contextmanager

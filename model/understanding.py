@@ -30,8 +30,17 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.regions import RegionFeatures, pixel_boxes
 from uniter.datasets.samples import Sample, TokenSequence
 from uniter.datasets.text_db import read_json_object
-from uniter.datasets.tokenizer import Tokenizer
-from uniter.model.checkpoints import CONFIG_FILE, State, find_weights, infer_config, load_state, read_state
+from uniter.datasets.tokenizer import VOCABULARY_FILE, Tokenizer
+from uniter.model.checkpoints import (
+    VOCABULARY_OF_BERT_BASE_CASED,
+    State,
+    find_weights,
+    infer_config,
+    load_state,
+    read_state,
+    tokenizer_beside,
+    told_beside,
+)
 from uniter.model.downstream import DownstreamModel, UniterForReferring, UniterForRetrieval, UniterForVqa
 from uniter.model.heads import UniterForPretraining
 from uniter.model.looking import attention_to_regions
@@ -47,7 +56,6 @@ BATCH_TOKENS = 8192  # word pieces and regions that go through a model together
 PHOTOGRAPHS_AT_ONCE = 64  # whose regions are held in memory while many are ranked
 BEST_ANSWERS = 5
 SHOWN_WORDS, SHOWN_REGIONS, SHOWN_PHOTOGRAPHS = 12, 12, 11
-VOCABULARY_OF_BERT_BASE_CASED = 28996
 
 
 @dataclass(frozen=True, eq=False)
@@ -494,8 +502,11 @@ def _texts_of_run(weights: Path) -> list[Path]:
 
 
 def _tokenizer(source: str, config: UniterConfig, weights: Path, texts: Sequence[Path]) -> Tokenizer:
-    for folder in (weights.parent, *texts):
-        if (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file():
+    beside = tokenizer_beside(weights)
+    if beside is not None:
+        return beside
+    for folder in texts:
+        if (folder / VOCABULARY_FILE).is_file():
             return Tokenizer.load(folder)
     for folder in texts:
         meta = folder / "meta.json"
@@ -515,10 +526,9 @@ def _answers(
     source: str, count: int, weights: Path, texts: Sequence[Path], given: str | os.PathLike[str] | Sequence[str] | None
 ) -> Sequence[str]:
     names: Sequence[str] | None = None
-    config = weights.parent / CONFIG_FILE
     if given is not None:
         names = _numbered(Path(given)) if isinstance(given, str | os.PathLike) else list(given)
-    elif config.is_file() and isinstance(known := read_json_object(config).get("answers"), list):
+    elif isinstance(known := told_beside(weights).get("answers"), list):
         names = [str(name) for name in known]
     else:
         table = next((folder / "ans2label.json" for folder in (weights.parent, *texts) if (folder / "ans2label.json").is_file()), None)

@@ -10,10 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.tokenizer import SPECIALS, Tokenizer
 from uniter.model import UniterConfig, UniterForPretraining, load_uniter
-from uniter.model.checkpoints import TIED, export_hub, export_published, our_name, read_model, save_checkpoint, write_model
+from uniter.model.checkpoints import (
+    TIED,
+    Weights,
+    export_hub,
+    export_published,
+    find_weights,
+    our_name,
+    read_model,
+    save_checkpoint,
+    tokenizer_beside,
+    tokenizer_of,
+    told_beside,
+    write_model,
+)
+from uniter.model.downstream import UniterForVqa
 
 SMALL = UniterConfig(
     vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96, image_feature_size=12, label_classes=6
@@ -280,3 +296,34 @@ def test_hub_folder_has_a_card(model, tmp_path):
     card = Path(tmp_path / "hub" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: uniter-toolkit") and "| region features | 12 wide |" in card
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["architectures"] == ["UniterForPretraining"]
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_the_vocabulary_travels_with_the_weights(model, tmp_path, lowercase):
+    tokenizer = Tokenizer([*SPECIALS, "!", "a", "dog", "##s"], name="toy", lowercase=lowercase, added=["[[dog]]"])
+    text = "A dogs [[dog]] !"
+    write_model(tmp_path, model, tokenizer=tokenizer)
+    export_published(Weights.read(tmp_path / "model.safetensors"), tmp_path / "out" / "toy.pt")
+    export_hub(Weights.read(tmp_path / "out" / "toy.pt"), tmp_path / "hub")
+    for weights in (tmp_path / "model.safetensors", tmp_path / "out" / "toy.pt", tmp_path / "hub" / "model.safetensors"):
+        found = tokenizer_beside(weights)
+        assert (found.vocabulary, found.lowercase) == (tokenizer.vocabulary, lowercase)
+    assert Tokenizer.load(tmp_path).encode(text) == tokenizer.encode(text)
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(text, add_special_tokens=False) == tokenizer.encode(text)
+
+
+def test_the_vocabulary_of_published_weights_is_known_by_its_size(model, tmp_path):
+    export_published(model, tmp_path / "toy.pt")
+    assert Weights.read(tmp_path / "toy.pt").tokenizer is None
+    assert tokenizer_of(tmp_path / "toy.pt", 28996).name == "bert-base-cased"
+
+
+def test_a_fine_tuned_model_is_exported_with_its_head_and_its_answers(tmp_path):
+    tuned = UniterForVqa(SMALL, answers=3)
+    save_checkpoint(tmp_path / "vqa", tuned, about={"task": "vqa", "answers": ["no", "red", "yes"]})
+    export_published(Weights.read(tmp_path / "vqa"), tmp_path / "vqa.pt")
+    export_hub(Weights.read(tmp_path / "vqa.pt"), tmp_path / "hub")
+    again = UniterForVqa.from_checkpoint(tmp_path / "hub")
+    assert same_bits(again, tuned)
+    assert told_beside(find_weights(tmp_path / "hub"))["answers"] == ["no", "red", "yes"]
+    assert torch.load(tmp_path / "vqa.pt", weights_only=True).keys() == tuned.state_dict().keys()
