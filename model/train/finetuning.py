@@ -16,7 +16,7 @@ from uniter.datasets.loader import Assembler, Mixture, Part, load, sequential_pl
 from uniter.datasets.masking import Pairing
 from uniter.datasets.samples import Masking, matched_pair
 from uniter.datasets.text_db import read_json_object
-from uniter.model.checkpoints import find_weights
+from uniter.model.checkpoints import find_weights, told_beside
 from uniter.model.downstream import DownstreamModel
 from uniter.model.metrics import fold_recalls, retrieval_recalls
 from uniter.model.predictions import answer_table
@@ -26,7 +26,7 @@ from uniter.model.train.config import TrainSettings
 from uniter.model.train.defaults import complete_finetuning
 from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.evaluate import scored, validate
-from uniter.model.train.runs import Data, Kind, check_fit, start, with_validation
+from uniter.model.train.runs import Data, Kind, check_fit, start, tokenizer_of_texts, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
 
 logger = logging.getLogger(__name__)
@@ -268,8 +268,7 @@ def _names(start_from: str, corpus: Corpus, given: Path | None) -> list[str] | N
     if given is not None:
         table = read_json_object(given)
         return sorted(table, key=lambda answer: int(table[answer]))
-    config = find_weights(start_from).parent / "config.json"
-    known = read_json_object(config).get("answers") if config.is_file() else None
+    known = told_beside(find_weights(start_from)).get("answers")
     if isinstance(known, list):
         return [str(answer) for answer in known]
     of_texts = answer_table(corpus)
@@ -293,6 +292,7 @@ def _open(
     check_pictures(corpus, row, name)
     model = extras(row).model.from_checkpoint(start_from).to(everyone.device)
     check_fit(model.config, corpus, source=start_from)
+    tokenizer_of_texts([corpus], start=start_from)
     sizes = type(model).sizes(model.state_dict())
     task = row.of_data(row, corpus)
     wanted = extras(task).sizes

@@ -5,9 +5,10 @@ task is a `Kind`.
 """
 
 import contextlib
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from uniter.datasets.corpus import Corpus, open_corpus
 from uniter.datasets.errors import BadInput, SettingsDiffer
 from uniter.datasets.loader import Assembler, Mixture, Part
 from uniter.datasets.samples import Masking
-from uniter.model.checkpoints import read_model, write_model
-from uniter.model.tasks import Task
+from uniter.datasets.tokenizer import ON_BOARD, VOCABULARY_FILE, Tokenizer
+from uniter.model.checkpoints import find_weights, read_model, tokenizer_beside, write_model
+from uniter.model.tasks import Task, vocabulary_of
 from uniter.model.train import state
 from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, differences, read_settings, write_config
 from uniter.model.train.distributed import Processes, processes
@@ -99,6 +101,7 @@ def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> 
             write_config(run / CONFIG_FILE, settings)
     everyone.wait_for_all()
 
+    tokenizer = tokenizer_of_texts([*data.training.values(), *data.validation.values()], start=settings.from_)
     model = kind.build_model(settings, data).to(everyone.device)
     tasks, mixture = kind.build_mixture(settings, data)
     optimizer = AdamW(
@@ -130,7 +133,7 @@ def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> 
         assembler=Assembler(mixture.parts, settings.seed, masking),
         validation=kind.validation_parts(settings, data),
         workers=_workers(settings, everyone),
-        write_model=lambda folder: write_model(folder, model, about=about),
+        write_model=lambda folder: write_model(folder, model, about=about, tokenizer=tokenizer),
     )
     _say_what_is_trained(settings, data, model, progressed, everyone)
     with contextlib.ExitStack() as stack:
@@ -183,9 +186,38 @@ def with_validation(wanted: CorpusSettings, corpus: Corpus, settings: TrainSetti
     return corpus, held_out.sample_of(settings.validation_examples, seed=settings.seed)
 
 
+def tokenizer_of_texts(corpora: Iterable[Corpus], *, start: str | None = None) -> Tokenizer | None:
+    """What the texts were tokenised with; None where they do not tell (published databases that name another than BERT-cased).
+
+    Args:
+        corpora: must agree; one may have words of a task behind the others' vocabulary.
+        start: the checkpoint that will read them, which must agree as well where it tells its vocabulary.
+
+    Raises:
+        BadInput: two of them differ: the numbers of the word pieces would mean different words.
+    """
+    own: dict[str, Tokenizer] = {}
+    for text in (text for corpus in corpora for text in corpus.texts):
+        if (text.path / VOCABULARY_FILE).is_file():
+            own[str(text.path)] = Tokenizer.load(text.path)
+        elif text.tokenizer_name in ON_BOARD:
+            own[str(text.path)] = Tokenizer.load(text.tokenizer_name)
+    if start is not None and (of_start := tokenizer_beside(find_weights(start))) is not None:
+        own[start] = of_start
+    names = sorted(own, key=lambda name: own[name].vocab_size)
+    for smaller, larger in itertools.pairwise(names):
+        one, other = own[smaller], own[larger]
+        if one.vocabulary != other.vocabulary[: len(one.vocabulary)] or one.lowercase != other.lowercase:
+            raise BadInput(
+                f"{smaller} has other word pieces ({one.name}, {one.vocab_size:,}) than {larger} ({other.name}, {other.vocab_size:,}); "
+                f"build the texts with one tokeniser: uniter-build-db --tokenizer {larger if start is None else find_weights(start).parent}"
+            )
+    return own[names[-1]] if names else None
+
+
 def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:
     """Raise BadInput unless a model of these sizes can read the corpus."""
-    width, vocabulary = corpus.images.feature_width, max(text.v_range[1] for text in corpus.texts)
+    width, vocabulary = corpus.images.feature_width, vocabulary_of(corpus)
     if config.image_feature_size != width:
         raise BadInput(f"region features are {width} wide, but {source} was trained on {config.image_feature_size}; use its detector")
     if config.vocab_size < vocabulary:

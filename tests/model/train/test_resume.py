@@ -151,7 +151,7 @@ def test_the_newest_and_the_best_are_kept(small: Make, tmp_path: Path) -> None:
     losses = {line["step"]: line["loss"] for line in log_of(run) if line["kind"] == "validation"}
     assert best == f"step-{min(losses, key=lambda step: losses[step])}"
     files = {path.name for path in (checkpoints / "step-8").iterdir()}
-    assert files == {"model.safetensors", "config.json", "optimizer.safetensors", "state.json"}
+    assert files == {"model.safetensors", "config.json", "optimizer.safetensors", "state.json", "vocab.txt", "tokenizer_config.json"}
 
 
 def test_another_run_in_the_same_folder_is_refused(small: Make, unbroken: Path, tmp_path: Path) -> None:
