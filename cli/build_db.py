@@ -110,7 +110,11 @@ def main(
 
     def source() -> Iterator[Caption]:
         counts.clear()
-        texts = chain.from_iterable(read(path, split=read_split, join=join, counts=counts) for path in paths)
+        # Texts without ids are numbered in their file; several files must not number alike.
+        prefixes = [{"row_prefix": f"{place}-"} if task == "captions" and len(paths) > 1 else {} for place in range(len(paths))]
+        texts = chain.from_iterable(
+            read(path, split=read_split, join=join, counts=counts, **prefix) for path, prefix in zip(paths, prefixes, strict=True)
+        )
         return texts if part is None else _of_part(texts, part, exclusion, counts)
 
     pieces = _tokenizer(tokenizer, source, exclusion).with_words(getattr(read, "added_words", ()))

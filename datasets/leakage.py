@@ -41,7 +41,7 @@ class Exclusion:
             image's name, with or without suffix.
 
     Attributes:
-        hashes: file name -> sha256, for the header.
+        hashes: file name (path, where a name comes twice) -> sha256, for the header.
 
     Raises:
         BadInput: a file is no such list.
@@ -59,7 +59,8 @@ class Exclusion:
                 content = path.read_bytes()
             except FileNotFoundError:
                 raise BadInput(f"list of excluded images {path} is not there; `uniter-build-db exclude` makes one") from None
-            self.hashes[path.name] = hashlib.sha256(content).hexdigest()
+            name = path.name if path.name not in self.hashes else str(path)
+            self.hashes[name] = hashlib.sha256(content).hexdigest()
             start = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
             if start in (b"{", b"["):
                 self._add_json(path, content)
@@ -182,7 +183,8 @@ def kind_of_annotations(path: Path) -> str:
     if first == "{":
         for prefix, event, value in islice(json_events(path), LOOKED_AT):
             if prefix == "images.item" and event == "map_key" and value in ("cocoid", "sentences", "sentids"):
-                return "flickr30k" if "flickr30k" in path.name else "karpathy"
+                image = object_of(next(json_items(path, "images.item")), f"image 0 of {path}")
+                return "karpathy" if "cocoid" in image else "flickr30k"
             if prefix == "images.item" and event == "end_map":
                 return "coco"
     elif first == "[":

@@ -20,9 +20,13 @@ from uniter.datasets.errors import BadInput
 
 
 class CaptionReader(Protocol):
-    """`split`: one part, or several with commas; `join`: tables that name the images; `counts`: what was passed over, by name."""
+    """`split`: one part, or several with commas; `join`: tables that name the images; `counts`: what was passed over, by name;
+    `row_prefix`: of ids that are rows, where several files are read.
+    """
 
-    def __call__(self, path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]: ...
+    def __call__(
+        self, path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = ""
+    ) -> Iterator[Caption]: ...
 
 
 CAPTIONS: dict[str, CaptionReader] = {

@@ -13,7 +13,7 @@ from uniter.datasets.errors import BadInput
 BATCH = 4096
 
 
-def read_coco(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
+def read_coco(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
     """The captions in the file's order.
 
     A caption whose image is not listed has an empty image name (and so counts as without image); where the file lists no images at all,
@@ -42,7 +42,7 @@ def read_coco(path: Path, *, split: str | None, join: Sequence[Path], counts: Co
         for (place, _), annotation, image, name in zip(batch, rows, images, found, strict=True):
             if name is None:
                 name = "" if len(names) or image is None else id_of(image, 0)
-            example = id_of(annotation.get("id"), place)
+            example = id_of(annotation.get("id"), place, row_prefix)
             origins = (("coco", id_of(image, 0)),) if image is not None else ()
             caption = annotation["caption"]
             text = caption if isinstance(caption, str) else text_of(caption, f"annotation {example} of {path}")

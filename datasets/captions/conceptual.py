@@ -18,7 +18,9 @@ from uniter.datasets.errors import BadInput
 BATCH = 4096
 
 
-def read_conceptual(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
+def read_conceptual(
+    path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = ""
+) -> Iterator[Caption]:
     """The rows in order; an id is its row.
 
     `counts` receives `urls_not_downloaded` where --join is given.
@@ -30,12 +32,12 @@ def read_conceptual(path: Path, *, split: str | None, join: Sequence[Path], coun
     while batch := list(islice(rows, BATCH)):
         if names is None:
             for row, (text, _) in batch:
-                yield Caption(str(row), f"{row:09d}", text)
+                yield Caption(f"{row_prefix}{row}", f"{row:09d}", text)
             continue
         for (row, (text, _)), name in zip(batch, find_urls(names, [url for _, (_, url) in batch]), strict=True):
             if name is None:
                 counts["urls_not_downloaded"] += 1
-            yield Caption(str(row), name or "", text)
+            yield Caption(f"{row_prefix}{row}", name or "", text)
 
 
 def is_url(cell: str) -> bool:

@@ -2,17 +2,19 @@
 
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Final, cast
 
 import ijson
 
 from uniter.datasets.errors import BadInput
 
 LONGEST_LINE = 16 << 20  # bytes; a text of that length is no caption
+DEEPEST = 500  # JSON inside JSON; ijson keeps a path for each level, so 100,000 levels would take 25 GB
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -29,7 +31,7 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
             raw.seek(0)
             stream = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), 1 << 20)) if packed else raw
             start = stream.read(3)
-            if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            if start[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in start[:2] and start[:2] != b"\0\0"):
                 raise BadInput(f"{path} is UTF-16 text; save it as UTF-8")
             if start != UTF8_BOM:
                 stream.seek(0)
@@ -82,14 +84,60 @@ def json_events(path: Path) -> Iterator[tuple[str, str, Any]]:
     yield from _json(path, lambda stream: ijson.parse(stream, use_float=True, buf_size=1 << 16))
 
 
+class _Checked:
+    """A stream of JSON for ijson, without what would bring it down or to a halt.
+
+    It breaks off where JSON is nested deeper than `DEEPEST` (within one block it may be three times as deep), and halves of surrogate
+    pairs (\\ud83d alone), which Python's json writes and yajl refuses, become U+FFFD.
+    """
+
+    _BESIDE: Final = bytes(set(range(256)) - set(b'"[]{}'))
+    _ESCAPES: Final = re.compile(
+        rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[dD][89a-fA-F][0-9a-fA-F]{2}|.)", re.DOTALL
+    )
+    _ESCAPED: Final = re.compile(rb"\\.", re.DOTALL)
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self._stream, self._path = stream, path
+        self._depth, self._in_string = 0, False
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._stream.read(size)
+        for _ in range(16):  # no escape, nor pair of them, may be cut in two
+            if b"\\" not in block[-12:]:
+                break
+            block += self._stream.read(1 << 12)
+        marks = block
+        if b"\\" in block:
+            if b"\\ud" in block or b"\\uD" in block:
+                block = self._ESCAPES.sub(lambda found: b"\\ufffd" if len(found[0]) == 6 else found[0], block)
+            marks = self._ESCAPED.sub(b"", block)
+        parts = marks.translate(None, self._BESIDE).split(b'"')
+        outside = b"".join(parts[self._in_string :: 2])
+        self._in_string ^= len(parts) % 2 == 0
+        # What is opened and closed within the block goes away layer by layer: "{[{}{}]" -> "{[]" -> "{".
+        for _ in range(DEEPEST):
+            inner, outside = outside, outside.replace(b"{}", b"").replace(b"[]", b"")
+            if outside == inner:
+                break
+        opened = outside.count(b"[") + outside.count(b"{")
+        self._depth += 2 * opened - len(outside)  # what is left closes first, then opens
+        if self._depth > DEEPEST:
+            raise BadInput(f"{self._path} is JSON nested more than {DEEPEST} deep; is it a file of captions or annotations?")
+        return block
+
+
 def _json(path: Path, parse: Callable[[BinaryIO], Iterator[Any]]) -> Iterator[Any]:
     with open_stream(path) as stream:
         try:
-            yield from parse(stream)
-        except ijson.IncompleteJSONError as error:
-            raise BadInput(f"{path} ends or breaks in the middle ({_first_line(error)}); was it cut off? Fetch it again") from None
+            yield from parse(cast(BinaryIO, _Checked(stream, path)))
         except (ijson.JSONError, ValueError, ArithmeticError) as error:
-            raise BadInput(f"{path} is not JSON ({_first_line(error)})") from None
+            reason = _first_line(error)
+            if "premature EOF" in reason or "incomplete" in reason.lower():
+                raise BadInput(f"{path} ends in the middle ({reason}); was it cut off? Fetch it again") from None
+            if "UTF8" in reason or isinstance(error, UnicodeDecodeError):
+                raise BadInput(f"{path} holds bytes that are not UTF-8 ({reason}); save it as UTF-8") from None
+            raise BadInput(f"{path} is not JSON ({reason}); is it the right file, was a part of it lost?") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -112,12 +160,12 @@ def text_of(value: Any, where: str) -> str:
     raise BadInput(f"the caption of {where} is a JSON {type(value).__name__}; expected a string")
 
 
-def id_of(value: Any, row: int) -> str:
-    """An example's id: what the source says, else its row."""
+def id_of(value: Any, row: int, row_prefix: str = "") -> str:
+    """An example's id: what the source says, else its row, which bears a prefix where there are several files."""
     if type(value) is int or type(value) is str:  # nearly all are
         return str(value)
     if value is None or isinstance(value, list | dict):
-        return str(row)
+        return f"{row_prefix}{row}"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value)

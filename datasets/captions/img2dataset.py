@@ -20,7 +20,9 @@ LARGEST_TEXT = 1 << 20  # bytes of a caption or of an image's JSON in a tar
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read_img2dataset(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
+def read_img2dataset(
+    path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = ""
+) -> Iterator[Caption]:
     """The captions of all shards in the order of their names.
 
     `counts` receives `urls_not_downloaded` and, of tars, `images_without_caption`.

@@ -9,7 +9,7 @@ from uniter.datasets.captions.files import id_of, json_items, object_of, text_of
 from uniter.datasets.errors import BadInput, unknown_name
 
 
-def read_karpathy(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
+def read_karpathy(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
     """The sentences of one part, or of all; several parts with commas between them ("train,restval").
 
     `counts` receives `images_without_caption` and `images_of_other_parts`.
@@ -41,7 +41,7 @@ def read_karpathy(path: Path, *, split: str | None, join: Sequence[Path], counts
             text = item.get("raw")
             if text is None and isinstance(item.get("tokens"), list):
                 text = " ".join(map(str, item["tokens"]))
-            yield Caption(id_of(item.get("sentid"), sentence_row), image_name, text_of(text, f"a sentence of {where}"), origins)
+            yield Caption(id_of(item.get("sentid"), sentence_row, row_prefix), image_name, text_of(text, f"a sentence of {where}"), origins)
             sentence_row += 1
     for part in sorted((wanted or set()) - seen):
         raise BadInput(f"{path}: {unknown_name('split', part, seen)}")

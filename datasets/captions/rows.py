@@ -36,14 +36,14 @@ def column_named(columns: Iterable[str], names: Sequence[str]) -> str | None:
     return next((by_name[name] for name in names if name in by_name), None)
 
 
-def read_jsonl(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
+def read_jsonl(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
     """Rows {"image": ..., "caption": ...} (or a list of captions), optionally "id" and "split"."""
-    yield from _captions(path, _json_rows(path), split=split, join=join, counts=counts)
+    yield from _captions(path, _json_rows(path), split=split, join=join, counts=counts, row_prefix=row_prefix)
 
 
-def read_csv(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
+def read_csv(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
     """Rows under a header line that names an image and a caption column; separated by commas, tabs, semicolons or bars."""
-    yield from _captions(path, csv_rows(path), split=split, join=join, counts=counts)
+    yield from _captions(path, csv_rows(path), split=split, join=join, counts=counts, row_prefix=row_prefix)
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -55,11 +55,13 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = lines_of(path)
     header_line = next((line for line in lines if line.strip()), "")
     delimiter = delimiter_of(header_line)
+    number = -1
     # Between tabs and bars (Flickr30k's results.csv) quotes are just quotes; elsewhere they hold cells together.
     quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter in "\t|" else csv.QUOTE_MINIMAL
     try:
         header = [cell.strip() for cell in next(csv.reader([header_line], delimiter=delimiter, quoting=quoting), [])]
-        reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting)
+        # strict: a quote that is never closed would otherwise swallow the rows behind it.
+        reader = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, quoting=quoting, strict=True)
         for number, cells in enumerate(reader):
             if not cells:
                 continue
@@ -73,7 +75,13 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 cells = [cell.strip() for cell in cells]
             yield f"row {number} of {path}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise BadInput(f"{path} is no readable CSV ({error})") from None
+        raise BadInput(f"{path} is no readable CSV: row {number + 1} {_CSV_WORDS.get(str(error), f'({error})')}") from None
+
+
+_CSV_WORDS = {
+    "unexpected end of data": "opens a quote that is never closed",
+    **{f"'{mark}' expected after '\"'": "has a quote inside a quoted cell; write it twice" for mark in DELIMITERS},
+}
 
 
 def delimiter_of(header: str) -> str:
@@ -99,7 +107,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _captions(
-    path: Path, rows: Iterable[tuple[str, Mapping[str, Any]]], *, split: str | None, join: Sequence[Path], counts: Counter[str]
+    path: Path,
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    *,
+    split: str | None,
+    join: Sequence[Path],
+    counts: Counter[str],
+    row_prefix: str,
 ) -> Iterator[Caption]:
     if join:
         raise BadInput(f"{path} names its images itself; leave --join away")
@@ -121,7 +135,7 @@ def _captions(
         if not isinstance(image, str | int) or isinstance(image, bool):
             raise BadInput(f"the image of {where} is {image!r}; expected its name")
         id_column = column_named(row, ID_COLUMNS)
-        example = id_of(row[id_column] if id_column is not None else None, number)
+        example = id_of(row[id_column] if id_column is not None else None, number, row_prefix)
         captions = caption if isinstance(caption, list) else [caption]
         for place, text in enumerate(captions):
             yield Caption(f"{example}-{place}" if len(captions) > 1 else example, str(image), text_of(text, where))

@@ -18,7 +18,7 @@ BATCH = 4096
 _MISSING = object()
 
 
-def read_sbu(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
+def read_sbu(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
     """The captions in order.
 
     `counts` receives `urls_not_downloaded` where --join is given.
@@ -35,7 +35,7 @@ def read_sbu(path: Path, *, split: str | None, join: Sequence[Path], counts: Cou
                 name = joined or ""
             photo = flickr_photo(url or name)
             origins = (("flickr", example.rpartition("_")[2] if not url else photo),)
-            yield Caption(example or str(row), name, text, origins)
+            yield Caption(example or f"{row_prefix}{row}", name, text, origins)
 
 
 def flickr_photo(url: str) -> str:

@@ -13,7 +13,9 @@ from uniter.datasets.captions.files import id_of, json_items, object_of, text_of
 from uniter.datasets.errors import BadInput
 
 
-def read_visual_genome(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
+def read_visual_genome(
+    path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = ""
+) -> Iterator[Caption]:
     """The phrases in the file's order; images are called `<image id>.jpg`.
 
     `counts` receives `images_without_caption`.
@@ -46,6 +48,6 @@ def read_visual_genome(path: Path, *, split: str | None, join: Sequence[Path], c
             origins = (("vg", number), *origins_of.get(number, ()))
             box = [item.get(side) for side in ("x", "y", "width", "height")]
             fields: dict[str, Any] | None = {"bbox": box} if all(isinstance(side, int | float) for side in box) else None
-            example = id_of(item.get("region_id", item.get("id")), row)
+            example = id_of(item.get("region_id", item.get("id")), row, row_prefix)
             yield Caption(example, f"{number}.jpg", text_of(item.get("phrase"), f"region {example} of {path}"), origins, fields)
             row += 1
