@@ -1,10 +1,14 @@
 """One example -> what its task shows the model and what the model shall answer. One function a task.
 
 Text is masked only where the picture is whole, regions only where the text is whole ("conditional masking").
+
+What a reader would get wrong: the pre-training tasks serve VCR's second stage as they are. A VCR example tells three texts (the
+question, its right answer, its right rationale) and shows two sets of regions (annotated, then detected), each told or shown after
+the other; every other example tells one text beside one picture.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +40,18 @@ class Example:
     def words(self) -> list[int]:
         """Its word pieces without [CLS] and [SEP]."""
         return list(self.corpus.record(self.number)["input_ids"])
+
+    def told(self) -> list[list[int]]:
+        """What pre-training reads, without [CLS] and [SEP]: its text, or VCR's question, right answer and right rationale.
+
+        Raises:
+            BadInput: a VCR question of a test part, whose right choices nobody knows.
+        """
+        record = self.corpus.record(self.number)
+        if "input_ids_as" not in record:
+            return [record["input_ids"]]
+        answer, rationale = right_choices(record, self.id)
+        return [record["input_ids"], record["input_ids_as"][answer], record["input_ids_rs"][rationale]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +96,24 @@ SampleFunction = Callable[[Example, random.Random, Masking], Sample]
 
 
 def masked_text(example: Example, rng: random.Random, masking: Masking) -> Sample:
-    """MLM: words hidden, the picture whole. Targets: `words` (T,) int64, -1 where nothing is predicted, [CLS] and [SEP] included."""
+    """MLM: words hidden, the picture whole. Targets: `words` (T,) int64, -1 where nothing is predicted, [CLS] and [SEP] included.
+
+    At least one word of each of VCR's texts is hidden.
+    """
     text = example.corpus.texts[example.corpus.database_N[example.number]]
-    read, wanted = mask_words(example.words(), rng, mask_id=text.mask_id, v_range=text.v_range, probability=masking.words)
-    labels = np.array([NOT_PREDICTED, *wanted, NOT_PREDICTED], dtype=np.int64)
-    return Sample(example.id, [_sequence(example, read, _regions(example))], {"words": labels})
+    read, labels = [], [NOT_PREDICTED]
+    for words in example.told():
+        shown, wanted = mask_words(words, rng, mask_id=text.mask_id, v_range=text.v_range, probability=masking.words)
+        read.append(shown)
+        labels += [*wanted, NOT_PREDICTED]
+    return Sample(example.id, [_sequence(example, read, _regions(example))], {"words": np.array(labels, dtype=np.int64)})
 
 
 def masked_regions(example: Example, rng: random.Random, masking: Masking) -> Sample:
     """MRFR: regions hidden, the text whole. Targets: `features` (S, D), what the S hidden regions held."""
     masked = mask_regions(_count(example), rng, probability=masking.regions)
     regions = _regions(example)
-    sample = Sample(example.id, [_sequence(example, example.words(), regions, masked)])
+    sample = Sample(example.id, [_sequence(example, example.told(), regions, masked)])
     sample.targets["features"] = regions.features[masked]
     return sample
 
@@ -102,18 +124,16 @@ def masked_regions_with_classes(example: Example, rng: random.Random, masking: M
     Only the hidden regions' distributions are read: they are nearly half of a record.
     """
     masked = mask_regions(_count(example), rng, probability=masking.regions)
-    regions = example.corpus.regions(example.images[0], fields=("features", "norm_bb", "soft_labels"), soft_label_rows=masked.nonzero()[0])
-    if regions.soft_labels is None:
-        key = example.corpus.images.keys_list[example.images[0]]
-        raise BadInput(f"image {key!r} has no soft labels, which MRC needs; leave mrc and mrc-kl out of the tasks")
-    return Sample(example.id, [_sequence(example, example.words(), regions, masked)], {"soft_labels": regions.soft_labels})
+    regions = _regions(example, classes_of=masked)
+    assert regions.soft_labels is not None
+    return Sample(example.id, [_sequence(example, example.told(), regions, masked)], {"soft_labels": regions.soft_labels})
 
 
 def matched_pair(example: Example, rng: random.Random, masking: Masking) -> Sample:
     """ITM: nothing hidden; the picture may be another one. Targets: `matched` (1,) int64, 1 where it is the text's own."""
     return Sample(
         example.id,
-        [_sequence(example, example.words(), _regions(example))],
+        [_sequence(example, [example.words()], _regions(example))],
         {"matched": np.array([int(example.matched)], dtype=np.int64)},
     )
 
@@ -130,7 +150,7 @@ def answered_question(example: Example, rng: random.Random, masking: Masking, *,
                 f"example {example.id!r} has answer {labels.max()}, but there are {answers} answers; were its texts built otherwise?"
             )
         wanted[0, labels] = target["scores"]
-    return Sample(example.id, [_sequence(example, list(record["input_ids"]), _regions(example))], {"answers": wanted})
+    return Sample(example.id, [_sequence(example, [record["input_ids"]], _regions(example))], {"answers": wanted})
 
 
 def statement_about_each(example: Example, rng: random.Random, masking: Masking) -> Sample:
@@ -141,7 +161,7 @@ def statement_about_each(example: Example, rng: random.Random, masking: Masking)
     record = example.corpus.record(example.number)
     sequences = []
     for number in (0, 1):
-        sequence = _sequence(example, list(record["input_ids"]), example.corpus.regions(example.images[number]))
+        sequence = _sequence(example, [record["input_ids"]], example.corpus.regions(example.images[number]))
         sequence.region_type = number + 1
         sequences.append(sequence)
     return Sample(example.id, sequences, {"truth": _truth(record)})
@@ -172,7 +192,7 @@ def ranked_group(example: Example, rng: random.Random, masking: Masking, *, pict
     Source: ChenRocks/UNITER `data/itm.py`: pictures first, then texts, each drawn again while it is the positive's.
     """
     corpus, own = example.corpus, example.images[0]
-    words, regions = example.words(), _regions(example)
+    words, regions = [example.words()], _regions(example)
     sequences = [_sequence(example, words, regions)]
     for _ in range(negatives):
         picture = own
@@ -183,7 +203,7 @@ def ranked_group(example: Example, rng: random.Random, masking: Masking, *, pict
         number = example.number
         while corpus.image_rows_NK[number, 0] == own:
             number = rng.randrange(len(corpus))
-        sequences.append(_sequence(example, list(corpus.record(number)["input_ids"]), regions))
+        sequences.append(_sequence(example, [corpus.record(number)["input_ids"]], regions))
     return Sample(example.id, sequences)
 
 
@@ -197,7 +217,7 @@ def mined_group(example: Example, rng: random.Random, masking: Masking, *, pictu
         pictures: (M,) the distinct pictures of the corpus, at least two.
     """
     corpus, own = example.corpus, example.images[0]
-    words, regions = example.words(), _regions(example)
+    words, regions = [example.words()], _regions(example)
     sequences = [_sequence(example, words, regions)]
     if rng.random() < 0.5:
         others = [picture for picture in rng.sample(pictures.tolist(), min(drawn + 1, len(pictures))) if picture != own]
@@ -206,7 +226,7 @@ def mined_group(example: Example, rng: random.Random, masking: Masking, *, pictu
         of_own = int((corpus.image_rows_NK[:, 0] == own).sum())
         numbers = rng.sample(range(len(corpus)), min(drawn + of_own, len(corpus)))
         strangers = [number for number in numbers if corpus.image_rows_NK[number, 0] != own]
-        sequences += [_sequence(example, list(corpus.record(number)["input_ids"]), regions) for number in strangers[:drawn]]
+        sequences += [_sequence(example, [corpus.record(number)["input_ids"]], regions) for number in strangers[:drawn]]
     return Sample(example.id, sequences)
 
 
@@ -237,7 +257,7 @@ def referred_region(example: Example, rng: random.Random, masking: Masking, *, p
         best = int(overlaps.argmax())
         region = best if overlaps[best] > IOU_THRESHOLD else UNKNOWN
     targets = {"region": np.array([region]), "overlaps": overlaps, "draw": np.array([rng.randrange(2**62)])}
-    return Sample(example.id, [_sequence(example, list(record["input_ids"]), regions)], targets)
+    return Sample(example.id, [_sequence(example, [record["input_ids"]], regions)], targets)
 
 
 def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, every_answer: bool = False) -> Sample:
@@ -253,19 +273,17 @@ def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, e
     Targets: `correct` (4 + 4 or 4 + 16,) int64, 1 at the right choice; with `every_answer` and no label all 0.
     """
     record = example.corpus.record(example.number)
-    right_answer, right_rationale = int(record.get("qa_target", -1)), int(record.get("qar_target", -1))
     answers, rationales = record["input_ids_as"], record["input_ids_rs"]
-    if not every_answer and (right_answer < 0 or right_rationale < 0):
-        raise BadInput(f"question {example.id!r} has no right answer and rationale (a test part?); it can be predicted, nothing else")
+    right_answer, right_rationale = right_choices(record, example.id, known=not every_answer)
     text = example.corpus.texts[example.corpus.database_N[example.number]]
-    features, norm_bb = _regions_of_both(example)
+    regions = _regions(example)
 
     def sequence(*parts: list[int]) -> TokenSequence:
         words, types = [text.cls_id, *record["input_ids"]], [0] * (1 + len(record["input_ids"]))
         for token_type, part in enumerate(parts, start=2):
             words += [text.sep_id, *part]
             types += [token_type] * (1 + len(part))
-        return TokenSequence([*words, text.sep_id], features, norm_bb, text_types=[*types, types[-1]])
+        return TokenSequence([*words, text.sep_id], regions.features, regions.norm_bb, text_types=[*types, types[-1]])
 
     sequences = [sequence(answer) for answer in answers]
     correct = [number == right_answer for number in range(len(answers))]
@@ -276,10 +294,16 @@ def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, e
     return Sample(example.id, sequences, {"correct": np.array(correct, dtype=np.int64)})
 
 
-def _regions_of_both(example: Example) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """VCR's regions, annotated then detected: features and boxes."""
-    annotated, detected = (example.corpus.regions(image) for image in example.images)
-    return np.concatenate([annotated.features, detected.features]), np.concatenate([annotated.norm_bb, detected.norm_bb])
+def right_choices(record: Mapping[str, Any], name: str, *, known: bool = True) -> tuple[int, int]:
+    """The numbers of VCR's right answer and rationale; -1 where they are not known and need not be.
+
+    Raises:
+        BadInput: they are not known, the question's name in the sentence.
+    """
+    right = int(record.get("qa_target", -1)), int(record.get("qar_target", -1))
+    if known and min(right) < 0:
+        raise BadInput(f"question {name!r} has no right answer and rationale (a test part?); it can be predicted, nothing else")
+    return right
 
 
 def _truth(record: dict[str, Any]) -> NDArray[np.int64]:
@@ -288,13 +312,54 @@ def _truth(record: dict[str, Any]) -> NDArray[np.int64]:
 
 
 def _count(example: Example) -> int:
-    return int(example.corpus.images.region_counts[example.images[0]])
+    counts = example.corpus.images.region_counts
+    return sum(int(counts[image]) for image in example.images)
 
 
-def _regions(example: Example) -> RegionFeatures:
-    return example.corpus.regions(example.images[0])
+def _regions(example: Example, *, classes_of: NDArray[np.bool_] | None = None) -> RegionFeatures:
+    """The regions that an example shows, VCR's annotated ones before the detected ones; features and boxes only.
+
+    Args:
+        classes_of: (N,) bool, the regions whose distributions are read besides, (S, C).
+
+    Raises:
+        BadInput: distributions are wanted and a picture has none.
+    """
+    found, first = [], 0
+    for image in example.images:
+        if classes_of is None:
+            found.append(example.corpus.regions(image))
+            continue
+        end = first + int(example.corpus.images.region_counts[image])
+        wanted, first = classes_of[first:end].nonzero()[0], end
+        regions = example.corpus.regions(image, fields=("features", "norm_bb", "soft_labels"), soft_label_rows=wanted)
+        if regions.soft_labels is None:
+            key = example.corpus.images.keys_list[image]
+            raise BadInput(f"image {key!r} has no soft labels, which MRC needs; leave mrc and mrc-kl out of the tasks")
+        found.append(regions)
+    if len(found) == 1:
+        return found[0]
+    return RegionFeatures(
+        features=np.concatenate([one.features for one in found]),
+        norm_bb=np.concatenate([one.norm_bb for one in found]),
+        conf=np.concatenate([one.conf for one in found]),
+        soft_labels=None if classes_of is None else np.concatenate([np.asarray(one.soft_labels) for one in found]),
+    )
 
 
-def _sequence(example: Example, words: list[int], regions: RegionFeatures, masked: NDArray[np.bool_] | None = None) -> TokenSequence:
+def _sequence(
+    example: Example, texts: Sequence[list[int]], regions: RegionFeatures, masked: NDArray[np.bool_] | None = None
+) -> TokenSequence:
+    """Texts, each with a [SEP] behind it, and regions.
+
+    Token types of several texts, their [SEP]s included: the first 0, then 2, 3. That is how UNITER's second stage of VCR numbers them;
+    its fine-tuning gives the [SEP] between two texts the type of the second (`multiple_choice`).
+    """
     text = example.corpus.texts[example.corpus.database_N[example.number]]
-    return TokenSequence([text.cls_id, *words, text.sep_id], regions.features, regions.norm_bb, masked)
+    if len(texts) == 1:
+        return TokenSequence([text.cls_id, *texts[0], text.sep_id], regions.features, regions.norm_bb, masked)
+    words, types = [text.cls_id], [0]
+    for token_type, part in zip((0, 2, 3), texts, strict=False):
+        words += [*part, text.sep_id]
+        types += [token_type] * (len(part) + 1)
+    return TokenSequence(words, regions.features, regions.norm_bb, masked, text_types=types)

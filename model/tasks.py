@@ -22,6 +22,7 @@ from uniter.datasets.corpus import SPECIAL_TOKENS, Corpus
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.masking import NOT_PREDICTED
 from uniter.datasets.samples import SampleFunction
+from uniter.datasets.text_db import TextDB
 from uniter.model import downstream, losses, metrics, predictions
 from uniter.model.downstream import DownstreamModel
 from uniter.model.heads import Outputs, UniterForPretraining
@@ -78,6 +79,7 @@ class Finetuning:
         validate_as: the row that training validates with, where its own would be too expensive.
         predicted: what of an example is asked in predictions, where that is more than in training, and `predicted_lengths` its tokens.
         max_text_length: longest text, where the settings leave it open and UNITER's 60 are too few.
+        regions: which rows are taken from published region databases, where nobody says (as `ImageDB`'s arguments).
         learning_rate, head_rate_multiplier, steps, batch_tokens, accumulation, clip: where the settings leave them open.
     """
 
@@ -91,6 +93,7 @@ class Finetuning:
     predicted: SampleFunction | None = None
     predicted_lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] | None = None
     max_text_length: int | None = None
+    regions: Mapping[str, float] = field(default_factory=dict)
     head: str | None = None
     learning_rate: float = 5e-5
     head_rate_multiplier: float = 1.0
@@ -263,18 +266,36 @@ def lengths_of_choices(corpus: Corpus, images_N2: NDArray[np.int32], *, sequence
     return (corpus.lengths_with(images_N2) + 2) * sequences
 
 
-def with_tags(task: Task, corpus: Corpus) -> Task:
-    """The row for texts with so many word pieces, the object tags counted."""
-    if bool((corpus.image_rows_NK[:, 0] == corpus.image_rows_NK[:, 1]).any()):
-        row = int(corpus.image_rows_NK[corpus.image_rows_NK[:, 0] == corpus.image_rows_NK[:, 1]][0, 0])
+LONGEST_CHOICE = 220  # word pieces of question, answer and rationale, as published
+
+
+def tells_choices(text: TextDB) -> bool:
+    """Whether these are VCR's texts."""
+    return len(text) > 0 and "input_ids_as" in text.record(0)
+
+
+def vocabulary_of(corpus: Corpus) -> int:
+    """The word pieces that a model of these texts needs, VCR's object tags counted."""
+    # Ours say which words they added; published VCR databases do not, but always have UNITER's 81.
+    return max(text.v_range[1] + len(text.meta.get("added_words", TAG_WORDS if tells_choices(text) else ())) for text in corpus.texts)
+
+
+def check_both_kinds(corpus: Corpus) -> None:
+    """Raise BadInput unless the annotated and the detected regions of VCR's pictures are told apart by their keys."""
+    same = corpus.image_rows_NK[:, 0] == corpus.image_rows_NK[:, 1]
+    if bool(same.any()):
+        row = int(corpus.image_rows_NK[same][0, 0])
         raise BadInput(
             f"corpus {corpus.name!r}: {corpus.images.keys_list[row]!r} is both the annotated and the detected regions of a picture; "
             "extract them under different keys (--key 'vcr_gt_train_{stem}.npz' and 'vcr_train_{stem}.npz')"
         )
-    # Ours say which words they added; published databases do not, but always have UNITER's 81.
-    words = max(text.v_range[1] + len(text.meta.get("added_words", TAG_WORDS)) for text in corpus.texts)
+
+
+def with_tags(task: Task, corpus: Corpus) -> Task:
+    """The row for texts with so many word pieces, the object tags counted."""
+    check_both_kinds(corpus)
     assert task.finetuning is not None
-    return replace(task, finetuning=replace(task.finetuning, sizes={"words": words}))
+    return replace(task, finetuning=replace(task.finetuning, sizes={"words": vocabulary_of(corpus)}))
 
 
 def choice_scores(outputs: Outputs) -> list[Any]:
@@ -326,6 +347,8 @@ def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> 
             answer=best_answer,
             write=predictions.write_regions,
             sizes=sizes,
+            # Annotated boxes have no confidence to be chosen by, and the published configurations take detected ones alike.
+            regions={"conf_th": -1, "num_bb": 100},
             learning_rate=1e-4,
             steps=24000,
             # Published: 128 phrases, with their regions some twenty tokens each.
@@ -401,7 +424,7 @@ DOWNSTREAM: dict[str, Task] = {
             write=predictions.write_choices,
             predicted=partial(samples.multiple_choice, every_answer=True),
             predicted_lengths=partial(lengths_of_choices, sequences=CHOICES + CHOICES**2),
-            max_text_length=220,
+            max_text_length=LONGEST_CHOICE,
             learning_rate=6e-5,
             steps=8000,
             # Published: 4,000 tokens, not counting that each example is four sequences.
@@ -434,9 +457,18 @@ def pretraining_task(name: str, *, alignment_weight: float) -> Task:
     return replace(task, weights={"transport": alignment_weight})
 
 
-def default_tasks(*, has_soft_labels: bool) -> dict[str, float]:
-    """The tasks that the data allow, with UNITER's ratios: without soft labels there is no MRC-KL."""
-    return {name: PRETRAINING[name].ratio for name in DEFAULT_PRETRAINING if has_soft_labels or not PRETRAINING[name].needs_soft_labels}
+def default_tasks(*, has_soft_labels: bool, pictures: int = 1) -> dict[str, float]:
+    """The tasks that the data allow, with UNITER's ratios: no MRC-KL without soft labels, no matching in VCR's second stage.
+
+    Args:
+        pictures: K of an example, 2 in VCR's second stage.
+    """
+    rows = {name: PRETRAINING[name] for name in DEFAULT_PRETRAINING}
+    return {
+        name: row.ratio
+        for name, row in rows.items()
+        if (has_soft_labels or not row.needs_soft_labels) and (pictures == 1 or not row.shows_other_pictures)
+    }
 
 
 def check_soft_labels(tasks: Sequence[str], corpus: str, *, has_soft_labels: bool) -> None:

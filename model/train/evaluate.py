@@ -144,13 +144,14 @@ def evaluate_pretraining(
     """
     masking = masking or Masking()
     run = _Run(model, corpus, processes, budget, seed, masking, precision, workers)
-    figures: dict[str, float] = {"examples": len(corpus), "pictures": len(np.unique(corpus.image_rows_NK))}
+    figures: dict[str, float] = {"examples": len(corpus), "pictures": len(np.unique(corpus.image_rows_NK[:, 0]))}
     figures |= _words(run, words)
-    figures |= _pairs(run)
     figures |= _features(run)
     if corpus.has_soft_labels:
         figures |= _distributions(run)
-    figures |= retrieval(run, candidates=candidates)
+    if corpus.image_rows_NK.shape[1] == 1:  # VCR's second stage has no matching
+        figures |= _pairs(run)
+        figures |= retrieval(run, candidates=candidates)
     return figures
 
 
@@ -183,16 +184,13 @@ class _Run:
 
 def _words(run: _Run, words: Sequence[int]) -> dict[str, float]:
     part = Part("mlm", run.corpus, masked_text)
-    pictures = len(np.unique(run.corpus.image_rows_NK))
+    pictures = len(np.unique(run.corpus.image_rows_NK[:, 0]))
     chosen = torch.tensor(sorted(set(words)), dtype=torch.int64, device=run.processes.device)
     means = Means()
     for round_number in range(run.rounds()):
         shown: dict[str, Pairing | None] = {"": None}
         if pictures > 1:
-            other = random_pairs(
-                run.corpus.image_rows_NK[:, 0], generator(run.seed, "other picture", round_number), negative_probability=1.0
-            )
-            shown["_other_picture"] = Pairing(other.images[:, None], other.matched)
+            shown["_other_picture"] = _other_pictures(run.corpus, generator(run.seed, "other picture", round_number))
         for suffix, pairing in shown.items():
             for _, batch, outputs in run.scored(part, UniterForPretraining.masked_words, round_number=round_number, pairing=pairing):
                 labels_T = batch.targets["words"]
@@ -206,6 +204,14 @@ def _words(run: _Run, words: Sequence[int]) -> dict[str, float]:
     total = means.of_all(run.processes)
     figures = {name: value for name, value in total.means().items() if name != "mlm.masked_words"}
     return figures | {"mlm.masked_words": total.sums["mlm.masked_words"]}
+
+
+def _other_pictures(corpus: Corpus, rng: np.random.Generator) -> Pairing:
+    """Each example with another one's picture, VCR's with both kinds of its regions."""
+    own_NK = corpus.image_rows_NK
+    drawn = random_pairs(own_NK[:, 0], rng, negative_probability=1.0)
+    firsts, examples = np.unique(own_NK[:, 0], return_index=True)
+    return Pairing(own_NK[examples[np.searchsorted(firsts, drawn.images)]], drawn.matched)
 
 
 def _pairs(run: _Run) -> dict[str, float]:

@@ -22,11 +22,11 @@ from uniter.model.metrics import fold_recalls, retrieval_recalls
 from uniter.model.predictions import answer_table
 from uniter.model.tasks import DOWNSTREAM, Finetuning, Task, task_name
 from uniter.model.train import pair_scores
-from uniter.model.train.config import TrainSettings
+from uniter.model.train.config import RegionSettings, TrainSettings
 from uniter.model.train.defaults import complete_finetuning
 from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.evaluate import scored, validate
-from uniter.model.train.runs import Data, Kind, check_fit, start, tokenizer_of_texts, with_validation
+from uniter.model.train.runs import Data, Kind, check_fit, regions_of_run, regions_to_read, start, tokenizer_of_texts, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,12 @@ logger = logging.getLogger(__name__)
 
 def finetune(settings: TrainSettings, run: Path) -> dict[str, Any]:
     """Start a fine-tuning run in the folder `run`, or go on with the one that is there; see `runs.start`."""
-    longest = extras(row_of(settings.task)).max_text_length
-    if longest is not None and "max_text_length" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"max_text_length": longest})
+    row = extras(row_of(settings.task))
+    if row.max_text_length is not None and "max_text_length" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"max_text_length": row.max_text_length})
+    if row.regions and not settings.regions.model_fields_set:
+        images = [path for corpus in settings.corpora for path in (*corpus.images, *corpus.validation_images)]
+        settings = settings.model_copy(update={"regions": RegionSettings(**regions_to_read(images, row.regions))})
     return start(settings, run, kind_of(settings.task))
 
 
@@ -288,7 +291,8 @@ def _open(
     workers: int,
 ) -> _Opened:
     row = row_of(name)
-    corpus = open_corpus(name, text, images, max_text_length=max_text_length)
+    regions = regions_to_read(images, *regions_of_run(start_from), extras(row).regions)
+    corpus = open_corpus(name, text, images, max_text_length=max_text_length, image_options=regions)
     check_pictures(corpus, row, name)
     model = extras(row).model.from_checkpoint(start_from).to(everyone.device)
     check_fit(model.config, corpus, source=start_from)

@@ -1,6 +1,13 @@
-"""Pre-training: its data, its model and its tasks for `runs.start`; what a pre-trained model can do; exporting it."""
+"""Pre-training: its data, its model and its tasks for `runs.start`; what a pre-trained model can do; exporting it.
+
+VCR's second stage is pre-training, too: a corpus of VCR's texts with "gt;det" regions, from a pre-trained run. Its texts are question,
+right answer and right rationale end to end; its tasks are MLM, MRFR and MRC-KL. Differs from the published code, which cannot be imported
+and meant to train on question and answer alone as well, but overwrote those loaders by the longer ones; like it, only the longer
+are trained, and they contain the others.
+"""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +18,14 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from uniter.datasets.annotations.vcr import TAG_WORDS
 from uniter.datasets.corpus import Corpus, open_corpus
 from uniter.datasets.errors import BadInput
 from uniter.datasets.loader import Mixture, Part
+from uniter.datasets.samples import Example
 from uniter.datasets.tokenizer import Tokenizer
 from uniter.model.checkpoints import (
+    Weights,
     export_hub,
     export_published,
     find_weights,
@@ -25,24 +35,41 @@ from uniter.model.checkpoints import (
     model_card,
     read_state,
 )
+from uniter.model.downstream import VCR_TOKEN_TYPES, second_stage
 from uniter.model.heads import UniterForPretraining
-from uniter.model.tasks import Task, check_soft_labels, default_tasks, pretraining_task, task_name
+from uniter.model.tasks import (
+    LONGEST_CHOICE,
+    PRETRAINING,
+    Task,
+    check_both_kinds,
+    check_soft_labels,
+    default_tasks,
+    pretraining_task,
+    task_name,
+    tells_choices,
+    vocabulary_of,
+)
 from uniter.model.train import state
 from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, read_settings
 from uniter.model.train.defaults import complete
 from uniter.model.train.distributed import processes
 from uniter.model.train.evaluate import evaluate_pretraining
 from uniter.model.train.log import read_log
-from uniter.model.train.runs import Data, Kind, check_fit, start, with_validation
+from uniter.model.train.runs import Data, Kind, check_fit, regions_of_run, regions_to_read, start, tokenizer_of_texts, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
 
 logger = logging.getLogger(__name__)
+
+LENGTHS_OF_CHOICES = "id2len_qar.json"  # VCR's text databases have it, ours and the published ones, and no others
 
 
 def pretrain(settings: TrainSettings, run: Path) -> dict[str, Any]:
     """Start a pre-training run in the folder `run`, or go on with the one that is there; see `runs.start`."""
     if settings.task != PRETRAINING_KIND.task:
         raise BadInput(f"these settings are of the task {settings.task!r}; use uniter-train finetune {settings.task}")
+    texts = [Path(text) for corpus in settings.corpora for text in corpus.text]
+    if "max_text_length" not in settings.model_fields_set and any((text / LENGTHS_OF_CHOICES).is_file() for text in texts):
+        settings = settings.model_copy(update={"max_text_length": LONGEST_CHOICE})
     return start(settings, run, PRETRAINING_KIND)
 
 
@@ -54,10 +81,7 @@ def open_data(settings: TrainSettings) -> Data:
     tasks: dict[str, dict[str, float]] = {}
     for wanted in settings.corpora:
         corpus = open_corpus(wanted.name, wanted.text, wanted.images, max_text_length=settings.max_text_length, image_options=options)
-        if corpus.image_rows_NK.shape[1] != 1:
-            raise BadInput(
-                f"corpus {wanted.name!r}: its texts are about {corpus.image_rows_NK.shape[1]} pictures each; pre-training takes one"
-            )
+        check_shown(corpus)
         tasks[wanted.name] = _tasks_of(wanted, corpus)
         training[wanted.name], validation[wanted.name] = with_validation(wanted, corpus, settings, options)
         if corpus.left_out:
@@ -70,17 +94,36 @@ def open_data(settings: TrainSettings) -> Data:
     return Data(training, validation, tasks)
 
 
+def check_shown(corpus: Corpus) -> None:
+    """Raise BadInput unless the texts are about one picture each, or VCR's with its two kinds of regions."""
+    if is_second_stage(corpus):
+        check_both_kinds(corpus)
+    elif corpus.image_rows_NK.shape[1] != 1:
+        raise BadInput(
+            f"corpus {corpus.name!r}: its texts are about {corpus.image_rows_NK.shape[1]} pictures each; pre-training takes texts about "
+            "one picture, or VCR's with --images 'gt;det'"
+        )
+
+
+def is_second_stage(corpus: Corpus) -> bool:
+    """Whether pre-training on it is VCR's second stage."""
+    return corpus.image_rows_NK.shape[1] == 2 and all(tells_choices(text) for text in corpus.texts)
+
+
 def _tasks_of(wanted: CorpusSettings, corpus: Corpus) -> dict[str, float]:
     if wanted.tasks is not None:
         named = {task_name(name): ratio for name, ratio in wanted.tasks.items()}
         check_soft_labels(list(named), wanted.name, has_soft_labels=corpus.has_soft_labels)
+        shown = [name for name in named if PRETRAINING[name].shows_other_pictures]
+        if shown and is_second_stage(corpus):
+            raise BadInput(f"corpus {wanted.name!r}: VCR's second stage has no task {shown[0]}; it takes mlm, mrfr, mrc and mrc-kl")
         return named
-    tasks = default_tasks(has_soft_labels=corpus.has_soft_labels)
+    tasks = default_tasks(has_soft_labels=corpus.has_soft_labels, pictures=corpus.image_rows_NK.shape[1])
     if not corpus.has_soft_labels:
         logger.warning("corpus %s: its region databases hold no soft labels, so mrc-kl is left out", wanted.name)
-    if len(set(corpus.image_rows_NK[:, 0].tolist())) < 4:
+    if "itm" in tasks and len(set(corpus.image_rows_NK[:, 0].tolist())) < 4:
         logger.warning("corpus %s: itm needs other pictures to show and is left out", wanted.name)
-        tasks.pop("itm", None)
+        del tasks["itm"]
     return tasks
 
 
@@ -89,13 +132,16 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
     corpora = list(data.training.values())
     width = corpora[0].images.feature_width
     classes = max(corpus.images.label_classes for corpus in corpora)
-    vocabulary = max(text.v_range[1] for corpus in corpora for text in corpus.texts)
+    vocabulary, second = max(map(vocabulary_of, corpora)), any(map(is_second_stage, corpora))
     torch.manual_seed(settings.seed)
     if settings.from_ is None:
         overrides: dict[str, Any] = {"vocab_size": vocabulary, **settings.model.overrides(), "image_feature_size": width}
+        if second:
+            overrides["type_vocab_size"] = len(VCR_TOKEN_TYPES)
         if classes:
             overrides["label_classes"] = classes
         config = UniterConfig.preset(settings.model.size or "tiny", **overrides)
+        check_vocabulary(config, vocabulary)
         model = UniterForPretraining(config)
         begin_at_averages(model, corpora)
     else:
@@ -107,10 +153,12 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
             config = dataclasses.replace(config, image_feature_size=width)
         if "region_classifier.net.3.weight" not in weights and classes:
             config = dataclasses.replace(config, label_classes=classes)
-        model = UniterForPretraining(config)
-        load_state(model, weights, source=settings.from_)
-    if config.vocab_size < vocabulary:
-        raise BadInput(f"the texts were built with {vocabulary:,} word pieces, but the model has {config.vocab_size:,}; use its tokenizer")
+        check_vocabulary(config, vocabulary, tags=len(TAG_WORDS) if second else 0)
+        if second:
+            model = second_stage(weights, config, extra_words=max(vocabulary - config.vocab_size, 0), source=settings.from_)
+        else:
+            model = UniterForPretraining(config)
+            load_state(model, weights, source=settings.from_)
     if config.image_feature_size != width:
         raise BadInput(
             f"region features are {width} wide, but {settings.from_} was trained on {config.image_feature_size}; use its detector"
@@ -124,6 +172,15 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model.train()
+
+
+def check_vocabulary(config: UniterConfig, vocabulary: int, *, tags: int = 0) -> None:
+    """Raise BadInput unless the texts' word pieces are the model's, `tags` more at most."""
+    if config.vocab_size + tags < vocabulary:
+        more = f" and can take {tags} object tags more" if tags else ""
+        raise BadInput(
+            f"the texts were built with {vocabulary:,} word pieces, but the model has {config.vocab_size:,}{more}; use its tokenizer"
+        )
 
 
 @torch.no_grad()
@@ -143,7 +200,7 @@ def begin_at_averages(model: UniterForPretraining, corpora: Sequence[Corpus], *,
     regions = classified = 0
     for corpus in corpora:
         for number in _spread(len(corpus), texts):
-            np.add.at(words, corpus.record(number)["input_ids"], 1)
+            np.add.at(words, list(itertools.chain.from_iterable(Example(corpus, number, ()).told())), 1)
         own = np.unique(corpus.image_rows_NK)
         fields = ("features", "norm_bb", "soft_labels") if corpus.has_soft_labels else ("features", "norm_bb")
         for row in own[_spread(len(own), pictures)].tolist():
@@ -236,7 +293,9 @@ def evaluate_run(
     Raises:
         BadInput: databases and model do not fit.
     """
-    corpus = open_corpus("data", text, images, max_text_length=max_text_length)
+    regions = regions_to_read(images, *regions_of_run(start))
+    corpus = open_corpus("data", text, images, max_text_length=max_text_length, image_options=regions)
+    check_shown(corpus)
     pieces: list[int] = []
     if words:
         name = corpus.texts[0].tokenizer_name
@@ -248,6 +307,7 @@ def evaluate_run(
     with processes(device) as everyone:
         model = load_uniter(start).to(everyone.device)
         check_fit(model.config, corpus, source=start)
+        tokenizer_of_texts([corpus], start=start)
         figures = evaluate_pretraining(
             model,
             corpus,
@@ -275,27 +335,30 @@ def _grouped(figures: Mapping[str, float]) -> dict[str, Any]:
 
 
 def export_run(start: str, layout: str, out: Path) -> dict[str, Any]:
-    """Write a model as `published` (one flat .pt) or `hub` (a folder); returns the summary."""
-    model = load_uniter(start)
+    """Write a model, fine-tuned ones with their heads, as `published` (one flat .pt) or `hub` (a folder); returns the summary."""
+    weights = Weights.read(start)
+    if weights.tokenizer is None:
+        logger.warning("%s does not tell its vocabulary, so none is written; put the vocab.txt of its texts beside the weights", start)
     if layout == "published":
-        export_published(model, out)
+        export_published(weights, out)
     else:
-        export_hub(model, out, card=_card(model, start))
-    return {"from": start, "layout": layout, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+        export_hub(weights, out, card=_card(weights, start))
+    vocabulary = None if weights.tokenizer is None else weights.tokenizer.name
+    return {"from": start, "layout": layout, "parameters": weights.parameters(), "vocabulary": vocabulary}
 
 
-def _card(model: UniterForPretraining, start: str) -> str:
+def _card(weights: Weights, start: str) -> str:
     """The model card, with what the run's log knows where `start` is a run."""
     run = Path(start)
     if not (run / CONFIG_FILE).is_file():
-        return model_card(model)
+        return model_card(weights)
     settings = read_settings(yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")), source=str(run / CONFIG_FILE))
     lines = [line for line in read_log(run) if line["kind"] == "validation"]
     results = {name: value for name, value in lines[-1].items() if isinstance(value, float) and "loss_" not in name} if lines else {}
     texts = ", ".join(Path(text).name for corpus in settings.corpora for text in corpus.text)
     steps = state.checkpoint_steps(run)
     return model_card(
-        model,
+        weights,
         name=run.resolve().name,
         trained_on=f"{texts}; {steps[-1] if steps else 0:,} of {settings.steps:,} updates, seed {settings.seed}.",
         results=results,

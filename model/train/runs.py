@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 
 from uniter.datasets.corpus import Corpus, open_corpus
 from uniter.datasets.errors import BadInput, SettingsDiffer
+from uniter.datasets.image_db import open_image_dbs
 from uniter.datasets.loader import Assembler, Mixture, Part
 from uniter.datasets.samples import Masking
 from uniter.datasets.tokenizer import ON_BOARD, VOCABULARY_FILE, Tokenizer
@@ -213,6 +214,26 @@ def tokenizer_of_texts(corpora: Iterable[Corpus], *, start: str | None = None) -
                 f"build the texts with one tokeniser: uniter-build-db --tokenizer {larger if start is None else find_weights(start).parent}"
             )
     return own[names[-1]] if names else None
+
+
+def regions_to_read(images: Sequence[str], *preferred: Mapping[str, Any]) -> dict[str, Any]:
+    """Which rows are taken from published region databases: the first selection that all of them have, else the reader's own.
+
+    Ours hold their selection, so that any fits.
+    """
+    for selection in preferred:
+        with contextlib.suppress(BadInput):
+            open_image_dbs(list(images), **selection)
+            return dict(selection)
+    return {}
+
+
+def regions_of_run(start: str) -> list[dict[str, Any]]:
+    """The rows that a run was trained with; none where `start` is no run."""
+    path = Path(start) / CONFIG_FILE
+    if not path.is_file():
+        return []
+    return [read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path)).regions.model_dump()]
 
 
 def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:

@@ -16,7 +16,17 @@ from uniter.datasets.corpus import Corpus, gather, open_corpus
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.regions import RegionFeatures
-from uniter.datasets.samples import UNKNOWN, Example, Masking, Sample, multiple_choice, referred_region
+from uniter.datasets.samples import (
+    UNKNOWN,
+    Example,
+    Masking,
+    Sample,
+    masked_regions,
+    masked_regions_with_classes,
+    masked_text,
+    multiple_choice,
+    referred_region,
+)
 from uniter.datasets.text_db import TextDB
 
 
@@ -128,7 +138,11 @@ class Both:
         self.keys_list = [*annotated.keys_list, *detected.keys_list]
 
     def read_row(self, row: int, **chosen: Any) -> RegionFeatures:
-        return self.databases[row >= self.first].read(self.keys_list[row], fields=chosen["fields"])
+        return self.databases[int(row >= self.first)].read(self.keys_list[row], **chosen)
+
+    @property
+    def region_counts(self) -> np.ndarray:
+        return np.concatenate([database.region_counts for database in self.databases])
 
 
 @pytest.fixture
@@ -169,3 +183,63 @@ def test_golden_choices_of_evaluation(part: str, uniter_tasks_golden: Path, ques
         assert sequence.text_types == expected["txt_type_ids"]["values"]
     assert made.targets["correct"][:4].argmax() == whole["qa_target"][0]
     assert (made.targets["correct"][4:].reshape(-1, 4).argmax(axis=1) == whole["qar_target"][0]).all()
+
+
+def test_golden_items_of_the_second_stage(uniter_tasks_golden: Path, questions: Corpus) -> None:
+    items = json.loads((uniter_tasks_golden / "expect_items.json").read_text())
+    golden = items["MlmDatasetForVCR.qar"]
+    assert golden
+    for number, expected in golden.items():
+        made = masked_text(example(questions, int(number)), random.Random(1000 + int(number)), Masking())
+        _check_item(made, expected)
+        assert made.sequences[0].text_types == expected["txt_type_ids"]["values"]
+        assert made.targets["words"].tolist() == expected["txt_labels"]["values"]
+
+
+def test_the_second_stage_hides_regions_of_both_kinds_beside_the_whole_story(questions: Corpus) -> None:
+    text = questions.texts[0]
+    hidden = {"annotated": 0, "detected": 0}
+    for seed in range(20):
+        number = seed % len(questions)
+        record = questions.record(number)
+        parts = [record["input_ids"], record["input_ids_as"][record["qa_target"]], record["input_ids_rs"][record["qar_target"]]]
+        both = [questions.images.read_row(row, fields=("features", "norm_bb", "soft_labels")) for row in questions.image_rows_NK[number]]
+        for sample, name in ((masked_regions, "features"), (masked_regions_with_classes, "soft_labels")):
+            made = sample(example(questions, number), random.Random(seed), Masking())
+            sequence = made.sequences[0]
+            assert sequence.input_ids == [text.cls_id, *(word for part in parts for word in (*part, text.sep_id))]
+            whole = np.concatenate([getattr(one, name) for one in both])
+            assert sequence.masked is not None and len(sequence.masked) == len(whole) == len(sequence.features)
+            assert np.array_equal(made.targets[name], whole[sequence.masked])
+        hidden["annotated"] += int(sequence.masked[: len(both[0])].sum())
+        hidden["detected"] += int(sequence.masked[len(both[0]) :].sum())
+    assert min(hidden.values()) > 0
+
+
+def test_at_least_one_word_of_each_text_is_hidden(questions: Corpus) -> None:
+    sep = questions.texts[0].sep_id
+    for seed in range(10):
+        made = masked_text(example(questions, 0), random.Random(seed), Masking(words=1e-9))
+        ids, labels = made.sequences[0].input_ids, made.targets["words"].tolist()
+        ends = [place for place, word in enumerate(ids) if word == sep and labels[place] == -1]
+        begins = [1, *(end + 1 for end in ends[:-1])]
+        assert [place for place, label in enumerate(labels) if label >= 0] == begins and len(ends) == 3
+
+
+def test_questions_of_a_test_part_teach_nothing(questions: Corpus) -> None:
+    class Blind(TextDB):
+        def record(self, number: int) -> dict[str, Any]:
+            return {**super().record(number), "qa_target": -1, "qar_target": -1}
+
+    blind = dataclasses.replace(questions, texts=(Blind(questions.texts[0].path),))
+    with pytest.raises(BadInput, match="has no right answer and rationale"):
+        masked_text(example(blind, 0), random.Random(0), Masking())
+
+
+def test_golden_lengths_of_choices(uniter_tasks_golden: Path, questions: Corpus) -> None:
+    """The published lengths, regions counted: of question and answer, whichever task asks."""
+    items = json.loads((uniter_tasks_golden / "expect_items.json").read_text())
+    path = questions.texts[0].path
+    regions = questions.images.region_counts[questions.image_rows_NK].sum(axis=1)
+    for task in ("qa", "qar"):
+        assert (TextDB(path, lengths="id2len_qa").lengths + regions).tolist() == items[f"VcrDataset.{task}.lens(with id2len_qa)"]
