@@ -40,6 +40,9 @@ def assemble(
         BadInput: the weights do not fit the detector, or know no attributes though they are asked for.
         UniterError: there are no weights.
     """
+    spec = weights or recipe.weights
+    # Weights that cannot be had are said before seconds go into building; random ones need to know the shapes.
+    loaded = None if spec is not None and spec.startswith("random:") else _weights(recipe, spec)
     config = recipe.config.clone()
     config.MODEL.DEVICE, config.MODEL.WEIGHTS = "cpu", ""
     try:
@@ -59,17 +62,17 @@ def assemble(
                 "attr_score.weight": (len(recipe.attribute_names) + 1, ATTRIBUTE_WIDTH),
             },
         )
-    loaded = _weights(recipe, weights, model)
+    if loaded is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not name.startswith(NOT_NEEDED)}
+        loaded = load_weights(str(spec), shapes=shapes, input_deviation=PIXEL_DEVIATION / float(model.pixel_std.mean()))
     _fill(model, loaded, recipe)
     anchors = _set_anchors(model, loaded, recipe)
     return RegionNetwork(model, device=device, precision=precision), loaded, anchors
 
 
-def _weights(recipe: Recipe, weights: str | None, model: Any) -> Weights:
-    spec = weights or recipe.weights
+def _weights(recipe: Recipe, spec: str | None) -> Weights:
     if spec is not None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not name.startswith(NOT_NEEDED)}
-        return load_weights(spec, shapes=shapes, input_deviation=PIXEL_DEVIATION / float(model.pixel_std.mean()))
+        return load_weights(spec, shapes={})
     if not recipe.known_sources:
         raise UniterError(f"detector {recipe.name!r} has no weights of its own; name them with --weights FILE, or try random:1")
     return load_known_weights(recipe.known_sources, detector=recipe.name)

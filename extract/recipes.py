@@ -23,6 +23,7 @@ from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_o
 from uniter.extract.butd import butd_config
 from uniter.extract.preparation import CaffePreparation, Preparation, ShortestEdgePreparation
 from uniter.extract.weight_files import sha256_of
+from uniter.extract.weights import is_url
 
 ROI_HEADS = ("Res5ROIHeads", "StandardROIHeads", "UniterDilatedRes5ROIHeads")
 PROPOSAL_GENERATORS = ("RPN", "UniterCaffeRPN")
@@ -127,12 +128,15 @@ def _zoo_names() -> list[str]:
 def _from_yaml(path: Path, name: str) -> Recipe:
     values = read_config(path)
     config = merged_config(values, path=path)
+    weights = str(config.MODEL.WEIGHTS)
     return Recipe(
         name=name,
         config=config,
         preparation=_preparation(config, path),
         class_names=_class_names(config),
-        weights=_beside(path, config.MODEL.WEIGHTS),
+        weights=_beside(path, weights),
+        # A backbone trained on ImageNet, from which training would begin, is no detector.
+        known_sources=(weights,) if is_url(weights) and "ImageNetPretrained" not in weights else (),
         facts={"config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()},
     )
 
@@ -261,6 +265,6 @@ def _class_names(config: CfgNode) -> tuple[str, ...]:
 
 
 def _beside(path: Path, weights: str) -> str | None:
-    """The weights that a YAML names, where they are a file; its ImageNet weights are no detector's."""
-    candidate = path.parent / weights if weights else None
-    return str(candidate) if candidate is not None and candidate.is_file() else None
+    """The weights that a YAML names, where they are a file: beside it or, as Detectron2 reads it, from the current folder."""
+    candidates = (path.parent / weights, Path(weights)) if weights and not is_url(weights) else ()
+    return next((str(candidate) for candidate in candidates if candidate.is_file()), None)

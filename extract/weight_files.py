@@ -10,7 +10,7 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +26,8 @@ Tensors = dict[str, torch.Tensor]
 TORCH_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 CAFFE_STARTS = (b"\n", b"\xa2\x06", b"\x12")  # the fields `name`, `layer` and `layers` of a NetParameter
 PLAIN_KINDS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
+MOST_TIMES_FILE = 4
+"""So many times a file's size its tensors may take together; more are views of the same few bytes."""
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 
 
@@ -92,26 +94,27 @@ def _read_safetensors(path: Path) -> Tensors:
 
 
 def _read_torch(path: Path) -> Tensors:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise BadInput(f"{path}: a compressed archive, no PyTorch checkpoint; unpack it first")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise BadInput("a compressed archive, no PyTorch checkpoint; unpack it first")
+        return _flattened(torch.load(path, map_location="cpu", weights_only=True), path)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
     except Exception as error:  # whatever a damaged or hostile file provokes ends here: nothing of it was executed
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise BadInput(
             f"{path}: refused or unreadable PyTorch file ({reason[:200]}); files that hold more than tensors and containers are not "
             f"loaded, since loading them would execute code. Save its state dict alone"
         ) from error
-    return dict(_flattened(content))
 
 
 def _read_pickle(path: Path) -> Tensors:
     with path.open("rb") as file:
         try:
             content = _ArrayUnpickler(file).load()
-            return dict(_flattened(content))
+            return _flattened(content, path)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
         except Exception as error:  # as above
@@ -130,7 +133,7 @@ READERS: dict[str, Callable[[Path], Tensors]] = {
 }
 
 
-def _flattened(content: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _flattened(content: Any, path: Path) -> Tensors:
     """The tensors of a checkpoint: the state dict itself or the one inside a known wrapper; anything else in it is left."""
     for _ in range(len(WRAPPERS)):
         if not isinstance(content, Mapping):
@@ -139,10 +142,20 @@ def _flattened(content: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if inner is None:
             break
         content = inner
+    found: Tensors = {}
+    total, limit = 0, MOST_TIMES_FILE * path.stat().st_size
     for name, value in content.items():
         tensor = value.tensor() if isinstance(value, _Array) else value
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
-            yield name, tensor
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise BadInput(f"{name} is no plain tensor; save it as a dense one")
+        total += tensor.numel() * tensor.element_size()
+        # A few bytes can be expanded to a tensor of any size, or named a million times.
+        if total > limit:
+            raise BadInput(f"its tensors, up to {name}, claim {total:,} bytes, many times what the file holds; it is damaged or hostile")
+        found[name] = tensor
+    return found
 
 
 class _Array:

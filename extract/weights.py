@@ -12,16 +12,20 @@ from the file is logged: with other anchors hardly a proposal agrees, and nothin
 """
 
 import hashlib
+import http.client
 import json
 import logging
 import math
 import os
 import re
 import tempfile
+import threading
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +44,10 @@ CONVERTER = 1
 BOX_PREDICTOR, RPN_HEAD = "roi_heads.box_predictor.", "proposal_generator.rpn_head."
 ANCHORS = "proposal_generator.anchor_generator.cell_anchors.0"
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-DOWNLOAD_TIMEOUT_S = 30
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+DOWNLOAD_TIMEOUT_S, ANSWER_TIMEOUT_S = 30, 6
+DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
+"""What `detectron2://` stands for in Detectron2's configurations."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +108,7 @@ def load_weights(spec: str, *, shapes: Mapping[str, Sequence[int]], input_deviat
     """
     if spec.startswith("random:"):
         return _random(spec, shapes, input_deviation)
-    return load_weight_file(find_weight_file(spec), source=spec)
+    return _load(spec, _silent([spec]))
 
 
 def load_known_weights(sources: Sequence[str], *, detector: str) -> Weights:
@@ -111,9 +118,12 @@ def load_known_weights(sources: Sequence[str], *, detector: str) -> Weights:
         UniterError: none does; the sentence names each with its reason, and what else can be done.
     """
     reasons = []
+    silent: dict[str, str] | None = None
     for source in sources:
         try:
-            return load_weight_file(find_weight_file(source), source=source)
+            if silent is None and _address(source) is not None:
+                silent = _silent(sources)
+            return _load(source, silent or {})
         except UniterError as error:
             reasons.append(f"{source}: {error}" if source not in str(error) else str(error))
             log.info("weights: %s", reasons[-1])
@@ -127,17 +137,85 @@ def load_known_weights(sources: Sequence[str], *, detector: str) -> Weights:
 
 
 def find_weight_file(spec: str) -> Path:
-    """The local file behind a path, a URL (downloaded once) or a hub id."""
-    if spec.startswith(("http://", "https://")):
-        return _download(spec)
+    """The local file behind a path, a URL (downloaded once; `detectron2://` as Detectron2 means it) or a hub id."""
+    if is_url(spec):
+        return _download(_plain_url(spec))
     path = Path(spec).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
         raise UniterError(f"--weights {spec}: a folder; name the weight file in it")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.parent.is_dir():
+    if _is_hub_id(spec):
         return _from_hub(spec)
     raise UniterError(f"--weights {spec}: no such file; expected a weight file, a URL, a hub id (`owner/name`), or random:SEED")
+
+
+def _load(spec: str, silent: Mapping[str, str]) -> Weights:
+    """One source; a download that turns out to be no weights is thrown away, so that the next run asks again."""
+    if (reason := silent.get(_address(spec) or "")) is not None:
+        raise UniterError(f"{spec}: {reason}")
+    path = find_weight_file(spec)
+    try:
+        return load_weight_file(path, source=spec)
+    except BadInput:
+        if path.parent == cache_folder() / "downloads":
+            path.unlink(missing_ok=True)
+        raise
+
+
+def is_url(spec: str) -> bool:
+    """Whether weights are named by a URL."""
+    return spec.startswith(("http://", "https://", "detectron2://"))
+
+
+def _plain_url(spec: str) -> str:
+    return DETECTRON2_URL + spec.removeprefix("detectron2://") if spec.startswith("detectron2://") else spec
+
+
+def _is_hub_id(spec: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", spec) is not None and not Path(spec).exists() and not Path(spec).parent.is_dir()
+
+
+def _address(spec: str) -> str | None:
+    """The server that has to be asked for it, None where it is here already."""
+    if is_url(spec):
+        url = _plain_url(spec)
+        parts = urllib.parse.urlsplit(url)
+        return None if _download_target(url).is_file() else f"{parts.scheme}://{parts.netloc}"
+    if _is_hub_id(spec):
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        kept = any(isinstance(try_to_load_from_cache(spec, name), str) for name in HUB_FILES)
+        return None if kept or constants.HF_HUB_OFFLINE else constants.ENDPOINT
+    return None
+
+
+def _silent(specs: Collection[str]) -> dict[str, str]:
+    """Why servers cannot be reached, by address; all are asked at once.
+
+    Without a network each may take its time to say so (the hub's client alone half a minute of retries), and a look-up of a name has no
+    limit at all: so each is asked in a thread of its own, which nobody waits for when the time is over.
+    """
+    answers: dict[str, str | None] = dict.fromkeys({address for spec in specs if (address := _address(spec)) is not None}, "")
+
+    def ask(address: str) -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=ANSWER_TIMEOUT_S).close()
+        except urllib.error.HTTPError:
+            answers[address] = None  # a refusal is an answer
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            answers[address] = f"{address} cannot be reached ({getattr(error, 'reason', None) or error})"
+        else:
+            answers[address] = None
+
+    threads = [threading.Thread(target=ask, args=(address,), daemon=True) for address in answers]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + ANSWER_TIMEOUT_S + 1
+    for thread in threads:
+        thread.join(max(until - time.monotonic(), 0))
+    late = f"did not answer within {ANSWER_TIMEOUT_S} s"
+    return {address: answer or f"{address} {late}" for address, answer in dict(answers).items() if answer is not None}
 
 
 def cache_folder() -> Path:
@@ -147,10 +225,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uniter"
 
 
-def _download(url: str) -> Path:
-    folder = cache_folder() / "downloads"
+def _download_target(url: str) -> Path:
     base = re.sub(r"[^\w.-]", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1]) or "file"
-    target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
+    return cache_folder() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
+
+
+def _download(url: str) -> Path:
+    target = _download_target(url)
+    folder = target.parent
     if target.is_file():
         return target
     try:
@@ -175,8 +257,8 @@ def _download(url: str) -> Path:
                 raise
     except urllib.error.HTTPError as error:
         raise UniterError(f"{url}: the server answers {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:
-        raise UniterError(f"{url}: {getattr(error, 'reason', None) or error}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UniterError(f"{url}: {getattr(error, 'reason', None) or str(error) or type(error).__name__}") from error
     return target
 
 
@@ -184,7 +266,7 @@ def _from_hub(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in HUB_FILES:
         try:
             return Path(hf_hub_download(repository, name))
         except Exception as error:  # the hub's client raises errors of half a dozen libraries
@@ -193,7 +275,10 @@ def _from_hub(repository: str) -> Path:
                 continue
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise UniterError(f"hub id {repository}: {reason[:200]}") from error
-    raise UniterError(f"hub id {repository}: holds neither model.safetensors nor pytorch_model.bin")
+    raise UniterError(
+        f"hub id {repository}: holds neither {' nor '.join(HUB_FILES)}; name another file of it by its URL, "
+        f"https://huggingface.co/{repository}/resolve/main/FILE"
+    )
 
 
 # Reading, converting, keeping

@@ -359,6 +359,7 @@ def test_a_zoo_detector_whose_weights_cannot_be_fetched_names_the_ways_out(monke
         raise UniterError(f"{source}: the server answers 403 Forbidden")
 
     monkeypatch.setattr("uniter.extract.weights.find_weight_file", gone)
+    monkeypatch.setattr("uniter.extract.weights._silent", lambda _: {})
     recipe = find_recipe(f"{ZOO}R_50_FPN_1x")
     with pytest.raises(
         UniterError, match=r"model_final_\w+\.pkl: the server answers 403 Forbidden\. What to do: .*--weights FILE"
@@ -406,6 +407,26 @@ def test_a_yaml_builds_on_its_base_and_names_its_digest(tmp_path: Path) -> None:
     assert recipe.class_names == ("class 0", "class 1", "class 2") and len(recipe.facts["config_sha256"]) == 64
     with pytest.raises(UniterError, match="no weights of its own"):
         Detectron2Detector(str(tmp_path / "mine.yaml"))
+
+
+def test_the_weights_that_a_yaml_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "sub" / "mine.yaml"
+    file.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
+    for named in ("beside.pth", "output/current.pth", "nowhere.pth", "https://example.org/model_final.pkl"):
+        file.write_text(f"MODEL:\n  WEIGHTS: {named}\n")
+        (tmp_path / "sub" / "beside.pth").touch()
+        (tmp_path / "output").mkdir(exist_ok=True)
+        (tmp_path / "output" / "current.pth").touch()
+        recipe = find_recipe(str(file))
+        assert (recipe.weights, recipe.known_sources) == {
+            "beside.pth": (str(tmp_path / "sub" / "beside.pth"), ()),
+            "output/current.pth": ("output/current.pth", ()),
+            "nowhere.pth": (None, ()),
+            "https://example.org/model_final.pkl": (None, ("https://example.org/model_final.pkl",)),
+        }[named]
+    file.write_text("MODEL:\n  WEIGHTS: detectron2://ImageNetPretrained/MSRA/R-50.pkl\n")  # of a backbone, no detector's
+    assert find_recipe(str(file)).known_sources == ()
 
 
 def trained_folder(folder: Path, state: dict[str, torch.Tensor], **changes: Any) -> Path:

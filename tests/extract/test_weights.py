@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -264,6 +265,40 @@ def test_a_hostile_or_damaged_pickle_is_refused(name: str, tmp_path: Path) -> No
     assert not {module for module in set(sys.modules) - before if module in ("antigravity", "this")}
 
 
+HOSTILE_TENSORS: dict[str, Any] = {
+    "expanded from one value": {"a": torch.ones(1, dtype=torch.float16).expand(1 << 40)},
+    "many views of the same values": dict.fromkeys((f"t{number}" for number in range(500)), torch.ones(1000)),
+    "sparse": {"a": torch.sparse_coo_tensor(torch.tensor([[0], [0]]), torch.ones(1), (1 << 20, 1 << 20), check_invariants=True)},
+    "meta": {"a": torch.empty(1 << 40, device="meta")},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TENSORS)
+def test_tensors_larger_than_their_file_are_refused(name: str, tmp_path: Path) -> None:
+    torch.save(HOSTILE_TENSORS[name], tmp_path / "weights.bin")
+    with pytest.raises(BadInput, match=r"weights\.bin: .*(many times what the file holds|no plain tensor|refused)"):
+        load_weight_file(tmp_path / "weights.bin")
+    if "many" in name:
+        array = np.ones(1000, dtype=np.float32)
+        (tmp_path / "weights.pkl").write_bytes(pickle.dumps({f"t{number}": array for number in range(500)}, protocol=2))
+        with pytest.raises(BadInput, match=r"weights\.pkl: .*many times what the file holds"):
+            load_weight_file(tmp_path / "weights.pkl")
+
+
+def test_a_pytorch_file_damaged_anywhere_is_refused_or_read(tmp_path: Path) -> None:
+    memory = io.BytesIO()
+    torch.save({"backbone.a": torch.arange(6.0), "backbone.b": torch.ones(2, 2)}, memory)
+    whole, file = memory.getvalue(), tmp_path / "weights.bin"
+    random = np.random.default_rng(1)
+    for at in random.integers(0, len(whole), 150):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ int(random.integers(1, 256))]) + whole[at + 1 :]):
+            file.write_bytes(damaged)
+            try:
+                read_tensors(file)
+            except BadInput as error:
+                assert "weights.bin" in str(error)
+
+
 def zipped(compression: int) -> bytes:
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w", compression) as archive:
@@ -346,13 +381,65 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         serving.shutdown()
 
 
-def test_a_url_is_downloaded_once(server: tuple[str, Path], cache: Path) -> None:
+def no_network(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the network was asked")
+
+
+def test_a_url_is_downloaded_once(server: tuple[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address, folder = server
     save_file({"backbone.a": torch.ones(3)}, folder / "w.safetensors")
     first = load_weights(f"{address}/w.safetensors", shapes={})
-    (folder / "w.safetensors").unlink()
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     assert load_weights(f"{address}/w.safetensors", shapes={}).sha256 == first.sha256
+    assert load_known_weights((f"{address}/w.safetensors", "https://example.org/other.pkl"), detector="butd").sha256 == first.sha256
     assert [path.name for path in (cache / "downloads").iterdir()] and first.source.startswith("http://127.0.0.1")
+
+
+def test_a_download_that_is_no_weights_is_not_kept(server: tuple[str, Path], cache: Path) -> None:
+    address, folder = server
+    good = io.BytesIO()
+    torch.save({"backbone.a": torch.ones(3)}, good)
+    for content in (b"<html>sign in</html>", good.getvalue()[:-40]):
+        (folder / "w.bin").write_bytes(content)
+        with pytest.raises(BadInput):
+            load_weights(f"{address}/w.bin", shapes={})
+        assert not list((cache / "downloads").iterdir())
+    (folder / "w.bin").write_bytes(good.getvalue())
+    assert set(load_weights(f"{address}/w.bin", shapes={}).tensors) == {"backbone.a"}
+
+
+def test_detectron2s_own_way_of_writing_a_url(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    address, folder = server
+    (folder / "COCO-Detection").mkdir()
+    save_file({"backbone.a": torch.ones(3)}, folder / "COCO-Detection" / "model_final.pkl")
+    monkeypatch.setattr(weights_module, "DETECTRON2_URL", f"{address}/")
+    loaded = load_weights("detectron2://COCO-Detection/model_final.pkl", shapes={})
+    assert loaded.source == "detectron2://COCO-Detection/model_final.pkl" and set(loaded.tensors) == {"backbone.a"}
+
+
+def test_a_network_that_says_nothing_costs_seconds_not_minutes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All hosts are asked at once, and nobody waits for a look-up of names that has no limit."""
+    over = threading.Event()
+
+    def says_nothing(*_: Any, **__: Any) -> Any:
+        over.wait(60)
+        raise TimeoutError
+
+    monkeypatch.setattr("urllib.request.urlopen", says_nothing)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_network)
+    monkeypatch.setattr(weights_module, "ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.chdir(tmp_path)
+    sources = ("https://one.example/a.pkl", "https://two.example/b.pkl", "http://three.example/c.pkl", "owner/name")
+    start = time.monotonic()
+    with pytest.raises(UniterError) as caught:
+        load_known_weights(sources, detector="butd-36")
+    with pytest.raises(UniterError, match=r"owner/name: https://huggingface\.co did not answer within 0\.1 s"):
+        load_weights("owner/name", shapes={})
+    assert time.monotonic() - start < 50  # on a machine that others use; each host alone would take 60
+    over.set()
+    for source in sources:
+        assert f"{source}: http" in str(caught.value)
+    assert str(caught.value).count("did not answer within") == 4 and "What to do" in str(caught.value)
 
 
 def test_when_no_known_source_answers_each_is_named_with_what_to_do(server: tuple[str, Path], cache: Path) -> None:
@@ -392,6 +479,7 @@ def test_a_hub_id_that_does_not_answer_says_why(monkeypatch: pytest.MonkeyPatch,
         return error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
+    monkeypatch.setattr(weights_module, "_silent", lambda _: {})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UniterError, match="hub id somebody/detector: no network"):
         load_weights("somebody/detector", shapes={})
