@@ -101,15 +101,14 @@ class _Plan:
 
     Attributes:
         count: rows.
-        arrays: (name, shape, type, first byte) of the wanted arrays; vectors without their second dimension.
+        arrays: (name, shape, type, first byte) of the wanted arrays that are there, in the order asked for; vectors without their
+            second dimension.
         size_place: first byte of `size`; None where it is not wanted or not there.
-        lacks: of `features` and `conf`, what is not wanted or not there.
     """
 
     count: int
     arrays: tuple[tuple[str, tuple[int, ...], "np.dtype[Any]", int], ...]
     size_place: tuple["np.dtype[Any]", int] | None
-    lacks: tuple[str, ...]
 
 
 def _plan(places: Mapping[str, ArrayPlace], fields: Sequence[str]) -> _Plan:
@@ -121,7 +120,7 @@ def _plan(places: Mapping[str, ArrayPlace], fields: Sequence[str]) -> _Plan:
         raise BadInput(f"norm_bb has shape {shape}, expected (n, 6)")
     count = shape[0]
     arrays = []
-    for name in dict.fromkeys(("norm_bb", "features", "conf", *fields)):
+    for name in dict.fromkeys((*fields, "features")):
         place = places.get(name)
         if place is None or name == "size" or name not in _DISK_TYPES:
             continue
@@ -130,14 +129,12 @@ def _plan(places: Mapping[str, ArrayPlace], fields: Sequence[str]) -> _Plan:
             shape = shape[:1]
         if len(shape) != (1 if name in _VECTORS else 2) or shape[0] != count or (name == "boxes" and shape[1] != 4):
             raise BadInput(f"{name} has shape {place.shape} beside {count} rows of norm_bb; was the record cut off?")
-        if name != "features" or name in fields:
+        if name in fields:
             arrays.append((name, shape, place.dtype, place.offset))
     size = places.get("size") if "size" in fields else None
     if size is not None and size.shape != (2,):
         raise BadInput(f"size has shape {size.shape}, expected (2,): height, width")
-    there = {name for name, *_ in arrays}
-    lacks = tuple(name for name in ("features", "conf") if name not in there)
-    return _Plan(count, tuple(arrays), None if size is None else (size.dtype, size.offset), lacks)
+    return _Plan(count, tuple(arrays), None if size is None else (size.dtype, size.offset))
 
 
 def _plan_of(value: bytes | memoryview, fields: tuple[str, ...]) -> _Plan:
@@ -149,7 +146,7 @@ def _plan_of(value: bytes | memoryview, fields: tuple[str, ...]) -> _Plan:
         known: tuple[_Plan, list[tuple[int, int, bytes]]] | None = guess.plans.get(fields)
         if known is not None:
             for begin, end, header in known[1]:
-                if value[begin:end] != header:
+                if bytes(value[begin:end]) != header:  # bytes compare faster than views
                     break
             else:
                 return known[0]
@@ -167,7 +164,8 @@ def _decode(
     rows: int | None,
     soft_label_rows: NDArray[Any] | Sequence[int] | None = None,
 ) -> RegionFeatures:
-    """Views of the wanted fields; `rows` says how many to take (None: all)."""
+    """Views of the wanted fields, `norm_bb` and `conf`; `rows` says how many to take (None: all)."""
+    fields = (*fields, "norm_bb", "conf")
     if value[:4] == _NPZ_MAGIC:
         whole = unpack_npz(value)
         plan = _plan({name: ArrayPlace(array.dtype, array.shape, 0) for name, array in whole.items()}, fields)
@@ -183,12 +181,10 @@ def _decode(
         kept["soft_labels"] = kept["soft_labels"][np.asarray(soft_label_rows)]
     if size is not None:
         kept["size"] = (int(size[0]), int(size[1]))
-    if plan.lacks:
-        taken = plan.count if rows is None else min(rows, plan.count)
-        if "features" in plan.lacks:
-            kept["features"] = np.empty((taken, 0), dtype=np.float16)
-        if "conf" in plan.lacks:
-            kept["conf"] = np.zeros(taken, dtype=np.float16)
+    if "features" not in kept:
+        kept["features"] = np.empty((len(kept["norm_bb"]), 0), dtype=np.float16)
+    if "conf" not in kept:
+        kept["conf"] = np.zeros(len(kept["norm_bb"]), dtype=np.float16)
     return RegionFeatures(**kept)
 
 
@@ -611,16 +607,42 @@ class ImageDB(Mapping[str, RegionFeatures]):
         soft_label_rows: NDArray[Any] | Sequence[int] | None = None,
     ) -> RegionFeatures:
         """`read` of the image in that row of `keys_list`, without looking its key up."""
-        which = 0 if len(self._parts) == 1 else int(np.searchsorted(self._starts, row, side="right")) - 1
-        part = self._parts[which]
+        part, place = self._part_of(row)
         if not isinstance(part, _Complete):
             return self.read(self.keys_list[row], fields=fields, soft_label_rows=soft_label_rows)
         try:
-            return _decode(
-                part.value_in_row(row - int(self._starts[which])), fields=tuple(fields), rows=None, soft_label_rows=soft_label_rows
-            )
+            return _decode(part.value_in_row(place), fields=tuple(fields), rows=None, soft_label_rows=soft_label_rows)
         except BadInput as error:
             raise BadInput(f"{part.path}, image {self.keys_list[row]!r}: {error}; see `uniter-db check`") from None
+
+    def read_arrays(self, row: int, fields: tuple[str, ...] = DEFAULT_FIELDS) -> list[NDArray[Any]]:
+        """Arrays of the image in that row of `keys_list` and nothing else: what makes batches wants neither confidence nor a record.
+
+        Args:
+            fields: names of `RegionFeatures` fields, not `size`.
+
+        Returns:
+            One array for each of `fields` that the record has, in their order: read-only views of the mapped file where possible.
+
+        Raises:
+            BadInput: the record is damaged.
+        """
+        part, place = self._part_of(row)
+        if not isinstance(part, _Complete):
+            found = self.read(self.keys_list[row], fields=fields)
+            return [array for name in fields if (array := getattr(found, name)) is not None]
+        try:
+            value = part.value_in_row(place)
+            return [np.ndarray(shape, dtype, value, offset) for _, shape, dtype, offset in _plan_of(value, fields).arrays]
+        except BadInput as error:
+            raise BadInput(f"{part.path}, image {self.keys_list[row]!r}: {error}; see `uniter-db check`") from None
+
+    def _part_of(self, row: int) -> tuple[_Part, int]:
+        """The database that holds the image in that row of `keys_list`, and the row there."""
+        if len(self._parts) == 1:
+            return self._parts[0], row
+        which = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._parts[which], row - int(self._starts[which])
 
     def raw_record(self, key: str) -> bytes | None:
         """A record's bytes as stored; None where it lies in a published database, whose records are read in part.

@@ -74,9 +74,10 @@ def mask_regions(count: int, rng: random.Random, *, probability: float = 0.15) -
         raise ValueError("there is no region to mask")
     draw = rng.random
     rows = [row for row in range(count) if draw() < probability] or [rng.choice(range(count))]
-    hidden = np.zeros(count, dtype=np.bool_)
-    hidden[rows] = True
-    return hidden
+    hidden = bytearray(count)  # for so few rows quicker than indexing an array
+    for row in rows:
+        hidden[row] = 1
+    return np.frombuffer(hidden, dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,8 @@ def encode_text_record(record: Mapping[str, Any]) -> bytes:
     return bytes(lz4.frame.compress(msgpack.packb(record, use_bin_type=True)))
 
 
-def decode_text_record(value: bytes | memoryview, *, example: str) -> dict[str, Any]:
-    """The record of an example; tuples come back as lists.
+def decode_text_record(value: bytes | memoryview, *, example: str | bytes) -> dict[str, Any]:
+    """The record of an example (its id is for messages); tuples come back as lists.
 
     Raises:
         BadInput: the bytes are no such record, or a hostile one.
@@ -58,8 +58,12 @@ def decode_text_record(value: bytes | memoryview, *, example: str) -> dict[str, 
         if not isinstance(record, dict):
             raise ValueError(f"it holds a {type(record).__name__}, not a map")
     except (ValueError, RuntimeError, EOFError, TypeError, msgpack.UnpackException) as error:
-        raise BadInput(f"text record {example!r} is damaged ({error}); rebuild the database, or leave this one out") from None
+        raise BadInput(f"text record {_spelt(example)!r} is damaged ({error}); rebuild the database, or leave this one out") from None
     return record
+
+
+def _spelt(example: str | bytes) -> str:
+    return example if isinstance(example, str) else example.decode("utf-8", "replace")
 
 
 class _ImageTexts(Mapping[str, Sequence[int]]):
@@ -174,17 +178,22 @@ class TextDB(Mapping[str, dict[str, Any]]):
         return iter(self.ids)
 
     def __contains__(self, example: object) -> bool:
-        return isinstance(example, str) and self._get(example) is not None
+        return isinstance(example, str) and self._get(example.encode("utf-8", "surrogatepass")) is not None
 
     def __getitem__(self, example: str) -> dict[str, Any]:
-        value = self._get(example)
+        value = self._get(example.encode("utf-8", "surrogatepass"))
         if value is None:
             raise MissingExample(f"text database {self.path} has no example {example!r}")
         return decode_text_record(value, example=example)
 
     def record(self, index: int) -> dict[str, Any]:
         """The record of the example of that number."""
-        return self[self.ids[index]]
+        ids = self.ids
+        key = ids.raw(index) if isinstance(ids, KeyList) else ids[index].encode("utf-8", "surrogatepass")
+        value = self._get(key)
+        if value is None:
+            raise MissingExample(f"text database {self.path} has no example {ids[index]!r}, which its index names; rebuild it")
+        return decode_text_record(value, example=key)
 
     def index_of(self, example: str) -> int:
         """The number of an example.
@@ -206,8 +215,7 @@ class TextDB(Mapping[str, dict[str, Any]]):
         """Image key -> numbers of the examples about it, in their order (img2txts)."""
         return self._images
 
-    def _get(self, example: str) -> bytes | memoryview | None:
-        key = example.encode("utf-8", "surrogatepass")
+    def _get(self, key: bytes) -> bytes | memoryview | None:
         if not 0 < len(key) <= 511:
             return None
         if self._process != os.getpid():
@@ -215,7 +223,7 @@ class TextDB(Mapping[str, dict[str, Any]]):
         try:
             value: bytes | memoryview | None = self._transaction.get(key)
         except lmdb.Error as error:
-            raise BadInput(f"text database {self.path} is damaged at example {example!r} ({error}); rebuild it") from None
+            raise BadInput(f"text database {self.path} is damaged at example {_spelt(key)!r} ({error}); rebuild it") from None
         return value
 
     def _open(self) -> None:
