@@ -6,9 +6,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
+
+# Generated tests that do not say how many: few, and the same ones, in the default run; HYPOTHESIS_PROFILE=many looks for faults.
+_QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+settings.register_profile("few", max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=_QUIET)
+settings.register_profile("many", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=_QUIET)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
 def _golden(variable: str, name: str) -> Path:
@@ -45,11 +52,21 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def made_up() -> ModuleType:
-    """tests/made_up.py: `made_up.World().write(folder)` gives a text and a region database that belong together."""
-    description = importlib.util.spec_from_file_location("made_up", HERE / "made_up.py")
+def _module(name: str) -> ModuleType:
+    description = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     assert description is not None and description.loader is not None
     module = importlib.util.module_from_spec(description)
     description.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def made_up() -> ModuleType:
+    """tests/made_up.py: `made_up.World().write(folder)` gives a text and a region database that belong together."""
+    return _module("made_up")
+
+
+@pytest.fixture(scope="session")
+def fuzzing() -> ModuleType:
+    """tests/fuzzing.py: damage for generated tests."""
+    return _module("fuzzing")

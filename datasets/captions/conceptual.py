@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from uniter.datasets.captions.caption import Caption
-from uniter.datasets.captions.downloads import PARQUET_MAGIC, URL_COLUMNS, find_urls, names_of_urls, parquet_rows
-from uniter.datasets.captions.files import lines_of, starts_with
+from uniter.datasets.captions.downloads import PARQUET_MAGIC, URL_COLUMNS, find_urls, names_of_urls, parquet_columns, parquet_rows
+from uniter.datasets.captions.files import lines_of, starts_with, text_of
 from uniter.datasets.captions.rows import CAPTION_COLUMNS, column_named
 from uniter.datasets.errors import BadInput
 
@@ -69,8 +69,9 @@ def _pairs(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _parquet_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    for row in parquet_rows(path, (*URL_COLUMNS, *CAPTION_COLUMNS)):
+    for number, row in enumerate(parquet_rows(path, (*URL_COLUMNS, *CAPTION_COLUMNS))):
         url, caption = column_named(row, URL_COLUMNS), column_named(row, CAPTION_COLUMNS)
         if url is None or caption is None:
-            raise BadInput(f"{path} has no url or no caption column (it has: {', '.join(row)})")
-        yield str(row[caption] or ""), str(row[url] or "")
+            missing = "url" if url is None else "caption"
+            raise BadInput(f"{path} has no {missing} column (it has: {', '.join(parquet_columns(path))})")
+        yield text_of(row[caption], f"row {number} of {path}"), str(row[url] or "")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,25 @@ def parquet_rows(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     Raises:
         BadInput: it is no parquet file, or cut off.
     """
+    with _parquet(path) as file:
+        columns = [name for name in file.schema_arrow.names if name.lower() in names]
+        for batch in file.iter_batches(batch_size=ROWS, columns=columns):
+            yield from batch.to_pylist()
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The names of the columns of a parquet file."""
+    with _parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name.lower() in names]
-            for batch in file.iter_batches(batch_size=ROWS, columns=columns):
-                yield from batch.to_pylist()
+            yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is no readable parquet file ({str(error).strip().splitlines()[0]}); was it cut off?") from None
+        raise BadInput(f"{path} is no readable parquet file ({str(error).strip().partition(chr(10))[0]}); was it cut off?") from None

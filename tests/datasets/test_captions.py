@@ -8,12 +8,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from uniter.datasets.captions import CAPTIONS, Caption, detect
@@ -453,12 +454,6 @@ def test_names_of_many_ids() -> None:
 
 # ------------------------------------------------------------------------------------------------------------------------ fuzzing
 
-json_like = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
-
 
 def good_files(folder: Path) -> dict[str, bytes]:
     """One right file of each kind."""
@@ -475,71 +470,81 @@ def good_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def right_or_ours(path: Path, kind: str | None) -> None:
+def right_or_ours(path: Path, kind: str | None, join: Sequence[Path] = ()) -> None:
     try:
-        texts, _ = read(path, kind=kind)
+        texts, _ = read(path, kind=kind, join=join)
     except BadInput as error:
-        assert len(str(error)) > 20
+        assert 20 < len(str(error)) < 2000
     else:
         for caption in texts:
             assert isinstance(caption.id, str) and isinstance(caption.image, str) and isinstance(caption.text, str)
 
 
 @pytest.mark.parametrize("kind", sorted(CAPTIONS))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damaged_files_give_captions_or_an_error_of_ours(tmp_path: Path, kind: str, data: st.DataObject) -> None:
-    content = bytearray(good_files(tmp_path)[kind])
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(content)))
-        change = data.draw(st.sampled_from(["cut", "flip", "insert", "repeat"]))
-        if change == "cut":
-            del content[place : place + data.draw(st.integers(1, 40))]
-        elif change == "flip" and place < len(content):
-            content[place] ^= data.draw(st.integers(1, 255))
-        elif change == "insert":
-            content[place:place] = data.draw(
-                st.binary(max_size=6) | st.sampled_from([b"null", b'"', b"[", b"{}", b"\t", b"\r\n", b"1e999", b"-"])
-            )
-        else:
-            content[place:place] = content[place : place + 60]
-    suffix = ".tar" if kind == "img2dataset" else ".txt"
-    path = written(tmp_path / f"fuzzed{suffix}", bytes(content))
+def test_fuzzed_files_give_captions_or_an_error_of_ours(tmp_path: Path, fuzzing: ModuleType, kind: str, data: st.DataObject) -> None:
+    content = fuzzing.damaged(data, good_files(tmp_path)[kind])
+    if kind not in ("img2dataset", "cc") and data.draw(st.booleans()):
+        content = gzip.compress(content) if data.draw(st.booleans()) else fuzzing.damaged(data, gzip.compress(content))
+    path = written(tmp_path / f"fuzzed{'.tar' if kind == 'img2dataset' else '.txt'}", content)
     right_or_ours(path, kind)
     right_or_ours(path, None)
 
 
-@pytest.mark.parametrize("kind", ["coco", "karpathy", "vg", "sbu", "img2dataset", "jsonl"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DOCUMENTS: dict[str, Any] = {
+    "coco": COCO,
+    "karpathy": KARPATHY,
+    "vg": [{"regions": [{"region_id": 1, "image_id": 1, "phrase": "a b", "x": 1, "y": 1, "width": 2, "height": 2}], "id": 1}],
+    "sbu": {"image_urls": SBU_URLS, "captions": SBU_TEXTS},
+    "img2dataset": IMG2DATASET,
+    "jsonl": [{"image": "a.jpg", "caption": ["a", "b"], "id": 3}],
+}
+
+
+@pytest.mark.parametrize("kind", sorted(DOCUMENTS))
 @given(data=st.data())
-def test_other_json_gives_captions_or_an_error_of_ours(tmp_path: Path, kind: str, data: st.DataObject) -> None:
-    """A right document with one of its values replaced by another."""
-    documents: dict[str, Any] = {
-        "coco": COCO,
-        "karpathy": KARPATHY,
-        "vg": [{"regions": [{"region_id": 1, "image_id": 1, "phrase": "a b", "x": 1, "y": 1, "width": 2, "height": 2}], "id": 1}],
-        "sbu": {"image_urls": SBU_URLS, "captions": SBU_TEXTS},
-        "img2dataset": IMG2DATASET,
-        "jsonl": [{"image": "a.jpg", "caption": ["a", "b"], "id": 3}],
-    }
-    document = json.loads(json.dumps(documents[kind]))
-    holder: Any = document
-    while True:
-        places = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
-        place = data.draw(st.sampled_from(places))
-        if isinstance(holder[place], dict | list) and holder[place] and data.draw(st.booleans()):
-            holder = holder[place]
-            continue
-        holder[place] = data.draw(json_like)
-        break
-    path = written(tmp_path / "fuzzed.json", document)
+def test_fuzzed_documents_give_captions_or_an_error_of_ours(tmp_path: Path, fuzzing: ModuleType, kind: str, data: st.DataObject) -> None:
+    document = fuzzing.with_another_value(data, DOCUMENTS[kind])
+    path = written(tmp_path / "fuzzed.json", fuzzing.as_json(document))
+    if kind == "vg" and data.draw(st.booleans()):
+        images = [{"image_id": 1, "coco_id": None, "flickr_id": 77}, {"image_id": 2, "coco_id": 9}]
+        written(tmp_path / "image_data.json", fuzzing.as_json(fuzzing.with_another_value(data, images)))
     right_or_ours(path, kind)
     right_or_ours(path, None)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_tables_of_downloads_are_read_or_refused(tmp_path: Path, fuzzing: ModuleType, data: st.DataObject) -> None:
+    """What --join names, in each of its forms, and the same as the captions themselves."""
+    form = data.draw(st.sampled_from(["parquet", "rows.parquet", "json", "jsonl", "map", "csv", "tsv"]))
+    rows = fuzzing.with_another_value(data, IMG2DATASET)
+    path = tmp_path / "table"
+    if form == "parquet":
+        content = fuzzing.damaged(data, parquet(path, IMG2DATASET).read_bytes())
+    elif form == "rows.parquet":
+        try:
+            content = parquet(path, rows).read_bytes()
+        except (pa.ArrowException, TypeError, ValueError, AttributeError, OverflowError):
+            return
+    elif form == "json":
+        content = fuzzing.as_json(rows)
+    elif form == "jsonl":
+        content = b"\n".join(map(fuzzing.as_json, rows))
+    elif form == "map":
+        content = fuzzing.as_json(fuzzing.with_another_value(data, {row["url"]: row["key"] for row in IMG2DATASET}))
+    else:
+        mark = "," if form == "csv" else "\t"
+        table = [mark.join(IMG2DATASET[0]), *(mark.join(f"{value}" for value in row.values()) for row in IMG2DATASET)]
+        content = fuzzing.damaged(data, "\n".join(table).encode())
+    written(path, content)
+    right_or_ours(written(tmp_path / "cc.tsv", CC), "cc", join=[path])
+    right_or_ours(path, None)
+    right_or_ours(path, "img2dataset")
+    right_or_ours(path, "cc")
+
+
 @given(content=st.binary(max_size=300) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_any_bytes_give_captions_or_an_error_of_ours(tmp_path: Path, content: bytes) -> None:
+def test_any_fuzz_gives_captions_or_an_error_of_ours(tmp_path: Path, content: bytes) -> None:
     path = written(tmp_path / "anything", content)
     right_or_ours(path, None)
     for kind in CAPTIONS:
