@@ -34,7 +34,7 @@ def read_entailment(path: Path, *, split: str | None, join: Sequence[Path], coun
             continue
         fields: dict[str, Any] = {}
         if label is not None:
-            if label not in LABELS:
+            if not isinstance(label, str) or label not in LABELS:
                 raise BadInput(f"{where} has the gold_label {label!r}; expected {', '.join(LABELS)} or -")
             fields = {"gold_label": label, "target": {"labels": [LABELS[label]], "scores": [1.0]}}
         photo = image.removesuffix(".jpg")
