@@ -7,6 +7,7 @@ and the same command starts it anew.
 """
 
 import contextlib
+import errno
 import fcntl
 import gc
 import heapq
@@ -150,12 +151,16 @@ def build_text_db(
                 wanted=wanted,
                 with_images=images is not None,
             )
-        except UniterError:
+        except (UniterError, OSError) as error:
             # What cannot be built with these settings must not stand in the way of others. (A killed run leaves its settings.)
             _clear(folder)
             (folder / "settings.json").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it holds files of somebody else
                 folder.rmdir()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UniterError(
+                    f"the disk is full while building {folder}, of which nothing is kept; make room and run the same command again"
+                ) from error
             raise
 
 
@@ -250,9 +255,7 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
 def _prepare_folder(folder: Path, wanted: dict[str, Any], *, overwrite: bool) -> BuildReport | None:
     settings, header = folder / "settings.json", folder / "header.json"
-    for name in ("settings.json", "header.json", *OURS, *TASK_FILES):
-        for unfinished in folder.glob(f"{name}.*.tmp"):  # of a killed write
-            unfinished.unlink()
+    _drop_unfinished(folder)
     if settings.is_file() and not overwrite:
         there = read_json_object(settings)
         if phrases := difference_in_words(there, wanted):
@@ -270,12 +273,20 @@ def _prepare_folder(folder: Path, wanted: dict[str, Any], *, overwrite: bool) ->
 
 
 def _clear(folder: Path) -> None:
-    """Take away everything of a database but its settings, and what a killed write left."""
+    """Take away everything of a database but its settings."""
     (folder / "header.json").unlink(missing_ok=True)  # first: from here on it is not complete
     sync_folder(folder)
     for name in (*OURS, *TASK_FILES):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "building", ignore_errors=True)
+    _drop_unfinished(folder)
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Remove what writes left that were killed, or found the disk full."""
+    for name in ("settings.json", "header.json", *OURS, *TASK_FILES):
+        for unfinished in folder.glob(f"{name}.*.tmp"):
+            unfinished.unlink()
 
 
 # Reading: one pass over the captions, everything that is needed later onto disk.

@@ -423,18 +423,17 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
 
 def _write_texts(out: Path, texts: Iterable[tuple[str, bytes]], sources: Sequence[Path], *, overwrite: bool) -> None:
     """Write a text database in UNITER's layout; what meta.json and RefCOCO's side files say is taken from the sources."""
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise BadInput(f"{out} is there already; choose another folder, or --overwrite")
-        shutil.rmtree(out)
-    temporary = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise BadInput(f"{out} is there already; choose another folder, or --overwrite")
+    temporary, old = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.old.tmp")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     stated = [_stated_lengths(source) for source in sources]
     lengths: dict[str, dict[str, int]] = {}
     images: dict[str, Any] = {}
     texts_of: dict[str, list[str]] = {}
-    environment = lmdb.open(str(temporary), map_size=1 << 26, max_spare_txns=0)
+    environment = lmdb.open(str(temporary), map_size=1 << 26, lock=False, max_spare_txns=0)
     try:
         pending: list[tuple[bytes, bytes]] = []
         for key, value in texts:
@@ -457,7 +456,6 @@ def _write_texts(out: Path, texts: Iterable[tuple[str, bytes]], sources: Sequenc
         put_all(environment, pending)
     finally:
         environment.close()
-    (temporary / "lock.mdb").unlink(missing_ok=True)
     for name, table in lengths.items():
         write_json(temporary / f"{name}.json", table)
     write_json(temporary / "txt2img.json", images)
@@ -471,9 +469,10 @@ def _write_texts(out: Path, texts: Iterable[tuple[str, bytes]], sources: Sequenc
                 shutil.copyfile(source / name, temporary / name)
     write_json(temporary / "meta.json", meta)
     if out.exists():
-        out.rmdir()
+        out.rename(old)  # not removed in place: half of it could still open
     temporary.rename(out)
     sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _stated_lengths(source: Path) -> dict[str, dict[str, int]]:

@@ -9,9 +9,10 @@ so most of a region database is values and a bit flip there shows only in a chec
 Source: LMDB 0.9's `mdb.c` (MDB_page, MDB_node, MDB_meta), and the verifier of py-lmdb 3.
 """
 
+import itertools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,9 +38,9 @@ def check_data_file(data: Path) -> None:
         BadInput: not LMDB, of another format version, or cut off. (A cut-off file would kill the process with SIGBUS.)
     """
     try:
-        size = data.stat().st_size
         with open(data, "rb") as file:
             head = file.read(1 << 17)
+            size = os.fstat(file.fileno()).st_size  # after the header was read: the file may be growing
     except FileNotFoundError:
         raise BadInput(f"{data.parent} holds no data.mdb; is it a database?") from None
     if len(head) < 4096:
@@ -221,6 +222,11 @@ class PageFile:
             return f"the value of key {key[:60]!r} runs over its page"
         own_number = _PAGE_NUMBER.unpack_from(page)[0]
         return Place(key, own_number * self.page_size + begin, size)
+
+    def damage(self, tables: Sequence[bytes]) -> str | None:
+        """The first fault of the main tree or of those of the named databases that are there, in words; None where there is none."""
+        trees = [self._walk(self.root, "the main tree", subtrees=True), *map(self.records, tables)]
+        return next((found.words for found in itertools.chain(*trees) if isinstance(found, Fault)), None)
 
     def stray_leaves(self) -> Iterator[Place]:
         """Records of every page of the file that looks like a leaf, reachable or not, newest pages last. For salvage: old

@@ -21,6 +21,7 @@ import os
 import shutil
 import struct
 import threading
+import uuid
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ INDEX = "index.safetensors"
 BOX_IDS = "box_ids.jsonl"
 """The caller's ids of given boxes: {"key", "ids"}, ids in the order of the record's rows."""
 _FIRST_MAP_BYTES = 1 << 24
+_LOCK_FILE_BYTES = 8192  # of LMDB's lock.mdb, with its 126 places for readers
+_OVERWRITING = "overwriting"  # a file that stands there while `--overwrite` clears the folder
 _SUMMARY = struct.Struct("<iI")  # number of regions, crc32 of the value
 logger = logging.getLogger(__name__)
 
@@ -68,7 +71,8 @@ def _write_bytes(path: Path, content: bytes) -> None:
 def _first_json(path: Path, value: Any) -> Any:
     """What the file holds; `value` is written if there was no file. Of several processes at once exactly one writes."""
     if not path.exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.first")
+        # Processes in containers on several machines often have the same id.
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.first")
         write_json(temporary, value)
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
@@ -186,6 +190,7 @@ def open_reader(path: Path, *, readahead: bool = True, max_dbs: int = 0) -> lmdb
 
 @contextlib.contextmanager
 def _full_disk_said(place: Path) -> Iterator[None]:
+    """LMDB's errors and a full disk as UniterError."""
     try:
         yield
     except lmdb.Error as error:
@@ -286,11 +291,13 @@ class UnitStore:
         if self.path.exists() and not self.path.is_dir():
             raise BadInput(f"{self.path} is a file; expected a folder to write the database into")
         self.path.mkdir(parents=True, exist_ok=True)
-        if overwrite:
+        if overwrite or (self.path / _OVERWRITING).exists():
             self._clear()
         if not (self.path / "settings.json").exists() and ((self.path / "data.mdb").exists() or (self.path / "header.json").exists()):
             raise BadInput(f"{self.path} holds a database that was made elsewhere; choose another folder, or --overwrite")
-        phrases = difference_in_words(_first_json(self.path / "settings.json", asked), asked)
+        with _full_disk_said(self.path):
+            stored = _first_json(self.path / "settings.json", asked)
+        phrases = difference_in_words(stored, asked)
         if phrases:
             raise SettingsDiffer(
                 f"{self.path} was begun with other settings ({'; '.join(phrases)}): use the same ones, another folder, or --overwrite"
@@ -300,10 +307,18 @@ class UnitStore:
             self.units_folder.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
-        for name in ("header.json", "settings.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS):
+        """Throw everything away; where that is killed, it is gone on with when the folder is next written to.
+
+        The header goes first and the settings last: in between this is an unfinished database, not one that was made elsewhere.
+        """
+        (self.path / _OVERWRITING).touch()
+        sync_folder(self.path)
+        for name in ("header.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS):
             (self.path / name).unlink(missing_ok=True)
         for name in ("units", "units.tmp"):
             shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / "settings.json").unlink(missing_ok=True)
+        (self.path / _OVERWRITING).unlink(missing_ok=True)
 
     def _recover(self) -> None:
         """Bring what a kill inside `forget_failures` or at the end of `finish` left into one of the two plain states."""
@@ -364,7 +379,8 @@ class UnitStore:
             if self.is_complete() or self._folder(number).is_dir():  # finished while we waited for the lock
                 stack.close()
                 return None
-            return UnitWriter(self, number, stack)
+            with _full_disk_said(self._folder(number, partial=True)):
+                return UnitWriter(self, number, stack)
         except BaseException:
             stack.close()
             raise
@@ -594,6 +610,7 @@ class UnitWriter:
         self._folder = store._folder(number, partial=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         _tidy_partial(self._folder)
+        _drop_if_damaged(self._folder / "data.mdb")
         self._unit: _Unit = stack.enter_context(_open_unit(self._folder))
         self._values: dict[bytes, tuple[bytes, int]] = {}
         self._failures: dict[bytes, bytes] = {}
@@ -740,6 +757,11 @@ def _open_writer(folder: Path, map_bytes: int, *, max_dbs: int = 0) -> lmdb.Envi
     with contextlib.suppress(FileNotFoundError):
         if data.stat().st_size < 2 * 4096:  # killed while LMDB wrote its first two pages: nothing is in it
             data.unlink()
+        else:
+            check_data_file(data)
+    # LMDB maps lock.mdb and writes into the mapping. On a full disk that kills the process, unless the file has its bytes already.
+    with open(folder / "lock.mdb", "ab") as lock_file:
+        lock_file.write(bytes(max(0, _LOCK_FILE_BYTES - lock_file.tell())))
     return lmdb.open(str(folder), map_size=map_bytes, max_dbs=max_dbs, max_spare_txns=0)
 
 
@@ -749,6 +771,20 @@ def _tidy_partial(folder: Path) -> None:
         (folder / INDEX).replace(folder / f"absorbed.{INDEX}")  # its records are in OUT/data.mdb already
     (folder / INDEX).unlink(missing_ok=True)
     (folder / "failures.jsonl").unlink(missing_ok=True)
+
+
+def _drop_if_damaged(data: Path) -> None:
+    """Remove a unit's LMDB that cannot be read any more (a broken disk, a copy that was cut off): its images are then done again."""
+    if not data.exists() or data.stat().st_size < 2 * 4096:
+        return
+    try:
+        with PageFile(data) as pages:
+            damage = pages.damage((b"records", b"summaries", b"failures"))
+    except BadInput as error:
+        damage = str(error)
+    if damage is not None:
+        logger.warning("%s is damaged (%s); its images are done again", data, damage)
+        data.unlink()
 
 
 def _unit_failures(folder: Path) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def write_uniter(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, sel
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     counts: dict[str, int] = {}
-    environment = lmdb.open(str(temporary), map_size=1 << 26, max_spare_txns=0)
+    environment = lmdb.open(str(temporary), map_size=1 << 26, lock=False, max_spare_txns=0)
     try:
         iterator = iter(items)
         while batch := list(itertools.islice(iterator, 256)):

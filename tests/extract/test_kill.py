@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
+from uniter.datasets.lmdb_store import UnitStore
+from uniter.extract.pipeline import Stopped
 
 Content = Callable[[Path], dict[str, Any]]
 Photos = Callable[..., Path]
@@ -37,7 +40,7 @@ def begin(fake: ModuleType, photos: Path, out: Path, **options: Any) -> subproce
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=600)
     return stdout, stderr
 
 
@@ -49,10 +52,9 @@ def summary_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     return summary
 
 
-def wait_for(path: Path) -> None:
-    """Until the process under test has come so far; imports take their time on a busy machine."""
-    until = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < until:
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until the process under test has come so far, or has ended; imports take their time on a busy machine."""
+    while not path.exists() and process.poll() is None:
         time.sleep(0.002)
 
 
@@ -80,7 +82,7 @@ def kill_again_and_again(fake: ModuleType, photos: Path, folder: Path, content: 
         if (out / "header.json").exists():
             break
         process = begin(fake, photos, out, seconds=0.004)
-        wait_for(out / "units")
+        wait_for(out / "units", process)
         time.sleep(rng.random() ** 2 * 0.25)
         os.killpg(process.pid, signal.SIGKILL)
         ended(process)
@@ -118,7 +120,7 @@ def test_killed_while_it_is_finished(make_photos: Photos, fake: ModuleType, cont
     for attempt in range(30):
         out = tmp_path / f"out{attempt}"
         process = begin(fake, photos, out)
-        wait_for(out / "settings.json")
+        wait_for(out / "settings.json", process)
         time.sleep(rng.random() * 0.35)
         os.killpg(process.pid, signal.SIGKILL)
         ended(process)
@@ -132,7 +134,7 @@ def test_killed_while_it_is_finished(make_photos: Photos, fake: ModuleType, cont
 def test_sigterm_finishes_the_batch(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
     photos = make_photos(40)
     process = begin(fake, photos, tmp_path / "out", seconds=0.05)
-    wait_for(tmp_path / "out" / "units" / "00000.partial" / "data.mdb")
+    wait_for(tmp_path / "out" / "units" / "00000.partial" / "data.mdb", process)
     time.sleep(0.2)
     process.terminate()
     stdout, stderr = ended(process)
@@ -182,3 +184,125 @@ def test_a_disk_that_fills_up_in_mid_run(make_photos: Photos, fake: ModuleType, 
     assert summary_of(begin(fake, photos, tmp_path / "out"))["complete"]
     summary_of(begin(fake, photos, tmp_path / "whole"))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def fill_a_disk(
+    disk: Any,
+    fake: ModuleType,
+    photos: Path,
+    whole: dict[str, Any],
+    content: Content,
+    *,
+    kilobytes: int,
+    said: str = "the disk is full while",
+) -> int:
+    """One run on a disk that is too small, or is not, and its repetition once there is room; the exit code of the first."""
+    disk.mount(kilobytes)
+    out = disk.path / "out"
+    process = begin(fake, photos, out, check_space=False)
+    _, stderr = ended(process)
+    if process.returncode:
+        last = stderr.strip().splitlines()[-1]
+        assert process.returncode == 1, "no signal: LMDB's lock file is mapped memory, which a full disk takes away"
+        assert last.startswith("uniter.datasets.errors.UniterError: ") and said in last and last.endswith("run the same command again")
+        assert not (out / "header.json").exists()
+    disk.grow()
+    assert summary_of(begin(fake, photos, out))["complete"]
+    assert content(out) == whole
+    return process.returncode
+
+
+@pytest.mark.parametrize("kilobytes", [4, 112, 200])
+def test_a_disk_that_is_really_full(
+    small_disk: Any, make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path, kilobytes: int
+) -> None:
+    photos = make_photos(60)
+    small_disk.mount(kilobytes)
+    summary_of(begin(fake, photos, tmp_path / "whole"))
+    assert fill_a_disk(small_disk, fake, photos, content(tmp_path / "whole"), content, kilobytes=kilobytes) == 1
+
+
+@pytest.mark.slow
+def test_disks_of_many_sizes(small_disk: Any, make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
+    """Full at the settings, a unit's first pages, a commit, an index, the move into data.mdb, the header."""
+    photos = make_photos(60)
+    small_disk.mount(4)
+    summary_of(begin(fake, photos, tmp_path / "whole"))
+    whole = content(tmp_path / "whole")
+    codes = [fill_a_disk(small_disk, fake, photos, whole, content, kilobytes=kilobytes) for kilobytes in range(4, 300, 8)]
+    assert codes == sorted(codes, reverse=True) and {*codes} == {0, 1}
+
+
+def test_killed_while_it_throws_an_old_database_away(
+    make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--overwrite`, killed before each of its deletions: never a database that opens, and the repetition begins anew."""
+    photos, out = make_photos(10), tmp_path / "out"
+    summary_of(begin(fake, photos, tmp_path / "whole"))
+    whole, settings = content(tmp_path / "whole"), json.loads((tmp_path / "whole" / "settings.json").read_text())
+    unlink = Path.unlink
+
+    class Died(BaseException):
+        pass
+
+    survived = False
+    for survivors in range(20):
+        if not (out / "header.json").exists():
+            fake.extract_images(photos, out, detector=fake.FakeDetector(), **OPTIONS)
+        left = survivors
+
+        def dying(path: Path, missing_ok: bool = False) -> None:
+            nonlocal left
+            if path.parent == out and (left := left - 1) < 0:
+                raise Died
+            unlink(path, missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", dying)
+            try:
+                UnitStore(out, settings=settings, overwrite=True)
+                survived = True
+            except Died:
+                if not (out / "header.json").exists():
+                    with pytest.raises(BadInput, match=r"unfinished|no region database"):
+                        ImageDB(out)
+        fake.extract_images(photos, out, detector=fake.FakeDetector(), **OPTIONS)
+        assert content(out) == whole
+        if survived:
+            assert survivors > 5
+            return
+    pytest.fail("it never came to its end")
+
+
+@pytest.mark.parametrize("damage", ["cut", "page"])
+def test_a_unit_that_a_broken_disk_damaged_is_done_again(
+    make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    photos, out = make_photos(30), tmp_path / "out"
+    stop = threading.Event()
+    with pytest.raises(Stopped):
+        fake.extract_images(photos, out, detector=StoppingDetector(fake, stop), stop=stop, **OPTIONS)
+    data = out / "units" / "00001.partial" / "data.mdb"
+    stored = data.read_bytes()
+    if damage == "cut":
+        data.write_bytes(stored[:-4096])
+    else:
+        data.write_bytes(stored[: 2 * 4096] + b"\xff" * (len(stored) - 2 * 4096))
+    fake.extract_images(photos, out, detector=fake.FakeDetector(), **OPTIONS)
+    assert f"{data} is damaged" in caplog.text and "its images are done again" in caplog.text
+    fake.extract_images(photos, tmp_path / "whole", detector=fake.FakeDetector(), **OPTIONS)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def StoppingDetector(fake: ModuleType, stop: threading.Event) -> Any:
+    """Asks for a stop in its fifth batch, which is in the middle of the second unit."""
+    detector = fake.FakeDetector()
+    detect = detector.detect
+
+    def counting(images: Any, **more: Any) -> Any:
+        if len(detector.batches) == 4:
+            stop.set()
+        return detect(images, **more)
+
+    detector.detect = counting
+    return detector
