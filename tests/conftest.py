@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -70,3 +72,38 @@ def made_up() -> ModuleType:
 def fuzzing() -> ModuleType:
     """tests/fuzzing.py: damage for generated tests."""
     return _module("fuzzing")
+
+
+class SmallDisk:
+    """A file system in memory that can be full; `path` is where it is mounted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+
+    def mount(self, kilobytes: int) -> None:
+        """Begin with an empty disk of that size; the test is skipped, visibly, where mounting is not allowed."""
+        self.unmount()
+        options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(self.path)]
+        try:
+            done = subprocess.run(["mount", *options], capture_output=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command here, so no disk can be filled")
+        if done.returncode:
+            pytest.skip("mounting a small disk is not allowed here (it needs root)")
+
+    def grow(self) -> None:
+        """Make room."""
+        subprocess.run(["mount", "-o", "remount,size=64m", str(self.path)], check=True)
+
+    def unmount(self) -> None:
+        if self.path.is_mount():
+            subprocess.run(["umount", "-l", str(self.path)], check=False)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk that a test may fill up."""
+    disk = SmallDisk(tmp_path / "disk")
+    yield disk
+    disk.unmount()
