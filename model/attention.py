@@ -8,6 +8,7 @@ Legend of shape suffixes: B sequences, N rows of all sequences, T text tokens, R
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+# Said once a process about every kind of nested tensor, also about the one that is used here and recommended there.
+warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage", category=UserWarning)
 
 AttentionKernel = Literal["auto", "grouped", "jagged", "varlen"]
 

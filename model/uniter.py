@@ -315,7 +315,7 @@ class UniterModel(nn.Module):
         if longest > config.max_position_embeddings:
             raise BadInput(
                 f"a text of {longest} word pieces does not fit the model's {config.max_position_embeddings} positions; "
-                "leave longer texts out (max_txt_len)"
+                "leave longer texts out (max_text_length)"
             )
         if len(batch.features_RD) and batch.features_RD.shape[1] != config.image_feature_size:
             raise BadInput(

@@ -42,11 +42,11 @@ class ModelSettings(Settings):
     """The size of the model, where it does not come from `from`."""
 
     size: Literal["tiny", "base", "large"] | None = Field(default=None, description="none: by device and amount of data")
-    hidden_size: int | None = Field(default=None, ge=1)
-    num_hidden_layers: int | None = Field(default=None, ge=1)
-    num_attention_heads: int | None = Field(default=None, ge=1)
-    intermediate_size: int | None = Field(default=None, ge=1)
-    max_position_embeddings: int | None = Field(default=None, ge=1)
+    hidden_size: int | None = Field(default=None, ge=1, description="columns of the hidden states; none, as those below: by the size")
+    num_hidden_layers: int | None = Field(default=None, ge=1, description="layers of the encoder")
+    num_attention_heads: int | None = Field(default=None, ge=1, description="heads of each layer; must divide hidden_size")
+    intermediate_size: int | None = Field(default=None, ge=1, description="columns inside each layer's feed-forward half")
+    max_position_embeddings: int | None = Field(default=None, ge=1, description="longest text, with [CLS] and [SEP]; none: 512")
     vocab_size: int | None = Field(default=None, ge=1, description="none: the text databases' vocabulary")
     initializer_range: float | None = Field(default=None, gt=0, description="deviation of new weights; none: chosen by the model's size")
 
@@ -60,9 +60,9 @@ class OptimizerSettings(Settings):
     learning_rate: float | None = Field(default=None, gt=0, description="at the end of the warm-up; none: chosen by the model's size")
     warmup_steps: int | None = Field(default=None, ge=0, description="none: a tenth of the steps, at most 10,000")
     head_rate_multiplier: float | None = Field(default=None, gt=0, description="times the rate for a task's head; none: as published")
-    betas: tuple[float, float] = (0.9, 0.98)
-    epsilon: float = Field(default=1e-6, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.98), description="how slowly the means of gradients and of their squares move")
+    epsilon: float = Field(default=1e-6, gt=0, description="added to the root of the mean square")
+    weight_decay: float = Field(default=0.01, ge=0, description="of all but biases and the norms called LayerNorm")
     clip: float | None = Field(default=None, description="global norm of gradients at most; -1: any; none: 5, or the task's")
     unused_gradients: Literal["none", "zero"] = Field(
         default="none", description="none: heads that a task does not use rest; zero: they drift by momentum and decay, as in torch 1.x"
@@ -72,15 +72,15 @@ class OptimizerSettings(Settings):
 class RegionSettings(Settings):
     """Which regions are taken from published databases (ours hold their selection)."""
 
-    conf_th: float = 0.2
-    min_bb: int = Field(default=10, ge=1)
-    max_bb: int = Field(default=100, ge=1)
-    num_bb: int = Field(default=36, ge=1)
+    conf_th: float = Field(default=0.2, description="least confidence; -1: num_bb of each picture, whatever their confidence")
+    min_bb: int = Field(default=10, ge=1, description="at least so many of a picture, however unsure")
+    max_bb: int = Field(default=100, ge=1, description="at most so many of a picture")
+    num_bb: int = Field(default=36, ge=1, description="with conf_th -1: so many of each picture")
 
 
 class MaskingSettings(Settings):
-    words: float = Field(default=0.15, gt=0, lt=1)
-    regions: float = Field(default=0.15, gt=0, lt=1)
+    words: float = Field(default=0.15, gt=0, lt=1, description="chance of a word to be hidden (MLM)")
+    regions: float = Field(default=0.15, gt=0, lt=1, description="chance of a region to be hidden (MRFR, MRC, MRC-KL)")
 
 
 class TrainSettings(Settings):
@@ -110,8 +110,12 @@ class TrainSettings(Settings):
     negative_probability: float = Field(default=0.5, gt=0, lt=1, description="image-text matching: chance to show another picture")
     alignment_weight: float = Field(default=0.1, ge=0, description="weight of word-region alignment in matching; 0: not computed")
     optimizer: OptimizerSettings = Field(default_factory=lambda: OptimizerSettings())
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = Field(default=42, ge=0)
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the computation; weights and their updates stay float32")
+    attention: Literal["auto", "grouped", "jagged", "varlen"] = Field(
+        default="auto",
+        description="auto: grouped by length on the CPU, jagged on a GPU; varlen: on a GPU in bf16, without dropout of attention",
+    )
+    seed: int = Field(default=42, ge=0, description="decides everything random")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:N; none: a GPU where there is one")
     workers: int | None = Field(default=None, ge=0, description="processes that make batches; none: fitted to the machine")
     readahead: bool = Field(default=True, description="false for random reads of databases larger than memory on a local disk")
@@ -123,7 +127,7 @@ class TrainSettings(Settings):
     checkpoint_every: int | None = Field(default=None, ge=1, description="updates between checkpoints; none: as validate_every")
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay; the best one stays besides")
     stop_after: int | None = Field(default=None, ge=1, description="stop after this update, with a checkpoint; repeat to go on")
-    tensorboard: bool = True
+    tensorboard: bool = Field(default=True, description="write TensorBoard events into the run directory")
     wandb_project: str | None = Field(default=None, description="also log to this Weights & Biases project")
 
     @model_validator(mode="after")
@@ -137,6 +141,13 @@ class TrainSettings(Settings):
             raise ValueError(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than steps, {self.steps}")
         if self.regions.min_bb > self.regions.max_bb:
             raise ValueError(f"regions.min_bb: {self.regions.min_bb} is more than regions.max_bb, {self.regions.max_bb}")
+        if self.attention == "varlen" and self.precision != "bf16":
+            raise ValueError("attention: varlen computes in half precision only; set precision to bf16 or leave attention out")
+        sizes = self.model
+        if sizes.hidden_size and sizes.num_attention_heads and sizes.hidden_size % sizes.num_attention_heads:
+            raise ValueError(
+                f"model.num_attention_heads: {sizes.num_attention_heads} does not divide model.hidden_size, {sizes.hidden_size}"
+            )
         return self
 
 

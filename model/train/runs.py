@@ -5,6 +5,7 @@ task is a `Kind`.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -13,16 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
 
-from uniter.datasets.corpus import Corpus, open_corpus
+from uniter.datasets.corpus import SPECIAL_TOKENS, Corpus, open_corpus
 from uniter.datasets.errors import BadInput, SettingsDiffer
 from uniter.datasets.image_db import open_image_dbs
 from uniter.datasets.loader import Assembler, Mixture, Part
 from uniter.datasets.samples import Masking
 from uniter.datasets.tokenizer import ON_BOARD, VOCABULARY_FILE, Tokenizer
+from uniter.model.attention import AttentionKernel
 from uniter.model.checkpoints import find_weights, read_model, tokenizer_beside, write_model
 from uniter.model.tasks import Task, vocabulary_of
 from uniter.model.train import state
@@ -31,7 +34,7 @@ from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.log import RunLog
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
-from uniter.model.uniter import UniterConfig
+from uniter.model.uniter import SelfAttention, UniterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +107,8 @@ def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> 
 
     tokenizer = tokenizer_of_texts([*data.training.values(), *data.validation.values()], start=settings.from_)
     model = kind.build_model(settings, data).to(everyone.device)
+    _set_attention(model, settings.attention, everyone.device)
+    data = _that_fit(data, model)
     tasks, mixture = kind.build_mixture(settings, data)
     optimizer = AdamW(
         parameter_groups(
@@ -185,6 +190,44 @@ def with_validation(wanted: CorpusSettings, corpus: Corpus, settings: TrainSetti
         count = settings.validation_pictures or min(max(pictures // 20, 2), 1000)
         corpus, held_out = corpus.hold_out(min(count, pictures - 2), seed=settings.seed)
     return corpus, held_out.sample_of(settings.validation_examples, seed=settings.seed)
+
+
+def _set_attention(model: nn.Module, kernel: AttentionKernel, device: torch.device) -> None:
+    model.get_submodule("uniter").attention_kernel = kernel
+    if kernel != "varlen":
+        return
+    if device.type != "cuda":
+        raise BadInput(f"attention: varlen needs a GPU, and this run is on {device}; leave attention out")
+    logger.warning("attention: varlen drops no attention probabilities; all other dropout stays")
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.dropout.p = 0.0
+
+
+def _that_fit(data: Data, model: nn.Module) -> Data:
+    """The data without validation texts that are longer than the model's positions.
+
+    Raises:
+        BadInput: a text to train on is; better now than in the middle of the run.
+    """
+    config = getattr(model, "config", None)
+    assert isinstance(config, UniterConfig)
+    most = config.max_position_embeddings - SPECIAL_TOKENS
+    longest = max(int(corpus.text_lengths_N.max()) for corpus in data.training.values())
+    if longest > most:
+        raise BadInput(
+            f"a text of {longest} word pieces does not fit the model's {config.max_position_embeddings} positions; "
+            f"set max_text_length to {most} or less, which leaves longer ones out"
+        )
+    validation = {}
+    for name, corpus in data.validation.items():
+        fitting = np.flatnonzero(corpus.text_lengths_N <= most)
+        if len(fitting) < len(corpus):
+            logger.warning(
+                "corpus %s: %d validation texts are longer than the model's positions and left out", name, len(corpus) - len(fitting)
+            )
+        validation[name] = corpus.take(fitting)
+    return dataclasses.replace(data, validation=validation)
 
 
 def tokenizer_of_texts(corpora: Iterable[Corpus], *, start: str | None = None) -> Tokenizer | None:

@@ -1,0 +1,81 @@
+"""What a run sees to before its first update: data, words, positions and attention that fit."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.tokenizer import Tokenizer
+from uniter.model.checkpoints import tokenizer_beside
+from uniter.model.train.config import TrainSettings
+from uniter.model.train.log import read_log
+from uniter.model.train.pretraining import evaluate_run, export_run, pretrain
+
+Make = Callable[..., TrainSettings]
+
+
+@pytest.fixture(scope="module")
+def other_words(tmp_path_factory: pytest.TempPathFactory, made_up: Any) -> tuple[Path, Path]:
+    """Databases of the same detector whose word pieces mean other words."""
+    pieces = made_up.vocabulary().vocabulary
+    turned = Tokenizer([*pieces[:40], *reversed(pieces[40:])], name="turned", lowercase=False)
+    return made_up.World(width=16).write(tmp_path_factory.mktemp("other words"), pictures=20, seed=2, tokenizer=turned)
+
+
+def test_the_vocabulary_of_the_texts_goes_into_checkpoints_and_exports(small: Make, tmp_path: Path, made_up: Any) -> None:
+    pretrain(small(steps=2, validate_every=2), tmp_path / "run")
+    export_run(str(tmp_path / "run"), "hub", tmp_path / "hub")
+    assert export_run(str(tmp_path / "run"), "published", tmp_path / "toy.pt")["vocabulary"] == made_up.vocabulary().name
+    for weights in ("run/checkpoints/latest/model.safetensors", "hub/model.safetensors", "toy.pt"):
+        found = tokenizer_beside(tmp_path / weights)
+        assert found is not None and found.vocabulary == made_up.vocabulary().vocabulary
+
+
+def test_texts_of_other_words_are_refused(
+    small: Make, tmp_path: Path, databases: tuple[Path, Path], other_words: tuple[Path, Path]
+) -> None:
+    pairs = {"a": databases, "b": other_words}
+    corpora = [{"name": name, "text": [str(texts)], "images": [str(images)]} for name, (texts, images) in pairs.items()]
+    with pytest.raises(BadInput, match=r"texts.db has other word pieces \(turned, \d+\) than|than .* \(turned, "):
+        pretrain(small(corpora=corpora), tmp_path / "both")
+    pretrain(small(steps=2, validate_every=2), tmp_path / "run")
+    later = small(corpora=corpora[1:], steps=2, validate_every=2, model={}, **{"from": str(tmp_path / "run")})
+    with pytest.raises(BadInput, match=r"build the texts with one tokeniser: uniter-build-db --tokenizer .*run/checkpoints/latest"):
+        pretrain(later, tmp_path / "later")
+    with pytest.raises(BadInput, match="other word pieces"):
+        evaluate_run(str(tmp_path / "run"), text=[str(other_words[0])], images=[str(other_words[1])])
+    assert not (tmp_path / "both" / "checkpoints").exists()
+
+
+def test_texts_longer_than_the_positions_are_said_before_the_run(
+    small: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, databases: tuple[Path, Path]
+) -> None:
+    sizes = small().model.model_dump(exclude_none=True) | {"max_position_embeddings": 10}
+    with pytest.raises(
+        BadInput, match=r"a text of \d+ word pieces does not fit the model's 10 positions; set max_text_length to 8 or less"
+    ):
+        pretrain(small(model=sizes), tmp_path / "long")
+    texts, images = databases
+    corpus = {"name": "toy", "text": [str(texts)], "images": [str(images)], "validation_text": [str(texts)]}
+    pretrain(small(model=sizes, corpora=[corpus], max_text_length=8, steps=1, validate_every=1), tmp_path / "short")
+    assert "validation texts are longer than the model's positions and left out" in caplog.text
+
+
+def test_the_kernel_of_attention_is_a_setting(small: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    losses = {}
+    for kernel in ("grouped", "jagged"):
+        pretrain(small(attention=kernel, dropout=0.0, steps=3, validate_every=3), tmp_path / kernel)
+        losses[kernel] = [line["loss"] for line in read_log(tmp_path / kernel)]
+    assert losses["jagged"] == pytest.approx(losses["grouped"], rel=1e-4)
+    with pytest.raises(BadInput, match="attention: varlen needs a GPU, and this run is on cpu; leave attention out"):
+        pretrain(small(attention="varlen", precision="bf16"), tmp_path / "varlen")
+
+
+def test_what_is_trained_is_said(small: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        pretrain(small(steps=1, validate_every=1), tmp_path / "run")
+    assert "corpus toy: 76 examples, 4 held out for validation; tasks itm 2, mlm 2, mrfr 1, mrc-kl 1" in caplog.text
+    assert "million parameters on cpu x 1, fp32; 1 updates of 2 x 1 micro-batches of 150 tokens" in caplog.text
