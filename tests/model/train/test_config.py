@@ -33,6 +33,13 @@ DATA = {"corpora": [{"text": ["a.db"], "images": ["a.lmdb"]}]}
         ({"precision": "fp16"}, "precision is 'fp16', but input should be 'fp32' or 'bf16'"),
         ({"steps": 5, "optimizer": {"warmup_steps": 9}}, "optimizer.warmup_steps: 9 is more than steps, 5"),
         ({"from": "x.pt", "model": {"size": "base"}}, "model: its size comes from `from`; leave one of the two out"),
+        (
+            {"model": {"hidden_size": 100, "num_attention_heads": 12}},
+            "model.num_attention_heads: 12 does not divide model.hidden_size, 100",
+        ),
+        ({"attention": "varlen"}, "attention: varlen computes in half precision only; set precision to bf16 or leave attention out"),
+        ({"regions": {"min_bb": 20, "max_bb": 10}}, "regions.min_bb: 20 is more than regions.max_bb, 10"),
+        ({"optimizer": {"betas": [0.9]}}, "the key 'optimizer.betas.1' is missing"),
         ({"corpora": [*DATA["corpora"], *DATA["corpora"]]}, "corpora: two are called 'data'; give each its own name"),
         (
             {"corpora": [{"text": ["a.db"], "images": ["a.lmdb"], "task": {}}]},
@@ -84,6 +91,7 @@ def test_shipped_settings_are_valid_and_named() -> None:
 def test_every_setting_is_explained() -> None:
     lines = explain_settings().splitlines()
     assert len(lines) > 40
+    assert all("  # " in line for line in lines)
     assert any(line.startswith("normalisation: global-mean  # ") for line in lines)
 
 
