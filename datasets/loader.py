@@ -36,6 +36,7 @@ class Part:
         ratio: how often it is drawn, relative to the other parts.
         negative_probability: chance that an example is shown another picture (image-text matching); 0 for the other tasks.
         lengths: tokens of each example with the pictures (N, K) it is shown; by default one sequence of text and all regions.
+        sequences: of an example, each counted in `lengths` with its [CLS] and [SEP], which the published sampler does not count.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Part:
     ratio: float = 1.0
     negative_probability: float = 0.0
     lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] = Corpus.lengths_with
+    sequences: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,7 +172,7 @@ class Mixture:
             return budget_batches(lengths, budget=self.budget, seed=seed, epoch=epoch, bucket=self.bucket)
         rng = random.Random(f"{self.seed}/{part.name}/batches/{epoch}")
         published = published_batches(
-            (lengths - SPECIAL_TOKENS).tolist(), budget=self.budget, rng=rng, bucket=self.bucket, multiple=self.multiple
+            (lengths - SPECIAL_TOKENS * part.sequences).tolist(), budget=self.budget, rng=rng, bucket=self.bucket, multiple=self.multiple
         )
         if not published:
             raise BadInput(

@@ -207,27 +207,29 @@ def ranked_group(example: Example, rng: random.Random, masking: Masking, *, pict
     return Sample(example.id, sequences)
 
 
-def mined_group(example: Example, rng: random.Random, masking: Masking, *, pictures: NDArray[np.int32], drawn: int = 399) -> Sample:
-    """Retrieval with hard negatives: a text with its picture and `drawn` others, or a picture with its text and `drawn` others.
+def mined_groups(example: Example, rng: random.Random, masking: Masking, *, pictures: NDArray[np.int32], drawn: int = 399) -> Sample:
+    """Retrieval with hard negatives: a text with its picture and `drawn` others, then the picture with its text and `drawn` others.
 
-    The model scores them all and trains with the best-scoring ones. Differs from the published code, which makes one group of
-    each kind in every step: here the kind is drawn, evenly. Fewer are drawn where the corpus has fewer.
+    The model scores them all and trains with the best-scoring ones of each group. Fewer are drawn where the corpus has fewer.
+    Differs from the published code, which draws the text of the one group and the picture of the other independently.
 
     Args:
         pictures: (M,) the distinct pictures of the corpus, at least two.
+
+    Targets: `group_sizes` (2,) int64, sequences of each group, its positive first.
+
+    Source: ChenRocks/UNITER `data/itm.py`.
     """
     corpus, own = example.corpus, example.images[0]
-    words, regions = [example.words()], _regions(example)
-    sequences = [_sequence(example, words, regions)]
-    if rng.random() < 0.5:
-        others = [picture for picture in rng.sample(pictures.tolist(), min(drawn + 1, len(pictures))) if picture != own]
-        sequences += [_sequence(example, words, corpus.regions(picture)) for picture in others[:drawn]]
-    else:
-        of_own = int((corpus.image_rows_NK[:, 0] == own).sum())
-        numbers = rng.sample(range(len(corpus)), min(drawn + of_own, len(corpus)))
-        strangers = [number for number in numbers if corpus.image_rows_NK[number, 0] != own]
-        sequences += [_sequence(example, [corpus.record(number)["input_ids"]], regions) for number in strangers[:drawn]]
-    return Sample(example.id, sequences)
+    words, regions = example.words(), _regions(example)
+    others = [picture for picture in rng.sample(pictures.tolist(), min(drawn + 1, len(pictures))) if picture != own]
+    of_text = [_sequence(example, [words], corpus.regions(picture)) for picture in (own, *others[:drawn])]
+    of_own = int((corpus.image_rows_NK[:, 0] == own).sum())
+    numbers = rng.sample(range(len(corpus)), min(drawn + of_own, len(corpus)))
+    strangers = [number for number in numbers if corpus.image_rows_NK[number, 0] != own]
+    texts = [words, *(corpus.record(number)["input_ids"] for number in strangers[:drawn])]
+    of_picture = [_sequence(example, [text], regions) for text in texts]
+    return Sample(example.id, of_text + of_picture, {"group_sizes": np.array([len(of_text), len(of_picture)])})
 
 
 def referred_region(example: Example, rng: random.Random, masking: Masking, *, pictures: Sequence[Pictures], annotated: bool) -> Sample:

@@ -9,6 +9,7 @@ What a reader would get wrong: one example may be several sequences of the batch
     truth     (B / 2,) or (B,) int64, 1 where the statement holds (NLVR2)
     region    (B,) int64, the referred region's number within its sequence (RefCOCO)
     correct   (B,) int64, 1 where the sequence shows the right choice (VCR)
+    group_sizes (G,) int64, sequences of each group to mine hard negatives from (retrieval); without it the batch is one group
 
 Legend of shape suffixes: B sequences, N rows of all sequences, P pairs, R regions, H hidden, A answers.
 
@@ -276,20 +277,27 @@ class UniterForRetrieval(DownstreamModel):
         return {"scores": self.rank_output(self.pooled(batch))}
 
     def hard_negatives(self, batch: PackedBatch, *, count: int) -> Tensor:
-        """The sequences with which to train: number 0, the positive, and the `count` negatives that score highest, best first.
+        """The sequences with which to train: of each group its first, the positive, and the `count` negatives that score highest,
+        best first; fewer of every group where one has fewer.
 
-        Scored without dropout and without gradient.
+        Scored without dropout and without gradient, one group after the other.
 
         Returns:
-            (1 + count,) int64 numbers of sequences.
+            (G * (1 + count),) int64 numbers of sequences.
         """
-        with torch.no_grad(), evaluating(self):
-            scores_B = self.ranks(batch)["scores"].squeeze(1)
-        hardest = scores_B[1:].topk(min(count, len(scores_B) - 1), sorted=True).indices + 1
-        return torch.cat([hardest.new_zeros(1), hardest])
+        sequences = torch.arange(len(batch.region_counts_B))
+        sizes = batch.targets["group_sizes"].tolist() if "group_sizes" in batch.targets else [len(sequences)]
+        fewest = min(count, min(sizes) - 1)
+        chosen = []
+        for group in sequences.split(sizes):
+            with torch.no_grad(), evaluating(self):
+                scores = self.ranks(take_sequences(batch, group))["scores"].squeeze(1)
+            hardest = scores[1:].topk(fewest, sorted=True).indices + 1
+            chosen.append(group[torch.cat([hardest.new_zeros(1), hardest]).cpu()])
+        return torch.cat(chosen)
 
     def mined_ranks(self, batch: PackedBatch, *, count: int) -> Outputs:
-        """scores (1 + count, 1) of the positive and the hardest negatives of the batch, in the model's own mode, with gradient."""
+        """scores (G * (1 + count), 1) of each group's positive and its hardest negatives, in the model's own mode, with gradient."""
         return self.ranks(take_sequences(batch, self.hard_negatives(batch, count=count)))
 
 

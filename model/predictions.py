@@ -37,11 +37,6 @@ def answer_table(corpus: Corpus) -> dict[str, int] | None:
     return tables[0]
 
 
-def no_figures(corpus: Corpus, predictions: Predictions) -> dict[str, float]:
-    """Nothing beside the metric."""
-    return {}
-
-
 def nlvr2_figures(corpus: Corpus, predictions: Predictions) -> dict[str, float]:
     """Accuracy and consistency, where every statement's truth is known."""
     truths = {}

@@ -44,6 +44,7 @@ class Task:
         shows_other_pictures: half of the examples are shown another picture.
         ratio: how often the task is drawn, relative to the others of its kind (UNITER's in-domain ratios).
         lengths: tokens of each example with the pictures (N, K) it is shown.
+        sequences: of an example, each counted in `lengths` with its [CLS] and [SEP], which the published sampler does not count.
         pictures: K, the pictures of an example.
         of_data: the row for these corpora, where it depends on them (the number of answers, the pictures to draw from).
         finetuning: what else fine-tuning needs; None for pre-training tasks.
@@ -59,6 +60,7 @@ class Task:
     shows_other_pictures: bool = False
     ratio: float = 1.0
     lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] = Corpus.lengths_with
+    sequences: int = 1
     pictures: int = 1
     of_data: Callable[["Task", Corpus], "Task"] = lambda task, corpus: task
     finetuning: "Finetuning | None" = None
@@ -74,7 +76,7 @@ class Finetuning:
         sizes: further constructor arguments.
         answer: what a batch's outputs say, one JSON value an example, in the batch's order.
         write: the file that the official evaluation takes, from the predictions and the names of the answers.
-        figures: official figures of a whole corpus beside the metric.
+        figures: official figures of a whole corpus beside the metric, where there are any.
         pairs: the head that scores single pairs, where all texts are evaluated with all pictures instead of example by example.
         validate_as: the row that training validates with, where its own would be too expensive.
         predicted: what of an example is asked in predictions, where that is more than in training, and `predicted_lengths` its tokens.
@@ -86,7 +88,7 @@ class Finetuning:
     model: type[DownstreamModel]
     answer: Callable[[Outputs], list[Any]]
     write: Callable[[Path, Corpus, predictions.Predictions, Sequence[str] | None], None] | None = None
-    figures: Callable[[Corpus, predictions.Predictions], dict[str, float]] = predictions.no_figures
+    figures: Callable[[Corpus, predictions.Predictions], dict[str, float]] | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)
     pairs: Callable[[Any, PackedBatch], Outputs] | None = None
     validate_as: str | None = None
@@ -228,21 +230,25 @@ DRAWN, HARD = 399, 31
 
 
 def with_pool_to_mine(task: Task, corpus: Corpus) -> Task:
-    return replace(task, sample=partial(samples.mined_group, pictures=pool_of(corpus), drawn=DRAWN))
+    return replace(task, sample=partial(samples.mined_groups, pictures=pool_of(corpus), drawn=DRAWN))
 
 
-def lengths_of_mined_group(corpus: Corpus, images_N1: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Tokens of a group to mine from, the negatives counted as long as their positive."""
-    return corpus.lengths_with(images_N1) * (1 + DRAWN)
+def lengths_of_mined_groups(corpus: Corpus, images_N1: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Tokens of the two groups to mine from, the negatives counted as long as their positive."""
+    return corpus.lengths_with(images_N1) * 2 * (1 + DRAWN)
 
 
-def one_ranking(outputs: Outputs, targets: Targets) -> Terms:
-    """The ranking terms of a batch that is one group."""
-    return losses.ranking(outputs, targets, group_size=len(outputs["scores"]))
+def mined_size(outputs: Outputs, targets: Targets) -> int:
+    """Sequences that are left of each group."""
+    return len(outputs["scores"]) // len(targets["group_sizes"])
 
 
-def one_rank_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-    return metrics.rank_accuracy(outputs, targets, group_size=len(outputs["scores"]))
+def mined_ranking(outputs: Outputs, targets: Targets) -> Terms:
+    return losses.ranking(outputs, targets, group_size=mined_size(outputs, targets))
+
+
+def mined_rank_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    return metrics.rank_accuracy(outputs, targets, group_size=mined_size(outputs, targets))
 
 
 def with_candidates(task: Task, corpus: Corpus) -> Task:
@@ -315,13 +321,14 @@ def _answers(*, published: int, write: Any, **numbers: Any) -> Task:
     )
 
 
-def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.lengths_with) -> Task:
+def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.lengths_with, sequences: int = 1) -> Task:
     return Task(
         sample=sample,
         head=model.statements,
         losses=losses.statements,
         metric=metrics.statement_accuracy,
         lengths=lengths,
+        sequences=sequences,
         pictures=2,
         finetuning=Finetuning(
             model=model,
@@ -369,8 +376,8 @@ DOWNSTREAM: dict[str, Task] = {
         accumulation=5,
     ),
     "ve": _answers(published=3, write=predictions.write_labels, learning_rate=8e-5, steps=4000, batch_tokens=4096, accumulation=4),
-    "nlvr2": _statements(downstream.UniterForNlvr2PairedAttention, samples.statement_about_each, lengths_of_pair),
-    "nlvr2-paired": _statements(downstream.UniterForNlvr2Paired, samples.statement_about_each, lengths_of_pair),
+    "nlvr2": _statements(downstream.UniterForNlvr2PairedAttention, samples.statement_about_each, lengths_of_pair, sequences=2),
+    "nlvr2-paired": _statements(downstream.UniterForNlvr2Paired, samples.statement_about_each, lengths_of_pair, sequences=2),
     "nlvr2-triplet": _statements(downstream.UniterForNlvr2Triplet, samples.statement_about_both),
     "retrieval": Task(
         sample=samples.matched_pair,
@@ -391,9 +398,11 @@ DOWNSTREAM: dict[str, Task] = {
     "retrieval-hard": Task(
         sample=samples.matched_pair,
         head=partial(downstream.UniterForRetrieval.mined_ranks, count=HARD),
-        losses=one_ranking,
-        metric=one_rank_accuracy,
-        lengths=lengths_of_mined_group,
+        losses=mined_ranking,
+        metric=mined_rank_accuracy,
+        # Published: the mean over texts' groups plus the mean over pictures' groups.
+        weights={"margin": 2.0},
+        lengths=lengths_of_mined_groups,
         of_data=with_pool_to_mine,
         finetuning=Finetuning(
             model=downstream.UniterForRetrieval,
@@ -401,9 +410,9 @@ DOWNSTREAM: dict[str, Task] = {
             pairs=downstream.UniterForRetrieval.ranks,
             validate_as="retrieval",
             steps=5000,
-            # One group a micro-batch, whatever its tokens; eight texts and eight pictures an update.
+            # One text and its picture a micro-batch, whatever their tokens; eight of each an update.
             batch_tokens=1,
-            accumulation=16,
+            accumulation=8,
         ),
     ),
     "refcoco": _referring(losses.referred_regions),

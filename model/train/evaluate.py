@@ -88,8 +88,12 @@ def validate(
     processes: Processes,
     precision: str = "fp32",
     workers: int = 0,
+    note: Callable[[MicroBatch, Outputs], None] = lambda made, outputs: None,
 ) -> dict[str, float]:
     """A task's loss, its terms and its metrics over all examples of a part, shared out to the processes.
+
+    Args:
+        note: is told what came out of each of this process's batches.
 
     Returns:
         "loss" (the terms weighted as in training), "loss_TERM" the mean of each term, each metric's mean by its name.
@@ -97,7 +101,8 @@ def validate(
     plans = sequential_plans(part, 0, budget=budget, seed=seed, rank=processes.rank, world=processes.world)
     batches = load(Assembler([part], seed, masking), plans, workers=workers)
     means = Means()
-    for _, batch, outputs in scored(model, task.head, batches, device=processes.device, precision=precision):
+    for made, batch, outputs in scored(model, task.head, batches, device=processes.device, precision=precision):
+        note(made, outputs)
         for name, term in task.losses(outputs, batch.targets).items():
             total, count = losses.sum_and_count(term, "elements" if task.reduction == "elements" else "rows")
             means.add(f"loss_{name}", total.double(), count)

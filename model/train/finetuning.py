@@ -12,12 +12,13 @@ import torch
 
 from uniter.datasets.corpus import Corpus, open_corpus
 from uniter.datasets.errors import BadInput
-from uniter.datasets.loader import Assembler, Mixture, Part, load, sequential_plans
+from uniter.datasets.loader import Assembler, MicroBatch, Mixture, Part, load, sequential_plans
 from uniter.datasets.masking import Pairing
 from uniter.datasets.samples import Masking, matched_pair
 from uniter.datasets.text_db import read_json_object
 from uniter.model.checkpoints import find_weights, told_beside
 from uniter.model.downstream import DownstreamModel
+from uniter.model.heads import Outputs
 from uniter.model.metrics import fold_recalls, retrieval_recalls
 from uniter.model.predictions import answer_table
 from uniter.model.tasks import DOWNSTREAM, Finetuning, Task, task_name
@@ -79,7 +80,8 @@ def kind_of(name: str) -> Kind:
         for corpus_name, corpus in corpora.items():
             task = row.of_data(row, corpus)
             # Larger corpora are drawn as often as they are larger: every example is seen equally often.
-            found.append((task, Part(f"{name}_{corpus_name}", corpus, task.sample, float(len(corpus)), lengths=task.lengths)))
+            part = Part(f"{name}_{corpus_name}", corpus, task.sample, float(len(corpus)), lengths=task.lengths, sequences=task.sequences)
+            found.append((task, part))
         return found
 
     def build_model(settings: TrainSettings, data: Data) -> DownstreamModel:
@@ -146,13 +148,36 @@ class _Opened:
         batches = load(Assembler([part], self.seed), plans, workers=self.workers)
         return scored(self.model, head or self.task.head, batches, device=self.everyone.device, precision=self.precision)
 
+    def measured(self) -> dict[str, Any]:
+        """Loss, metrics and official figures; what was predicted on the way is not computed again."""
+        row, found = extras(self.task), dict[int, Any]()
+
+        def note(made: MicroBatch, outputs: Outputs) -> None:
+            if row.figures is not None and row.predicted is None:
+                self._note(found, made, outputs)
+
+        part = Part("evaluation", self.corpus, self.task.sample, lengths=self.task.lengths)
+        figures: dict[str, Any] = validate(
+            self.model, self.task, part, budget=self.budget, seed=self.seed, masking=Masking(), processes=self.everyone,
+            precision=self.precision, workers=self.workers, note=note,
+        )  # fmt: skip
+        if row.figures is not None:
+            figures |= row.figures(self.corpus, self._by_id(found) if row.predicted is None else self.predictions())
+        return figures
+
     def predictions(self) -> dict[str, Any]:
         """What the model says of every example, in corpus order."""
-        found: dict[int, Any] = {}
-        row = extras(self.task)
+        row, found = extras(self.task), dict[int, Any]()
         part = Part("predictions", self.corpus, row.predicted or self.task.sample, lengths=row.predicted_lengths or self.task.lengths)
         for made, _, outputs in self.scored(part):
-            found |= dict(zip(made.plan.examples.tolist(), extras(self.task).answer(outputs), strict=True))
+            self._note(found, made, outputs)
+        return self._by_id(found)
+
+    def _note(self, found: dict[int, Any], made: MicroBatch, outputs: Outputs) -> None:
+        found |= dict(zip(made.plan.examples.tolist(), extras(self.task).answer(outputs), strict=True))
+
+    def _by_id(self, found: dict[int, Any]) -> dict[str, Any]:
+        """The answers of all processes by example id, in corpus order."""
         everything = {number: answer for one in self.everyone.gather(found) for number, answer in one.items()}
         return {self.corpus.example_id(number): everything[number] for number in range(len(self.corpus))}
 
@@ -210,12 +235,7 @@ def evaluate_finetuned(
             if len(keys) > 1000 and len(keys) % 5 == 0:
                 figures |= {f"five_folds.{key}": value for key, value in fold_recalls(matrix, own).items()}
             return {"texts": len(run.corpus), "pictures": len(keys), **figures}
-        part = Part(name, run.corpus, run.task.sample, lengths=run.task.lengths)
-        measured = validate(
-            run.model, run.task, part, budget=batch_tokens, seed=seed, masking=Masking(), processes=everyone, precision=precision,
-            workers=workers,
-        )  # fmt: skip
-        return {"examples": len(run.corpus), **measured, **extras(run.task).figures(run.corpus, run.predictions())}
+        return {"examples": len(run.corpus), **run.measured()}
 
 
 def predict(

@@ -163,7 +163,8 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
         if task == "retrieval":
             ours["batch_tokens"] = groups * GROUP_TOKENS
         else:
-            ours |= {"batch_tokens": 1, "accumulation": 2 * groups}
+            # Of all scripts only that of hard negatives divides by the number of groups.
+            ours |= {"batch_tokens": 1, "accumulation": groups, "normalisation": "global-mean"}
     if task.startswith("refcoco"):  # it counts phrases
         ours |= {"ordering": "buckets", "batch_tokens": int(ours.pop("batch_tokens", 128)) * PHRASE_TOKENS}
     if task == "vcr":  # it counts one of an example's four sequences

@@ -213,6 +213,19 @@ def test_mining_scores_without_dropout_and_trains_with_it(make_batch):
     assert not torch.equal(outputs, model.mined_ranks(batch, count=2)["scores"])
 
 
+def test_each_group_is_mined_by_itself(make_batch):
+    """Every step has a group of pictures for a text and one of texts for a picture; neither crowds out the other."""
+    batch = make_batch([4, 9, 3, 5, 6, 2, 7], [7, 2, 1, 4, 3, 5, 2], width=12, vocabulary=60)
+    batch.targets["group_sizes"] = torch.tensor([4, 3])
+    model = UniterForRetrieval(SMALL).eval()
+    scores = model.ranks(batch)["scores"].squeeze(1)
+    chosen = model.hard_negatives(batch, count=31).tolist()
+    assert chosen[0] == 0 and chosen[3] == 4 and len(chosen) == 6, "as many of each group as the smallest has"
+    assert chosen[1:3] == (scores[1:4].argsort(descending=True)[:2] + 1).tolist()
+    assert chosen[4:] == (scores[5:].argsort(descending=True) + 5).tolist()
+    torch.testing.assert_close(model.mined_ranks(batch, count=31)["scores"].squeeze(1), scores[chosen], atol=1e-6, rtol=1e-5)
+
+
 def test_ranking_by_hand():
     scores = torch.logit(torch.tensor([[0.8], [0.7], [0.1], [0.5], [0.9], [0.5]]))
     terms = losses.ranking({"scores": scores}, {}, group_size=3, margin=0.2)

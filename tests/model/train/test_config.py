@@ -259,7 +259,7 @@ def test_published_fine_tuning_files_mean_their_runs(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is a base model, but model_config"):
         read_published(large, roots=ROOTS, source="train-itm-flickr-large-16gpu-hn.json", task="retrieval-hard")
     hard = read_published({**VQA, "train_batch_size": 8}, roots=ROOTS, source="x.json", task="retrieval-hard")
-    assert (hard["batch_tokens"], hard["accumulation"], hard["ordering"]) == (1, 16, "buckets")
+    assert (hard["batch_tokens"], hard["accumulation"], hard["ordering"], hard["normalisation"]) == (1, 8, "buckets", "global-mean")
 
 
 def test_published_files_of_referring_expressions_and_choices() -> None:

@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from uniter.datasets.samples import (
     Example,
     Masking,
     answered_question,
-    mined_group,
+    matched_pair,
+    mined_groups,
     ranked_group,
     statement_about_both,
     statement_about_each,
@@ -28,15 +31,16 @@ from uniter.datasets.samples import (
 from uniter.datasets.text_db import TextDB
 from uniter.model import UniterConfig
 from uniter.model.checkpoints import find_weights, read_state
-from uniter.model.losses import training_loss
+from uniter.model.losses import ranking, training_loss
 from uniter.model.metrics import referring_accuracy
 from uniter.model.tasks import DOWNSTREAM, Task
 from uniter.model.train import state
 from uniter.model.train.config import TrainSettings
-from uniter.model.train.finetuning import evaluate_finetuned, extras, finetune, predict
+from uniter.model.train.finetuning import evaluate_finetuned, extras, finetune, kind_of, predict
 from uniter.model.train.log import read_log
 from uniter.model.train.optim import AdamW, parameter_groups
 from uniter.model.train.pretraining import pretrain
+from uniter.model.train.runs import Data
 
 Make = Callable[..., TrainSettings]
 EACH_TASK = pytest.mark.parametrize("name", list(DOWNSTREAM))
@@ -109,6 +113,91 @@ def test_golden_statements_of_the_data_goldens(uniter_data_golden: Path) -> None
         assert [int((batch.region_types_R == kind).sum()) for kind in (1, 2)] == expected["type_counts"]
 
 
+def padded_checksum(regions: list[Any], rows: int) -> str:
+    """Of the regions' features, each padded to so many rows, as the official collation pads them; empty where one has more."""
+    if max(len(one.features) for one in regions) > rows:
+        return ""
+    padded = np.zeros((len(regions), rows, regions[0].features.shape[1]), dtype=np.float32)
+    for number, one in enumerate(regions):
+        padded[number, : len(one.features)] = one.features
+    return checksum(padded)
+
+
+def real_rows(item: dict[str, Any]) -> list[list[int]]:
+    """The texts of a golden item without their padding (word piece 0)."""
+    return [[word for word in row if word] for row in item["input_ids"]["values"]]
+
+
+class Drawn(random.Random):
+    """Draws what it was told to draw."""
+
+    def __init__(self, *draws: list[int]) -> None:
+        super().__init__(0)
+        self.draws = list(draws)
+
+    def sample(self, population: Any, k: int, *, counts: Any = None) -> list[Any]:
+        return self.draws.pop(0)
+
+
+def test_golden_groups_of_hard_negatives(uniter_tasks_golden: Path) -> None:
+    items = json.loads((uniter_tasks_golden / "expect_items.json").read_text())
+    corpus = golden_corpus(uniter_tasks_golden, "itm_toy")
+    pictures = np.unique(corpus.image_rows_NK)
+    words = [[corpus.texts[0].cls_id, *corpus.record(number)["input_ids"], corpus.texts[0].sep_id] for number in range(len(corpus))]
+    for key, of_text in items["ItmRankDatasetHardNegFromText"].items():
+        number, of_picture = int(key), items["ItmRankDatasetHardNegFromImage"][key]
+        own = own_picture(corpus, number)
+        # Which pictures were drawn is not stored, but their features' sum is.
+        rows, padded = of_text["img_feat"]["shape"][:2]
+        others = [picture for picture in pictures.tolist() if picture != own]
+        shown = next(
+            list(chosen)
+            for chosen in itertools.permutations(others, rows - 1)
+            if padded_checksum([corpus.regions(picture) for picture in (own, *chosen)], padded) == of_text["img_feat"]["sha1_f32"]
+        )
+        texts = real_rows(of_picture)
+        strangers = [row for row in range(len(corpus)) if own_picture(corpus, row) != own]
+        told = [next(row for row in strangers if words[row] == text) for text in texts[1:]]
+
+        made = mined_groups(example(corpus, number), Drawn(shown, told), Masking(), pictures=pictures, drawn=rows - 1)
+        first, second = made.sequences[:rows], made.sequences[rows:]
+        assert made.targets["group_sizes"].tolist() == [rows, len(texts)]
+        assert [one.input_ids for one in first] == real_rows(of_text) * rows
+        assert padded_checksum(first, padded) == of_text["img_feat"]["sha1_f32"]
+        assert [one.input_ids for one in second] == texts
+        assert {checksum(one.features) for one in second} == {of_picture["img_feat"]["sha1_f32"]}
+
+        # The official index of the joint sequence takes regions from behind the last text instead of the longest one: wrong rows
+        # for all, unless the last is the longest. Nothing is padded here, so there is nothing to index wrongly.
+        official, longest = of_picture["gather_index"]["values"], max(map(len, texts))
+        starts = [row[len(text)] for row, text in zip(official, texts, strict=True)]
+        assert starts == [len(texts[-1])] * len(texts) and (len(texts[-1]) == longest or set(starts) != {longest})
+        batch = collate([made])
+        assert batch.region_counts_B.tolist()[rows:] == [len(corpus.regions(own))] * len(texts)
+        assert checksum(batch.features_RD[-len(corpus.regions(own)) :].numpy()) == of_picture["img_feat"]["sha1_f32"]
+
+
+def test_golden_pairs_of_retrieval(uniter_tasks_golden: Path) -> None:
+    """A text with each picture, as validation and the evaluation of all pairs show them."""
+    items = json.loads((uniter_tasks_golden / "expect_items.json").read_text())
+    corpus = golden_corpus(uniter_tasks_golden, "itm_toy")
+    keys, ids = corpus.images.keys_list, [corpus.example_id(number) for number in range(len(corpus))]
+    by_boxes = items["ItmEvalDataset.image_order"]
+    chunks = list(items["ItmEvalDataset[1]"].values())
+    shown = [(int(key), items["ItmValDataset.batch_image_order"][ids[int(key)]], item) for key, item in items["ItmValDataset"].items()]
+    for chunk in chunks:
+        count = chunk["img_feat"]["shape"][0]
+        shown.append((1, by_boxes[:count], chunk))
+        by_boxes = by_boxes[count:]
+    assert not by_boxes, "every picture was shown"
+    for number, pictures, item in shown:
+        samples = [
+            matched_pair(Example(corpus, number, (keys.index(picture),)), random.Random(0), Masking()).sequences[0] for picture in pictures
+        ]
+        assert [sample.input_ids for sample in samples] == real_rows(item)
+        assert padded_checksum(samples, item["img_feat"]["shape"][1]) == item["img_feat"]["sha1_f32"]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, made_up: Any) -> dict[str, Path]:
     """The made-up world's regions, and a text database of each task."""
@@ -142,18 +231,46 @@ def test_a_ranked_group_has_its_positive_first(world: dict[str, Path]) -> None:
             assert np.array_equal(other.features, own.features)
 
 
-def test_a_group_to_mine_from_holds_other_pictures_or_other_texts(world: dict[str, Path]) -> None:
+def test_groups_to_mine_from_are_one_of_other_pictures_and_one_of_other_texts(world: dict[str, Path]) -> None:
     corpus = corpus_of("retrieval", world)
-    pictures, kinds = np.unique(corpus.image_rows_NK), set()
-    for seed in range(12):
-        made = mined_group(example(corpus, 3), random.Random(seed), Masking(), pictures=pictures, drawn=10)
-        own, others = made.sequences[0], made.sequences[1:]
-        same_text = [other.input_ids == own.input_ids for other in others]
-        same_picture = [np.array_equal(other.features, own.features) for other in others]
-        assert len(others) == 10 and (all(same_text) != all(same_picture))
-        assert not any(one and two for one, two in zip(same_text, same_picture, strict=True)) or all(same_picture)
-        kinds.add(all(same_text))
-    assert kinds == {True, False}
+    pictures = np.unique(corpus.image_rows_NK)
+    for seed in range(6):
+        made = mined_groups(example(corpus, 3), random.Random(seed), Masking(), pictures=pictures, drawn=10)
+        assert made.targets["group_sizes"].tolist() == [11, 11]
+        own, of_text, of_picture = made.sequences[0], made.sequences[1:11], made.sequences[12:]
+        assert made.sequences[11].input_ids == own.input_ids and np.array_equal(made.sequences[11].features, own.features)
+        assert all(other.input_ids == own.input_ids and not np.array_equal(other.features, own.features) for other in of_text)
+        assert len({other.features.tobytes() for other in of_text}) == 10, "no picture twice"
+        assert all(np.array_equal(other.features, own.features) for other in of_picture)
+    everything = mined_groups(example(corpus, 3), random.Random(0), Masking(), pictures=pictures)
+    assert everything.targets["group_sizes"].tolist() == [
+        len(pictures),
+        1 + int((corpus.image_rows_NK[:, 0] != own_picture(corpus, 3)).sum()),
+    ]
+
+
+def own_picture(corpus: Corpus, number: int) -> int:
+    return int(corpus.image_rows_NK[number, 0])
+
+
+def test_published_batches_of_pairs_count_no_special_tokens(world: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """UNITER's lengths of NLVR2 pairs are twice the words and both pictures' regions (the golden lens above)."""
+    counted: list[list[int]] = []
+
+    def batches(lengths: list[int], **options: Any) -> list[list[int]]:
+        counted.append(lengths)
+        return [list(range(len(lengths)))]
+
+    monkeypatch.setattr("uniter.datasets.loader.published_batches", batches)
+    corpus = corpus_of("nlvr2", world)
+    boxes = np.asarray(corpus.images.region_counts)[corpus.image_rows_NK].sum(axis=1)
+    for name, times in (("nlvr2", 2), ("nlvr2-paired", 2), ("nlvr2-triplet", 1)):
+        settings = TrainSettings(
+            task=name, corpora=[{"text": ["x"], "images": ["x"]}], batch_tokens=10**6, ordering="published", device="cpu"
+        )
+        _, mixture = kind_of(name).build_mixture(settings, Data({"toy": corpus}, {}, {}))
+        next(mixture.plans([0], first_step=1, last_step=1, accumulation=1))
+        assert counted.pop() == (times * corpus.text_lengths_N + boxes).tolist()
 
 
 @EACH_TASK
@@ -166,7 +283,7 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
         "tiny", vocab_size=corpus.texts[0].v_range[1], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes
     )
     model = extras(task).model(config, **extras(task).sizes)
-    # A batch of mined groups is one group.
+    # Of mined groups one example is many sequences.
     count = 1 if name == "retrieval-hard" else 8
     batch = collate([task.sample(example(corpus, number), random.Random(number), Masking()) for number in range(count)])
     optimizer = AdamW(parameter_groups(model, weight_decay=0.0), lr=2e-3)
@@ -188,7 +305,7 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
     if extras(task).predicted is not None:
         asked = collate([extras(task).predicted(example(corpus, number), random.Random(number), Masking()) for number in range(count)])
         outputs = task.head(model, asked)
-    assert len(extras(task).answer(outputs)) in (8, 24, 32)
+    assert len(extras(task).answer(outputs)) in (8, 24, 32, 48)
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +384,31 @@ def test_it_trains_resumes_evaluates_and_predicts(name: str, world: dict[str, Pa
 
 def _answers(world: dict[str, Path]) -> set[str]:
     return set(json.loads((world["vqa"] / "ans2label.json").read_text()))
+
+
+def test_hard_negatives_weigh_texts_and_pictures_as_published() -> None:
+    """An update is the mean over texts' groups plus the mean over pictures' groups, each of the mean over its negatives."""
+    task = DOWNSTREAM["retrieval-hard"]
+    scores = torch.randn(8, 1, generator=torch.Generator().manual_seed(0))
+    terms = task.losses({"scores": scores}, {"group_sizes": torch.tensor([9, 7])})
+    text, picture = (ranking({"scores": half}, {}, group_size=4)["margin"].mean() for half in scores.split(4))
+    assert text != picture
+    torch.testing.assert_close(training_loss(terms, weights=task.weights, reduction=task.reduction), text + picture)
+
+
+@pytest.mark.parametrize("name", ["vqa", "nlvr2"])
+def test_evaluation_asks_each_example_once(
+    name: str, world: dict[str, Path], pretrained: Path, small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    head = DOWNSTREAM[name].head
+    row = replace(DOWNSTREAM[name], head=lambda model, batch: asked.append(len(batch)) or head(model, batch))
+    monkeypatch.setitem(DOWNSTREAM, name, row)
+    run, corpora = tmp_path / "run", [{"text": [str(world[name])], "images": [str(world["images"])]}]
+    finetune(small(corpora=corpora, task=name, model={}, steps=1, batch_tokens=300, **{"from": str(pretrained)}), run)
+    asked.clear()
+    figures = evaluate_finetuned(name, str(run), text=[str(world[name])], images=[str(world["images"])], device="cpu")
+    assert sum(asked) == figures["examples"] == 200 and ("consistency" in figures) == (name == "nlvr2")
 
 
 def test_a_pretrained_model_retrieves_zero_shot(world: dict[str, Path], pretrained: Path) -> None:
