@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.image_db import ImageDB, open_image_dbs
+from uniter.datasets.image_db import DEFAULT_FIELDS, ImageDB, open_image_dbs
 from uniter.datasets.regions import RegionFeatures
 from uniter.datasets.text_db import TextDB
 
@@ -63,17 +63,23 @@ class Corpus:
         regions: NDArray[np.int64] = np.asarray(self.images.region_counts, dtype=np.int64)[image_rows_NK].sum(axis=1)
         return np.asarray(regions + self.text_lengths_N + SPECIAL_TOKENS, dtype=np.int64)
 
+    def text_of(self, example: int) -> TextDB:
+        """The text database that the example stands in."""
+        return self.texts[0] if len(self.texts) == 1 else self.texts[int(self.database_N[example])]
+
     def record(self, example: int) -> dict[str, Any]:
-        return self.texts[int(self.database_N[example])].record(int(self.row_N[example]))
+        return self.text_of(example).record(int(self.row_N[example]))
 
     def example_id(self, example: int) -> str:
-        return str(self.texts[int(self.database_N[example])].ids[int(self.row_N[example])])
+        return self.text_of(example).ids[int(self.row_N[example])]
 
-    def regions(
-        self, image_row: int, *, fields: Sequence[str] = ("features", "norm_bb"), soft_label_rows: NDArray[np.intp] | None = None
-    ) -> RegionFeatures:
+    def regions(self, image_row: int, *, fields: Sequence[str] = DEFAULT_FIELDS) -> RegionFeatures:
         """One picture's regions; arrays may be views of the database and must be copied before they are changed."""
-        return self.images.read_row(image_row, fields=fields, soft_label_rows=soft_label_rows)
+        return self.images.read_row(image_row, fields=fields)
+
+    def region_arrays(self, image_row: int, fields: tuple[str, ...] = DEFAULT_FIELDS) -> list[NDArray[Any]]:
+        """`regions` as bare arrays, those of `fields` that the picture has (`ImageDB.read_arrays`): what batches are made of."""
+        return self.images.read_arrays(image_row, fields)
 
     def take(self, examples: NDArray[np.integer]) -> "Corpus":
         """The corpus of these examples only, (M,) numbers, in their order."""

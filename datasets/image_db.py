@@ -599,19 +599,13 @@ class ImageDB(Mapping[str, RegionFeatures]):
                 raise BadInput(f"{part.path}, image {key!r}: {error}; see `uniter-db check`") from None
         raise MissingImage(f"image {key!r} is not in {self._name()}; was it extracted, and under this key?")
 
-    def read_row(
-        self,
-        row: int,
-        *,
-        fields: Sequence[str] = DEFAULT_FIELDS,
-        soft_label_rows: NDArray[Any] | Sequence[int] | None = None,
-    ) -> RegionFeatures:
+    def read_row(self, row: int, *, fields: Sequence[str] = DEFAULT_FIELDS) -> RegionFeatures:
         """`read` of the image in that row of `keys_list`, without looking its key up."""
         part, place = self._part_of(row)
         if not isinstance(part, _Complete):
-            return self.read(self.keys_list[row], fields=fields, soft_label_rows=soft_label_rows)
+            return self.read(self.keys_list[row], fields=fields)
         try:
-            return _decode(part.value_in_row(place), fields=tuple(fields), rows=None, soft_label_rows=soft_label_rows)
+            return _decode(part.value_in_row(place), fields=tuple(fields), rows=None)
         except BadInput as error:
             raise BadInput(f"{part.path}, image {self.keys_list[row]!r}: {error}; see `uniter-db check`") from None
 

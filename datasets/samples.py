@@ -19,9 +19,9 @@ from uniter.datasets.candidates import IOU_THRESHOLD, Pictures, candidate_boxes,
 from uniter.datasets.corpus import Corpus
 from uniter.datasets.errors import BadInput
 from uniter.datasets.masking import NOT_PREDICTED, mask_regions, mask_words
-from uniter.datasets.regions import RegionFeatures
 
 UNKNOWN = -100  # a target that cross-entropy leaves out
+Regions = tuple[NDArray[np.floating], NDArray[np.floating]]  # features (N, D) and norm_bb (N, 6); may be views of the database
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,30 @@ class TokenSequence:
     region_type: int | NDArray[np.int64] = 1
 
 
+@dataclass(slots=True, eq=False)
+class Rows:
+    """Rows of arrays that may be views of the database: they are copied once, when the batch is made.
+
+    Attributes:
+        parts: (an array (N, W), the numbers (S,) of the rows that count), end to end; all of one width.
+    """
+
+    parts: list[tuple[NDArray[np.generic], NDArray[np.intp]]]
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows in self.parts)
+
+    def __array__(self, dtype: "np.dtype[Any] | None" = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(np.concatenate([array[rows] for array, rows in self.parts]), dtype=dtype)
+
+
 @dataclass(slots=True)
 class Sample:
     """One example ready for a batch: its sequences (one for most tasks) and its targets, joined along their first axis."""
 
     id: str
     sequences: list[TokenSequence]
-    targets: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    targets: dict[str, NDArray[np.generic] | Rows] = field(default_factory=dict)
 
 
 SampleFunction = Callable[[Example, random.Random, Masking], Sample]
@@ -100,7 +117,7 @@ def masked_text(example: Example, rng: random.Random, masking: Masking) -> Sampl
 
     At least one word of each of VCR's texts is hidden.
     """
-    text = example.corpus.texts[example.corpus.database_N[example.number]]
+    text = example.corpus.text_of(example.number)
     read, labels = [], [NOT_PREDICTED]
     for words in example.told():
         shown, wanted = mask_words(words, rng, mask_id=text.mask_id, v_range=text.v_range, probability=masking.words)
@@ -111,11 +128,9 @@ def masked_text(example: Example, rng: random.Random, masking: Masking) -> Sampl
 
 def masked_regions(example: Example, rng: random.Random, masking: Masking) -> Sample:
     """MRFR: regions hidden, the text whole. Targets: `features` (S, D), what the S hidden regions held."""
-    masked = mask_regions(_count(example), rng, probability=masking.regions)
-    regions = _regions(example)
-    sample = Sample(example.id, [_sequence(example, example.told(), regions, masked)])
-    sample.targets["features"] = regions.features[masked]
-    return sample
+    regions = features, _ = _regions(example)
+    masked = mask_regions(len(features), rng, probability=masking.regions)
+    return Sample(example.id, [_sequence(example, example.told(), regions, masked)], {"features": Rows([(features, masked.nonzero()[0])])})
 
 
 def masked_regions_with_classes(example: Example, rng: random.Random, masking: Masking) -> Sample:
@@ -123,10 +138,18 @@ def masked_regions_with_classes(example: Example, rng: random.Random, masking: M
 
     Only the hidden regions' distributions are read: they are nearly half of a record.
     """
-    masked = mask_regions(_count(example), rng, probability=masking.regions)
-    regions = _regions(example, classes_of=masked)
-    assert regions.soft_labels is not None
-    return Sample(example.id, [_sequence(example, example.told(), regions, masked)], {"soft_labels": regions.soft_labels})
+    pictures = [example.corpus.region_arrays(image, ("features", "norm_bb", "soft_labels")) for image in example.images]
+    regions = features, _ = _end_to_end(pictures)
+    masked = mask_regions(len(features), rng, probability=masking.regions)
+    classes, first = Rows([]), 0
+    for image, picture in zip(example.images, pictures, strict=True):
+        if len(picture) < 3:
+            key = example.corpus.images.keys_list[image]
+            raise BadInput(f"image {key!r} has no soft labels, which MRC needs; leave mrc and mrc-kl out of the tasks")
+        end = first + len(picture[0])
+        classes.parts.append((picture[2], masked[first:end].nonzero()[0]))
+        first = end
+    return Sample(example.id, [_sequence(example, example.told(), regions, masked)], {"soft_labels": classes})
 
 
 def matched_pair(example: Example, rng: random.Random, masking: Masking) -> Sample:
@@ -161,7 +184,7 @@ def statement_about_each(example: Example, rng: random.Random, masking: Masking)
     record = example.corpus.record(example.number)
     sequences = []
     for number in (0, 1):
-        sequence = _sequence(example, [record["input_ids"]], example.corpus.regions(example.images[number]))
+        sequence = _sequence(example, [record["input_ids"]], _regions_of(example.corpus, example.images[number]))
         sequence.region_type = number + 1
         sequences.append(sequence)
     return Sample(example.id, sequences, {"truth": _truth(record)})
@@ -170,13 +193,12 @@ def statement_about_each(example: Example, rng: random.Random, masking: Masking)
 def statement_about_both(example: Example, rng: random.Random, masking: Masking) -> Sample:
     """NLVR2, triplet: the statement, the left picture's regions (type 1) and the right one's (type 2) in one sequence."""
     record = example.corpus.record(example.number)
-    left, right = (example.corpus.regions(image) for image in example.images)
-    text = example.corpus.texts[example.corpus.database_N[example.number]]
+    left, right = (_regions_of(example.corpus, image) for image in example.images)
+    text = example.corpus.text_of(example.number)
     sequence = TokenSequence(
         [text.cls_id, *record["input_ids"], text.sep_id],
-        np.concatenate([left.features, right.features]),
-        np.concatenate([left.norm_bb, right.norm_bb]),
-        region_type=np.repeat(np.array([1, 2], dtype=np.int64), [len(left), len(right)]),
+        *_end_to_end([left, right]),
+        region_type=np.repeat(np.array([1, 2], dtype=np.int64), [len(left[0]), len(right[0])]),
     )
     return Sample(example.id, [sequence], {"truth": _truth(record)})
 
@@ -198,7 +220,7 @@ def ranked_group(example: Example, rng: random.Random, masking: Masking, *, pict
         picture = own
         while picture == own:
             picture = int(pictures[rng.randrange(len(pictures))])
-        sequences.append(_sequence(example, words, corpus.regions(picture)))
+        sequences.append(_sequence(example, words, _regions_of(corpus, picture)))
     for _ in range(negatives):
         number = example.number
         while corpus.image_rows_NK[number, 0] == own:
@@ -223,7 +245,7 @@ def mined_groups(example: Example, rng: random.Random, masking: Masking, *, pict
     corpus, own = example.corpus, example.images[0]
     words, regions = example.words(), _regions(example)
     others = [picture for picture in rng.sample(pictures.tolist(), min(drawn + 1, len(pictures))) if picture != own]
-    of_text = [_sequence(example, [words], corpus.regions(picture)) for picture in (own, *others[:drawn])]
+    of_text = [_sequence(example, [words], _regions_of(corpus, picture)) for picture in (own, *others[:drawn])]
     of_own = int((corpus.image_rows_NK[:, 0] == own).sum())
     numbers = rng.sample(range(len(corpus)), min(drawn + of_own, len(corpus)))
     strangers = [number for number in numbers if corpus.image_rows_NK[number, 0] != own]
@@ -246,12 +268,13 @@ def referred_region(example: Example, rng: random.Random, masking: Masking, *, p
     corpus, regions = example.corpus, _regions(example)
     record = corpus.record(example.number)
     picture = picture_of(pictures, corpus, example.number, record)
-    boxes = candidate_boxes(regions.norm_bb, picture.size).tolist()
+    _, norm_bb = regions
+    boxes = candidate_boxes(norm_bb, picture.size).tolist()
     overlaps = np.array([inclusive_iou(box, record["bbox"]) for box in boxes], dtype=np.float32)
     if annotated:
-        if len(regions) != len(picture.annotations) or record["ann_id"] not in picture.annotations:
+        if len(boxes) != len(picture.annotations) or record["ann_id"] not in picture.annotations:
             raise BadInput(
-                f"example {example.id!r}: picture {record['image_id']} has {len(regions)} regions, but its {len(picture.annotations)} "
+                f"example {example.id!r}: picture {record['image_id']} has {len(boxes)} regions, but its {len(picture.annotations)} "
                 f"annotations are expected (annotation {record['ann_id']} is meant); extract with --boxes from the texts' instances.json"
             )
         region = picture.annotations.index(record["ann_id"])
@@ -277,7 +300,7 @@ def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, e
     record = example.corpus.record(example.number)
     answers, rationales = record["input_ids_as"], record["input_ids_rs"]
     right_answer, right_rationale = right_choices(record, example.id, known=not every_answer)
-    text = example.corpus.texts[example.corpus.database_N[example.number]]
+    text = example.corpus.text_of(example.number)
     regions = _regions(example)
 
     def sequence(*parts: list[int]) -> TokenSequence:
@@ -285,7 +308,7 @@ def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, e
         for token_type, part in enumerate(parts, start=2):
             words += [text.sep_id, *part]
             types += [token_type] * (1 + len(part))
-        return TokenSequence([*words, text.sep_id], regions.features, regions.norm_bb, text_types=[*types, types[-1]])
+        return TokenSequence([*words, text.sep_id], *regions, text_types=[*types, types[-1]])
 
     sequences = [sequence(answer) for answer in answers]
     correct = [number == right_answer for number in range(len(answers))]
@@ -313,55 +336,34 @@ def _truth(record: dict[str, Any]) -> NDArray[np.int64]:
     return np.array([UNKNOWN if target is None else int(target)], dtype=np.int64)
 
 
-def _count(example: Example) -> int:
-    counts = example.corpus.images.region_counts
-    return sum(int(counts[image]) for image in example.images)
+def _regions(example: Example) -> Regions:
+    """The regions that an example shows, VCR's annotated ones before the detected ones."""
+    return _end_to_end([_regions_of(example.corpus, image) for image in example.images])
 
 
-def _regions(example: Example, *, classes_of: NDArray[np.bool_] | None = None) -> RegionFeatures:
-    """The regions that an example shows, VCR's annotated ones before the detected ones; features and boxes only.
-
-    Args:
-        classes_of: (N,) bool, the regions whose distributions are read besides, (S, C).
-
-    Raises:
-        BadInput: distributions are wanted and a picture has none.
-    """
-    found, first = [], 0
-    for image in example.images:
-        if classes_of is None:
-            found.append(example.corpus.regions(image))
-            continue
-        end = first + int(example.corpus.images.region_counts[image])
-        wanted, first = classes_of[first:end].nonzero()[0], end
-        regions = example.corpus.regions(image, fields=("features", "norm_bb", "soft_labels"), soft_label_rows=wanted)
-        if regions.soft_labels is None:
-            key = example.corpus.images.keys_list[image]
-            raise BadInput(f"image {key!r} has no soft labels, which MRC needs; leave mrc and mrc-kl out of the tasks")
-        found.append(regions)
-    if len(found) == 1:
-        return found[0]
-    return RegionFeatures(
-        features=np.concatenate([one.features for one in found]),
-        norm_bb=np.concatenate([one.norm_bb for one in found]),
-        conf=np.concatenate([one.conf for one in found]),
-        soft_labels=None if classes_of is None else np.concatenate([np.asarray(one.soft_labels) for one in found]),
-    )
+def _regions_of(corpus: Corpus, image: int) -> Regions:
+    features, norm_bb = corpus.region_arrays(image)
+    return features, norm_bb
 
 
-def _sequence(
-    example: Example, texts: Sequence[list[int]], regions: RegionFeatures, masked: NDArray[np.bool_] | None = None
-) -> TokenSequence:
+def _end_to_end(pictures: Sequence[Sequence[NDArray[Any]]]) -> Regions:
+    """Features and boxes, the first two arrays of each picture, of all pictures together; of one picture without a copy."""
+    if len(pictures) == 1:
+        return pictures[0][0], pictures[0][1]
+    return np.concatenate([picture[0] for picture in pictures]), np.concatenate([picture[1] for picture in pictures])
+
+
+def _sequence(example: Example, texts: Sequence[list[int]], regions: Regions, masked: NDArray[np.bool_] | None = None) -> TokenSequence:
     """Texts, each with a [SEP] behind it, and regions.
 
     Token types of several texts, their [SEP]s included: the first 0, then 2, 3. That is how UNITER's second stage of VCR numbers them;
     its fine-tuning gives the [SEP] between two texts the type of the second (`multiple_choice`).
     """
-    text = example.corpus.texts[example.corpus.database_N[example.number]]
+    text = example.corpus.text_of(example.number)
     if len(texts) == 1:
-        return TokenSequence([text.cls_id, *texts[0], text.sep_id], regions.features, regions.norm_bb, masked)
+        return TokenSequence([text.cls_id, *texts[0], text.sep_id], *regions, masked)
     words, types = [text.cls_id], [0]
     for token_type, part in zip((0, 2, 3), texts, strict=False):
         words += [*part, text.sep_id]
         types += [token_type] * (len(part) + 1)
-    return TokenSequence(words, regions.features, regions.norm_bb, masked, text_types=types)
+    return TokenSequence(words, *regions, masked, text_types=types)

@@ -140,6 +140,10 @@ class Both:
     def read_row(self, row: int, **chosen: Any) -> RegionFeatures:
         return self.databases[int(row >= self.first)].read(self.keys_list[row], **chosen)
 
+    def read_arrays(self, row: int, fields: tuple[str, ...] = ("features", "norm_bb")) -> list[np.ndarray]:
+        regions = self.read_row(row, fields=fields)
+        return [getattr(regions, name) for name in fields]
+
     @property
     def region_counts(self) -> np.ndarray:
         return np.concatenate([database.region_counts for database in self.databases])
