@@ -10,7 +10,6 @@ executing anything) or, in files that this project wrote, in the dataset `image_
 Source: facts/butd.md section 8.
 """
 
-import io
 import itertools
 import pickle
 from collections.abc import Iterable, Iterator
@@ -24,9 +23,12 @@ from numpy.typing import NDArray
 from uniter.datasets.errors import BadInput
 from uniter.datasets.formats.records import MAX_REGIONS, MAX_WIDTH, Item, best_classes, from_pixels
 from uniter.datasets.lmdb_store import read_json
+from uniter.datasets.plain_pickle import load_plain_pickle
 from uniter.datasets.regions import RegionFeatures, normalised_boxes
 
-_FAULTS: Final = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, MemoryError, OverflowError)
+_FAULTS: Final = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, OverflowError)
+_MOST_PACKED: Final = 1100
+"""How many times smaller than itself deflate can make an array."""
 _CHUNK_ROWS: Final = 1024
 
 
@@ -68,7 +70,16 @@ def _dataset(file: Any, name: str, dimensions: int) -> Any:
         raise BadInput(
             f"{file.file.filename}: {name} has type {dataset.dtype} and shape {dataset.shape}, expected numbers in {dimensions} dimensions"
         )
+    _check_stored(dataset, f"{file.file.filename}: {name}")
     return dataset
+
+
+def _check_stored(dataset: Any, what: str) -> None:
+    """Refuse arrays of which only the size was written: reading them fills the memory."""
+    if dataset.nbytes > _MOST_PACKED * max(dataset.id.get_storage_size(), 1):
+        raise BadInput(
+            f"{what} claims shape {dataset.shape}, {dataset.nbytes:,} bytes, but only {dataset.id.get_storage_size():,} are stored"
+        )
 
 
 def _read_rows(path: Path, *, adaptive: bool) -> Iterator[Item]:
@@ -92,6 +103,8 @@ def _read_rows(path: Path, *, adaptive: bool) -> Iterator[Item]:
             raise BadInput(f"{path}: pos_boxes has shape {places.shape}, expected (images, 2)")
         count = len(features) if places is None else len(places)
         sizes = _dataset(file, "image_sizes", 2)[:] if "image_sizes" in file else None
+        if sizes is not None and sizes.shape != (count, 2):
+            raise BadInput(f"{path}: image_sizes has shape {sizes.shape}, expected ({count}, 2)")
         for row, key in sorted(_image_ids(path, file, count).items()):
             if places is None:
                 where: Any = row
@@ -137,6 +150,7 @@ def _size_from(boxes: NDArray[np.float32], spatial: NDArray[np.float32]) -> tupl
 def _image_ids(path: Path, file: Any, count: int) -> dict[int, str]:
     """Row -> key."""
     if "image_ids" in file and isinstance(file.get("image_ids", getlink=True), h5py.HardLink):
+        _check_stored(file["image_ids"], f"{path}: image_ids")
         ids = file["image_ids"].asstr()[:]
         if len(ids) != count:
             raise BadInput(f"{path}: {len(ids)} image_ids for {count} images")
@@ -146,7 +160,7 @@ def _image_ids(path: Path, file: Any, count: int) -> dict[int, str]:
     if len(candidates) != 1:
         found = ", ".join(candidate.name for candidate in candidates) or "none"
         raise BadInput(f"{path} holds no image ids: expected {beside.name} beside it, found {found}")
-    rows = read_json(candidates[0]) if candidates[0].suffix == ".json" else _plain_pickle(candidates[0])
+    rows = read_json(candidates[0]) if candidates[0].suffix == ".json" else load_plain_pickle(candidates[0])
     if not isinstance(rows, dict) or not all(
         isinstance(key, int | str) and type(row) is int and 0 <= row < count for key, row in rows.items()
     ):
@@ -154,26 +168,6 @@ def _image_ids(path: Path, file: Any, count: int) -> dict[int, str]:
     if len(set(rows.values())) != len(rows):
         raise BadInput(f"{candidates[0]} gives two image ids the same row")
     return {row: str(key) for key, row in rows.items()}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Containers, numbers and strings only: whatever needs an import or a call is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise BadInput(f"the pickle asks for {module}.{name}; only a plain dictionary is read")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise BadInput("the pickle refers to objects outside; only a plain dictionary is read")
-
-
-def _plain_pickle(path: Path) -> Any:
-    content = path.read_bytes()
-    try:
-        return _PlainUnpickler(io.BytesIO(content), encoding="latin-1").load()
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
-    except (pickle.UnpicklingError, EOFError, IndexError, UnicodeDecodeError, *_FAULTS) as error:
-        raise BadInput(f"{path} is no readable pickle ({type(error).__name__}: {error})") from None
 
 
 def _read_volta(path: Path) -> Iterator[Item]:
