@@ -35,7 +35,7 @@ from uniter.model.losses import ranking, training_loss
 from uniter.model.metrics import referring_accuracy
 from uniter.model.tasks import DOWNSTREAM, Task
 from uniter.model.train import state
-from uniter.model.train.config import TrainSettings
+from uniter.model.train.config import TrainSettings, gather_settings
 from uniter.model.train.finetuning import evaluate_finetuned, extras, finetune, kind_of, predict
 from uniter.model.train.log import read_log
 from uniter.model.train.optim import AdamW, parameter_groups
@@ -449,3 +449,82 @@ def test_texts_of_another_task_are_refused(world: dict[str, Path], pretrained: P
         finetune(settings("vqaa", "vqa"), tmp_path / "b")
     with pytest.raises(BadInput, match="use uniter-train finetune vqa"):
         pretrain(settings("vqa", "vqa"), tmp_path / "c")
+
+
+# What UNITER's fine-tuning files say: those of all tasks, then each file's own (facts 5.6). Without val_* a part is held out.
+SAID_BY_ALL = {
+    **{"max_bb": 100, "min_bb": 10, "num_bb": 36, "conf_th": 0.2, "optim": "adamw", "betas": [0.9, 0.98], "dropout": 0.1},
+    **{"weight_decay": 0.01, "grad_norm": 2.0, "fp16": True, "n_workers": 4, "pin_mem": True, "seed": 42, "max_txt_len": 60},
+    **{"model_config": "/src/config/uniter-base.json", "checkpoint": "/pretrain/uniter-base.pt", "output_dir": "/storage/x"},
+}
+ONE_OF_EACH = {"train_txt_db": "/txt/a.db", "train_img_db": "/img/a/", "val_txt_db": "/txt/a.db", "val_img_db": "/img/a/"}
+RANKED = {
+    **{"train_txt_dbs": ["/txt/a.db"], "train_img_dbs": ["/img/a/"], "val_txt_db": "/txt/a.db", "val_img_db": "/img/a/"},
+    **{"test_txt_db": "/txt/a.db", "test_img_db": "/img/a/", "compressed_db": False, "margin": 0.2, "full_val": True},
+}
+REFERRED = {**ONE_OF_EACH, "compressed_db": False, "conf_th": -1, "num_bb": 100, "train_batch_size": 128, "val_batch_size": 128} | {
+    **{"lr_mul": 1.0, "decay": "linear", "gradient_accumulation_steps": 1, "seed": 24, "num_train_steps": 24000, "warmup_steps": 1500},
+    **{"learning_rate": 1e-4},
+}
+PUBLISHED_FILES: dict[str, dict[str, Any]] = {
+    "vqa": {
+        **{"train_txt_dbs": ["/txt/a.db"], "train_img_dbs": ["/img/a/"], "val_txt_db": "/txt/a.db", "val_img_db": "/img/a/"},
+        **{"train_batch_size": 5120, "val_batch_size": 10240, "gradient_accumulation_steps": 5, "learning_rate": 8e-5, "lr_mul": 10.0},
+        **{"valid_steps": 500, "num_train_steps": 6000, "warmup_steps": 600},
+    },
+    "ve": {
+        **ONE_OF_EACH,
+        **{"test_txt_db": "/txt/a.db", "test_img_db": "/img/a/", "compressed_db": False, "train_batch_size": 4096, "valid_steps": 500},
+        **{"val_batch_size": 4096, "gradient_accumulation_steps": 4, "learning_rate": 8e-5, "num_train_steps": 4000, "warmup_steps": 400},
+    },
+    "nlvr2": {
+        **ONE_OF_EACH,
+        **{"test_txt_db": "/txt/a.db", "test_img_db": "/img/a/", "model": "paired-attn", "use_img_type": True, "seed": 77},
+        **{"train_batch_size": 10240, "val_batch_size": 10240, "gradient_accumulation_steps": 1, "learning_rate": 3e-5},
+        **{"valid_steps": 500, "num_train_steps": 8000, "warmup_steps": 800},
+    },
+    "retrieval": {
+        **RANKED,
+        **{"train_batch_size": 40, "negative_size": 1, "inf_minibatch_size": 40, "gradient_accumulation_steps": 4},
+        **{"learning_rate": 5e-5, "valid_steps": 2000, "num_train_steps": 20000, "warmup_steps": 2000},
+    },
+    "retrieval-hard": {
+        **RANKED,
+        **{"train_batch_size": 8, "negative_size": 399, "hard_neg_size": 31, "inf_minibatch_size": 400},
+        **{"learning_rate": 5e-5, "valid_steps": 500, "num_train_steps": 5000, "warmup_steps": 500},
+    },
+    "refcoco": REFERRED,
+    "refcoco-two-layers": {**REFERRED, "mlp": 2, "mask_dir": "/pretrain/philly_output/mask_6.pt"},
+    "vcr": {
+        **{
+            "train_txt_dbs": ["/txt/a.db"],
+            "train_img_dbs": ["/img/a/;/img/b/"],
+            "val_txt_db": "/txt/a.db",
+            "val_img_db": "/img/a/;/img/b/",
+        },
+        **{"train_batch_size": 4000, "val_batch_size": 10, "gradient_accumulation_steps": 5, "learning_rate": 6e-5, "lr_mul": 1.0},
+        **{"valid_steps": 1000, "num_train_steps": 8000, "warmup_steps": 800, "max_txt_len": 220, "checkpoint_from": "vcr_pretrain"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_published_fine_tuning_files_run(name: str, world: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    for folder, link, target in (
+        ("txt", "a.db", world[TEXTS.get(name, name)]),
+        ("img", "a", world["images"]),
+        ("img", "b", world["found"]),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / link).symlink_to(target)
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({**SAID_BY_ALL, **PUBLISHED_FILES[name]}))
+    roots = [f"/txt={tmp_path / 'txt'}", f"/img={tmp_path / 'img'}"]
+    options = {"task": name, "from": str(pretrained), "device": "cpu", "workers": 0}
+    settings = gather_settings(str(path), roots=roots, options=options)
+    said = PUBLISHED_FILES[name]
+    assert settings.steps == said["num_train_steps"] and settings.optimizer.learning_rate == said["learning_rate"]
+    assert settings.optimizer.warmup_steps == said["warmup_steps"] and settings.precision == "bf16"
+    short = ["steps=2", "optimizer.warmup_steps=1", "batch_tokens=400", "validate_every=2", "validation_examples=20", "tensorboard=false"]
+    summary = finetune(gather_settings(str(path), roots=roots, options=options, assignments=short), tmp_path / "run")
+    assert summary["steps"] == 2 and np.isfinite([list(figures.values()) for figures in summary["validation"].values()]).all()
