@@ -27,8 +27,7 @@ def commands(page: Path) -> Iterator[list[str]]:
                 continue
             words = shlex.split(line, comments=True)
             if words[0] == "torchrun":
-                words = words[words.index("-m") + 1 :]
-                words[0] = "uniter-" + words[0].rpartition(".")[2].replace("_", "-")
+                words = words[words.index("--no-python") + 1 :]
             assert words[0] in SCRIPTS, line
             yield words
 
@@ -52,6 +51,14 @@ def test_commands_in_the_pages_have_the_options_they_are_given(page: Path) -> No
         for word in rest:
             if word.startswith("--"):
                 assert word.split("=")[0] in known, f"{page.name}: {shlex.join(words)}: {word} is no option (known: {sorted(known)})"
+
+
+def test_the_page_of_settings_lists_every_setting() -> None:
+    from uniter.model.train.config import explain_settings, shipped_configs
+
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert f"```yaml\n{explain_settings()}\n```" in page, "copy what `uniter-train pretrain --explain` prints into docs/settings.md"
+    assert all(name in page for name in shipped_configs())
 
 
 def test_pages_link_to_files_that_exist() -> None:

@@ -29,7 +29,7 @@ class RunLog:
     def __init__(self, run: Path, *, step: int, tensorboard: bool = True, wandb_project: str | None = None) -> None:
         path = run / LOG_FILE
         _cut(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # whoever looks sees whole lines
         self._events = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -27,7 +27,9 @@ Make = Callable[..., TrainSettings]
 def torchrun(settings: TrainSettings, run: Path, *, processes: int) -> subprocess.Popen[str]:
     run.parent.mkdir(parents=True, exist_ok=True)
     write_config(run.parent / f"{run.name}.yaml", settings)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "uniter.cli.train"]
+    # As the documentation says: torchrun --nproc-per-node N --no-python uniter-train pretrain ...
+    scripts = Path(sys.executable).parent
+    command = [str(scripts / "torchrun"), "--standalone", f"--nproc-per-node={processes}", "--no-python", str(scripts / "uniter-train")]
     command += ["pretrain", "--config", f"{run}.yaml", "--out", str(run), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
@@ -74,17 +76,40 @@ def test_published_normalisation_averages_over_processes(small: Make, tmp_path: 
 
 
 @pytest.mark.slow
+def test_two_processes_that_are_told_to_stop_write_one_checkpoint(small: Make, tmp_path: Path) -> None:
+    """A pre-emption signals torchrun, which tells its processes; the run goes on as if nothing had been."""
+    settings = {"accumulation": 1, "steps": 400, "checkpoint_every": 400, "validate_every": 400}
+    run = tmp_path / "run"
+    process = torchrun(small(**settings), run, processes=2)
+    wait_until(lambda: (run / "log.jsonl").is_file() and len(read_log(run)) > 5, process)
+    process.terminate()
+    _, said = process.communicate(timeout=300)
+    (stopped_at,) = state.checkpoint_steps(run)
+    assert process.returncode != 0 and f"stopped by SIGTERM after update {stopped_at} of 400" in said
+    assert read_log(run)[-1]["step"] == stopped_at
+    finished(torchrun(small(**settings, stop_after=stopped_at + 2), run, processes=2))
+    pretrain(small(**{**settings, "accumulation": 2}, stop_after=stopped_at + 2), tmp_path / "one")
+    assert_close_runs(tmp_path / "one", run, step=stopped_at + 2)
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    for _ in range(3000):
+        if true():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("the run never came so far")
+
+
+@pytest.mark.slow
 def test_a_dead_process_ends_the_run_which_then_resumes(small: Make, tmp_path: Path) -> None:
     settings = small(accumulation=1, steps=300, checkpoint_every=5, validate_every=300)
     run = tmp_path / "run"
     process = torchrun(settings, run, processes=2)
-    for _ in range(600):
-        if state.checkpoint_steps(run):
-            break
-        time.sleep(0.1)
+    wait_until(lambda: bool(state.checkpoint_steps(run)), process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "another process of this run ended" in said or "SIGKILL" in said or "-9" in said
     stopped_at = state.checkpoint_steps(run)[-1]
