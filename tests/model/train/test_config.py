@@ -88,6 +88,20 @@ def test_shipped_settings_are_valid_and_named() -> None:
         load_config(shipped_configs()[0] + "x")
 
 
+@pytest.mark.parametrize(
+    ("name", "examples"),
+    [("small-gpu-8gb", 3840), ("small-gpu-12gb", 3840), ("small-gpu-24gb", 3840), ("pretrain-in-domain-base", 16 * 80)],
+)
+def test_shipped_settings_have_the_published_number_of_examples_in_an_update(name: str, examples: int) -> None:
+    """48 (in-domain 16) micro-batches of about 80 examples of about 55 tokens."""
+    settings = gather_settings(name, text=["a.db"], images=["a.lmdb"])
+    assert settings.batch_tokens and settings.accumulation
+    assert settings.batch_tokens * settings.accumulation == examples * 55
+    assert (settings.from_, settings.optimizer.learning_rate, settings.optimizer.clip) == ("bert-base-cased", 5e-5, 5.0)
+    alone = gather_settings(name, text=["a.db"], images=["a.lmdb"], assignments=["from=null"], options={"model.size": "base"})
+    assert alone.from_ is None
+
+
 def test_every_setting_is_explained() -> None:
     lines = explain_settings().splitlines()
     assert len(lines) > 40
