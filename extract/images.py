@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -42,6 +43,10 @@ log = logging.getLogger(__name__)
 _JPEG, _PNG, _TIFF, _BMP = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), (".png", ".apng"), (".tif", ".tiff"), (".bmp", ".dib")
 IMAGE_SUFFIXES = frozenset((*_JPEG, *_PNG, ".webp", ".gif", *_BMP, *_TIFF, ".ppm", ".pgm", ".pbm", ".pnm", ".avif"))
 """What counts as an image in folders and tars, in upper or lower case; in lists every entry does."""
+
+_RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
+NOT_READ = frozenset((".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", *_RAW))
+"""Pictures of kinds that are not read: in folders they are counted aloud, not passed over in silence."""
 
 MAX_PIXELS = 178_956_970
 """The most pixels an image may claim before it is refused unread: where Pillow, too, refuses; 512 MiB of RGB."""
@@ -124,7 +129,11 @@ def list_images(
     found: list[tuple[str, NameParts, str | None]] = []
     for path in paths:
         if path.is_dir():
-            files = _walk(path)
+            left_out: Counter[str] = Counter()
+            files = _walk(path, left_out)
+            if left_out:
+                kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
+                log.warning("%s holds pictures of kinds that are not read: %s; convert them to JPEG or PNG if they are wanted", path, kinds)
             if not files:
                 raise BadInput(f"{path} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}) and no tar shards")
             found += [(str(path / name), NameParts.of_file(name, root=path.resolve().name), None) for name in files]
@@ -145,7 +154,7 @@ class FileImages:
         self._keys = [_text(given) if given is not None else _text(rule(parts)) for _, parts, given in found]
         self.unit_images: int = unit_images
         digests = _digests(self._keys)
-        _refuse_equal_keys(digests, lambda: zip(self._keys, self._files, strict=True))
+        _refuse_equal_keys(digests, lambda: zip(self._keys, self._files, strict=True), otherwise="path")
         self.keys_sha256 = _keys_sha256(self._keys)
 
     @property
@@ -184,7 +193,8 @@ class TarImages:
         together = np.concatenate(digests)
         if not len(together):
             raise BadInput(f"{self._tars[0]}{' and the other shards' if len(self._tars) > 1 else ''}: no images inside")
-        _refuse_equal_keys(together, lambda: ((item.key, item.path) for n in range(self.units) for item in self.unit(n)))
+        pairs = lambda: ((item.key, item.path) for n in range(self.units) for item in self.unit(n))  # noqa: E731
+        _refuse_equal_keys(together, pairs, otherwise="'{parent}/{stem}'")
         self.images = len(together)
         self.keys_sha256 = sha.hexdigest()
         self._counts = [len(keys) for keys in digests]
@@ -243,14 +253,17 @@ def _tars(path: Path) -> list[Path]:
     """The shards that a path names: itself, or those of a folder that holds tars and no images."""
     if path.is_dir():
         inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".tar" and not entry.name.startswith("."))
-        return [] if not inside or _walk(path) else inside
+        return [] if not inside or _walk(path, Counter()) else inside
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise BadInput(f"{path} is a compressed tar, within which images cannot be found by their place; unpack it to a plain .tar")
     return [path] if path.suffix.lower() == ".tar" else []
 
 
-def _walk(root: Path) -> list[str]:
-    """Paths of the images below a folder, relative and with `/`, sorted; each real folder is entered once, so that links cannot loop."""
+def _walk(root: Path, left_out: Counter[str]) -> list[str]:
+    """Paths of the images below a folder, relative and with `/`, sorted; each real folder is entered once, so that links cannot loop.
+
+    In `left_out` pictures of kinds that are not read are counted by suffix.
+    """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
     pending, links = [""], list[str]()
@@ -277,8 +290,10 @@ def _walk(root: Path) -> list[str]:
                 pending.append(name)
             elif entry.is_symlink() and _leads_to_folder(entry):
                 links.append(name)
-            elif PurePosixPath(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+            elif (suffix := PurePosixPath(entry.name).suffix.lower()) in IMAGE_SUFFIXES:
                 found.append(name)
+            elif suffix in NOT_READ:
+                left_out[suffix] += 1
     return sorted(found)
 
 
@@ -390,7 +405,8 @@ def _keys_sha256(keys: Sequence[str]) -> str:
     return sha.hexdigest()
 
 
-def _refuse_equal_keys(digests: NDArray[np.uint64], pairs: Callable[[], Iterator[tuple[str, str]]]) -> None:
+def _refuse_equal_keys(digests: NDArray[np.uint64], pairs: Callable[[], Iterator[tuple[str, str]]], *, otherwise: str) -> None:
+    """BadInput where images share a key; `otherwise` is the rule that tells images of different folders or tars apart."""
     values, counts = np.unique(digests, return_counts=True)
     suspects = set(values[counts > 1].tolist())
     if not suspects:
@@ -403,9 +419,13 @@ def _refuse_equal_keys(digests: NDArray[np.uint64], pairs: Callable[[], Iterator
     if equal:
         key, names = next(iter(equal.items()))
         others = f" ({len(equal)} keys are not unique)" if len(equal) > 1 else ""
+        if len(set(names)) < len(names):
+            raise BadInput(f"{_text(names[0])} is named {names.count(names[0])} times{others}; name it once")
+        beside = len({name.rpartition("/")[0] for name in names}) < len(names)
+        other = "'{name}'" if beside else otherwise
         raise BadInput(
             f"{' and '.join(_text(name) for name in names[:3])} would all get the key {key!r}{others}; choose another --key, "
-            "for instance --key path or --key '{name}'"
+            f"for instance --key {other}"
         )
 
 
@@ -480,6 +500,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     try:
         if _has_alpha(header):
             return _with_pillow(header, data)
+        if kind == "AVIF" and not cv2.haveImageWriter(".avif"):  # OpenCV was built without it
+            return _with_pillow(header, data)
         if kind == "TIFF":
             # Both libraries turn a TIFF by themselves.
             return _with_cv2(data) if header.mode in ("1", "L", "RGB", "P", "I;16", "I;16B") else _with_pillow(header, data)
@@ -504,7 +526,7 @@ def _opened(data: bytes) -> ImageFile.ImageFile:
         raise BadInput(f"it is no image of a known kind (it begins with {data[:8]!r}; read are JPEG, PNG, WebP, GIF, BMP, TIFF, PNM, AVIF)")
     try:
         return plugin(io.BytesIO(data))
-    except Exception as error:
+    except Exception as error:  # Pillow's decoders raise many kinds
         raise BadInput(f"the file is damaged at its beginning ({_sentence(error)})") from error
 
 

@@ -150,7 +150,7 @@ class RegionExtractor:
                 if isinstance(outcome, Exception):
                     raise outcome
                 values[item.key], _ = outcome.result()
-            except Exception as error:
+            except Exception as error:  # of whatever kind: the others of the batch are kept before it is raised
                 failed = failed or (item, error)
         if self._cache is not None:
             self._cache.put(values)

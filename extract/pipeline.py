@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 BATCHES_AHEAD = 2
 """Batches that are read and prepared while one is in the detector; a prepared photograph takes about 7 MB."""
 
+LARGE_IMAGE_BYTES = 256 << 20
+"""Decoded images above it are prepared one at a time, since that takes four times as much again."""
+_LARGE_IMAGES = threading.Lock()
+
 UNEXPECTED_IN_A_ROW = 5
 """So many images in a row on which the detector failed for no known reason end the run: it is not the images' fault."""
 
@@ -630,7 +634,9 @@ def prepare_item(item: ImageItem, *, detector: Detector, work: Work, device: str
     """Read, decode and bring one image to the detector's size; on pinned memory for a GPU, so that copies do not wait."""
     if work.given is not None and item.fault is None and work.given.of(item) is None:
         raise BadInput(f"there are no boxes for it in {work.given.path}")
-    prepared = detector.prepare(decode_image(read_bytes(item, max_pixels=work.max_pixels), max_pixels=work.max_pixels))
+    image = decode_image(read_bytes(item, max_pixels=work.max_pixels), max_pixels=work.max_pixels)
+    with _LARGE_IMAGES if image.nbytes > LARGE_IMAGE_BYTES else contextlib.nullcontext():
+        prepared = detector.prepare(image)
     if device.startswith("cuda"):
         import torch
 
@@ -657,7 +663,7 @@ def run_batch(
                 regions = work.given.of(item)
                 assert regions is not None  # prepare_item refuses
                 boxes.append(regions.inside(image.size))
-        except Exception as error:
+        except Exception as error:  # whatever one file provokes in a decoder costs that image alone; in failures.jsonl it is named
             outcomes[row] = error.with_traceback(None)
         else:
             rows.append(row)
@@ -685,7 +691,7 @@ def _detect(detector: Detector, images: Sequence[PreparedImage], boxes: Sequence
     failure: Exception
     try:
         return list(detector.detect(images, boxes=boxes))
-    except Exception as error:
+    except Exception as error:  # memory or whatever one image provokes; `run_batch` ends the run where it is every image
         # Without its traceback, which would keep the batch's tensors alive.
         failure = error.with_traceback(None)
         failure.__cause__ = failure.__context__ = None

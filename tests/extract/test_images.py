@@ -1,21 +1,26 @@
 """Pixels equal cv2.imread's, in every format; every broken file is a sentence; lists, folders, tars and keys."""
 
 import io
+import json
 import os
 import struct
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db import ImageDB
 from uniter.datasets.keys import NameParts, key_fault, key_rule
+from uniter.extract import extract_images
 from uniter.extract.images import decode_image, list_images, read_bytes
 
 rng = np.random.default_rng(7)
@@ -46,6 +51,7 @@ KINDS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("TIFF", ".tif", {"compression": "tiff_lzw"}, ("RGB", "L", "P", "1")),
     ("PPM", ".ppm", {}, ("RGB", "L", "1")),
     ("GIF", ".gif", {}, ("RGB", "L", "P", "1")),
+    *([("AVIF", ".avif", {}, ("RGB", "L"))] if features.check("avif") else []),
 ]
 
 
@@ -273,6 +279,39 @@ def test_equal_keys_name_the_files(tmp_path: Path) -> None:
     assert keys(tmp_path, key="{parent}_{name}") == ["train_1.jpg", "val_1.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["cat.jpg", "cat.png"], "--key '{name}'"),
+        (["a/cat.jpg", "b/cat.png"], "--key path"),
+        ((["cat.jpg"] * 2), r"cat.jpg is named 2 times; name it once"),
+    ],
+)
+def test_equal_keys_are_answered_with_a_rule_that_helps(files: list[str], said: str, tmp_path: Path) -> None:
+    for name in files:
+        put(tmp_path / name)
+    (tmp_path / "list.txt").write_text("\n".join(files))
+    with pytest.raises(BadInput) as caught:
+        list_images(tmp_path / "list.txt")
+    assert said in str(caught.value)
+    if "--key" in said:
+        assert len(set(keys(tmp_path / "list.txt", key=said.removeprefix("--key ").strip("'")))) == 2
+
+
+def test_pictures_that_are_not_read_are_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path / "a.jpg")
+    for name in ("IMG_1.HEIC", "sub/IMG_2.heic", "b.jxl", "notes.txt", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert keys(tmp_path) == ["a"]
+    assert "kinds that are not read: 2 .heic, 1 .jxl; convert them" in caplog.text
+    (item,) = list_images(tmp_path / "b.jxl").unit(0)  # asked for by name it is a row of failures.jsonl, an empty one here
+    with pytest.raises(BadInput, match="the file is empty"):
+        read_bytes(item)
+    with pytest.raises(BadInput, match="no image of a known kind"):
+        decode_image(b"\0\0\0\x18ftypheic" + b"\0" * 50)
+
+
 def test_names_that_differ_in_case_are_two_images(tmp_path: Path) -> None:
     put(tmp_path / "A.jpg")
     put(tmp_path / "a.JPG")
@@ -352,8 +391,9 @@ def test_tar_shards_by_webdatasets_key(tmp_path: Path) -> None:
 def test_equal_keys_across_tars(tmp_path: Path) -> None:
     make_tar(tmp_path / "a.tar", {"1.png": PNG})
     make_tar(tmp_path / "b.tar", {"1.png": PNG})
-    with pytest.raises(BadInput, match=r"a\.tar/1\.png and .*b\.tar/1\.png would all get the key '1'"):
+    with pytest.raises(BadInput, match=r"a\.tar/1\.png and .*b\.tar/1\.png would all get the key '1'.*--key '\{parent\}/\{stem\}'"):
         list_images(tmp_path)
+    assert keys(tmp_path, key="{parent}/{stem}") == ["a/1", "b/1"]
 
 
 def test_hostile_tars(tmp_path: Path) -> None:
@@ -400,6 +440,84 @@ def test_reading_refuses_pipes_and_oversized_files(tmp_path: Path) -> None:
     (item,) = list_images(tmp_path / "empty.jpg").unit(0)
     with pytest.raises(BadInput, match="the file is empty"):
         read_bytes(item)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="a system with users")
+def test_what_may_not_be_read_is_said_and_the_rest_is_read() -> None:
+    """As another user where the tests run as root, who may read everything."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        put(folder / "open.jpg")
+        put(folder / "shut.jpg").chmod(0)
+        put(folder / "locked" / "inside.jpg")
+        (folder / "locked").chmod(0)
+        folder.chmod(0o755)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)
+        try:
+            opened, shut = list_images(folder).unit(0)
+            assert (opened.key, shut.key) == ("open", "shut") and read_bytes(opened)
+            with pytest.raises(PermissionError):
+                read_bytes(shut)
+        finally:
+            os.seteuid(before)
+            (folder / "locked").chmod(0o755)
+
+
+def test_everything_that_can_stand_in_a_folder_becomes_a_record_or_a_row(fake: ModuleType, tmp_path: Path) -> None:
+    """All at once through the whole run, into one database: nothing is lost, nothing crashes, sizes are the upright picture's."""
+    folder = tmp_path / "all sorts"
+    folder.mkdir()
+    whole = saved(RGB, "JPEG")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sixteen_bit = cv2.imencode(".png", PICTURE.astype(np.uint16) * 257)[1].tobytes()
+    good: dict[str, tuple[bytes, tuple[int, int]]] = {
+        "plain.jpg": (whole, (48, 64)),
+        "turned.jpg": (saved(RGB, "JPEG", exif=turned), (64, 48)),
+        "grey.jpg": (saved(RGB.convert("L"), "JPEG"), (48, 64)),
+        "cmyk.jpg": (saved(RGB.convert("CMYK"), "JPEG"), (48, 64)),
+        "alpha.png": (saved(RGB.convert("RGBA"), "PNG"), (48, 64)),
+        "grey alpha.png": (saved(RGB.convert("LA"), "PNG"), (48, 64)),
+        "palette.png": (saved(RGB.convert("P"), "PNG"), (48, 64)),
+        "sixteen.png": (sixteen_bit, (48, 64)),
+        "moving.gif": (saved(RGB, "GIF", save_all=True, append_images=[RGB.rotate(90)]), (48, 64)),
+        "moving.webp": (saved(RGB, "WEBP", save_all=True, append_images=[RGB.rotate(90)]), (48, 64)),
+        "jpeg inside.png": (whole, (48, 64)),
+        "UPPER.JPG": (whole, (48, 64)),
+        "upper.jpg": (whole, (48, 64)),
+        "dot.png": (saved(Image.new("RGB", (1, 1)), "PNG"), (1, 1)),
+        "фото 写真 🙂.jpg": (whole, (48, 64)),
+        "line\nbreak \"'.jpg": (whole, (48, 64)),
+    }
+    bad: dict[str, tuple[bytes, str]] = {
+        "zero.jpg": (b"", "the file is empty"),
+        "cut.jpg": (whole[: len(whole) * 9 // 10], "cut off"),
+        "page.jpg": (b"<!DOCTYPE html>", "error page"),
+        "noise.jpg": (whole[:40] + PICTURE.tobytes()[:500], "damaged"),
+        "thin.png": (saved(Image.new("RGB", (1, 5000)), "PNG"), "less elongated"),
+        "wide.png": (saved(Image.new("RGB", (5000, 1)), "PNG"), "less elongated"),
+        "bomb.png": (png_that_claims(65_000, 65_000), "raise --max-pixels"),
+        "gone.jpg": (b"", "No such file"),
+        "round.jpg": (b"", "Too many levels"),
+        "pipe.jpg": (b"", "no ordinary file"),
+    }
+    for name, (data, _) in {**good, **bad}.items():
+        (folder / name).write_bytes(data)
+    for name, target in (("gone.jpg", "nowhere.jpg"), ("round.jpg", "round.jpg")):
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder / target)
+    (folder / "pipe.jpg").unlink()
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "again").symlink_to(folder)
+    summary = extract_images(folder, tmp_path / "out", detector=fake.FakeDetector(), key="{name}", batch_size=4)
+    database = ImageDB(tmp_path / "out")
+    assert {key: database[key].size for key in database.keys_list} == {name: size for name, (_, size) in good.items()}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["key"] for row in rows} == set(bad) and summary.requested == len(good) + len(bad)
+    for row in rows:
+        assert bad[row["key"]][1] in row["error"], row
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------------------

@@ -254,6 +254,29 @@ def test_an_image_too_large_for_memory_costs_only_itself(
     assert failures(tmp_path / "out") == {"photo0002": "there was not enough memory for this image alone"}
 
 
+@pytest.mark.parametrize("large", [True, False])
+def test_large_images_are_prepared_one_at_a_time(
+    large: bool, make_photos: Photos, fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    class Watched(fake.FakeDetector):  # type: ignore[name-defined, misc]
+        def prepare(self, image: Any) -> Any:
+            nonlocal at_once, most
+            with lock:
+                at_once += 1
+                most = max(most, at_once)
+            time.sleep(0.02)
+            prepared = super().prepare(image)
+            with lock:
+                at_once -= 1
+            return prepared
+
+    monkeypatch.setattr("uniter.extract.pipeline.LARGE_IMAGE_BYTES", 1000 if large else 1 << 30)
+    assert extract_images(make_photos(12), tmp_path / "out", detector=Watched(), batch_size=4, workers=4).complete
+    assert (most == 1) == large
+
+
 def test_one_unforeseen_error_is_a_row_and_many_in_a_row_end_the_run(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
     class Broken(fake.FakeDetector):  # type: ignore[name-defined, misc]
         bad_widths: tuple[int, ...] = (41,)
