@@ -30,7 +30,7 @@ from uniter.datasets.samples import (
 )
 from uniter.datasets.text_db import TextDB
 from uniter.model import UniterConfig
-from uniter.model.checkpoints import find_weights, read_state
+from uniter.model.checkpoints import export_published, find_weights, read_state
 from uniter.model.losses import ranking, training_loss
 from uniter.model.metrics import referring_accuracy
 from uniter.model.tasks import DOWNSTREAM, Task
@@ -528,3 +528,42 @@ def test_published_fine_tuning_files_run(name: str, world: dict[str, Path], pret
     short = ["steps=2", "optimizer.warmup_steps=1", "batch_tokens=400", "validate_every=2", "validation_examples=20", "tensorboard=false"]
     summary = finetune(gather_settings(str(path), roots=roots, options=options, assignments=short), tmp_path / "run")
     assert summary["steps"] == 2 and np.isfinite([list(figures.values()) for figures in summary["validation"].values()]).all()
+
+
+@pytest.mark.parametrize(("name", "texts"), [("vqa", "vqa_toy"), ("nlvr2", "nlvr2_train"), ("retrieval", "itm_toy")])
+def test_golden_databases_and_a_published_checkpoint_evaluate_and_predict(
+    name: str, texts: str, uniter_tasks_golden: Path, tmp_path: Path
+) -> None:
+    """A `.pt` of tensors only, as UNITER's trainers wrote them, on databases as UNITER read them."""
+    corpus = golden_corpus(uniter_tasks_golden, texts)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "image_feature_size": corpus.images.feature_width}
+    torch.manual_seed(0)
+    model = extras(DOWNSTREAM[name]).model(UniterConfig.preset("tiny", vocab_size=corpus.texts[0].v_range[1], **sizes)).eval()
+    export_published(model, tmp_path / "model_step_8000.pt")
+    text, images = [str(corpus.texts[0].path)], [str(uniter_tasks_golden / "img_db" / "toy")]
+    asked = {"text": text, "images": images, "device": "cpu"}
+    figures = evaluate_finetuned(name, str(tmp_path / "model_step_8000.pt"), **asked)
+    out = tmp_path / "answers"
+    if name == "vqa":
+        assert 0 <= figures["accuracy"] <= 1 and figures["examples"] == len(corpus)
+        with pytest.raises(BadInput, match=r"give --answers ans2label\.json"):
+            predict(name, str(tmp_path / "model_step_8000.pt"), out, **asked)
+        (tmp_path / "ans2label.json").write_text(json.dumps({f"answer {number}": number for number in range(3129)}))
+        predict(name, str(tmp_path / "model_step_8000.pt"), out, answers=tmp_path / "ans2label.json", **asked)
+        scores = model.answers(collate([answered_question(example(corpus, 0), random.Random(0), Masking(), answers=3129)]))["scores"]
+        said = {str(row["question_id"]): row["answer"] for row in json.loads(out.read_text())}
+        assert said[corpus.example_id(0)] == f"answer {int(scores.argmax())}"
+    elif name == "nlvr2":
+        predict(name, str(tmp_path / "model_step_8000.pt"), out, **asked)
+        batch = collate([statement_about_each(example(corpus, 0), random.Random(0), Masking())])
+        truth = bool(model.statements(batch)["scores"].argmax())
+        assert dict(csv.reader(out.open()))[corpus.example_id(0)] == str(truth)
+    else:
+        assert figures["texts"] == len(corpus) and figures["pictures"] == len(np.unique(corpus.image_rows_NK))
+        predict(name, str(tmp_path / "model_step_8000.pt"), out, **asked)
+        ranked = json.loads(out.read_text())["images_of_text"][corpus.example_id(0)]
+        keys, scores = corpus.images.keys_list, []
+        for key, _ in ranked:
+            pair = matched_pair(Example(corpus, 0, (keys.index(key),)), random.Random(0), Masking())
+            scores.append(model.ranks(collate([pair]))["scores"].item())
+        assert scores == sorted(scores, reverse=True) and [score for _, score in ranked] == pytest.approx(scores, abs=1e-5)
