@@ -6,20 +6,30 @@ from types import ModuleType
 
 import pytest
 
+from uniter.model.tasks import DOWNSTREAM
+
 TINY = ["hidden_size=32", "num_hidden_layers=2", "num_attention_heads=4", "intermediate_size=64"]
 
 
 def test_it_runs_to_its_table_and_goes_on(script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--out", str(tmp_path), "--tasks", "nlvr2", "--regions", "known", "--pictures", "24", "--held-out", "8", "--device", "cpu"]
-    words += ["--seeds", "1", "--steps", "2", "--pretrain-steps", "2", "--set", "batch_tokens=400", "--set", "workers=0"]
+    rows = ["nlvr2", "vcr", "retrieval-flickr30k", "refcocog"]  # each names pictures in its own way
+    words = ["--out", str(tmp_path), "--tasks", *rows, "--regions", "known", "--pictures", "24", "--few", "16", "--held-out", "8"]
+    words += ["--seeds", "1", "--steps", "2", "--pretrain-steps", "2", "--set", "batch_tokens=400", "--device", "cpu", "--processes", "1"]
     words += [word for size in TINY for word in ("--model-set", size)]
     measured = script("downstream").main(words)
-    assert list(measured) == ["nlvr2"] and all(0 <= measured["nlvr2"][origin][0] <= 1 for origin in ("scratch", "pretrained"))
+    assert list(measured) == rows and all(0 <= of[origin][0] <= 1 for of in measured.values() for origin in ("scratch", "pretrained"))
     assert "Pre-training helps on " in capsys.readouterr().out
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*/model.safetensors")}
-    assert {path.parts[-4] for path in written} == {"pretrained", "scratch-0", "nlvr2-scratch-0", "nlvr2-pretrained-0"}
+    tuned = {f"{row}-{origin}-0" for row in rows for origin in ("scratch", "pretrained")}
+    assert {path.parts[-4] for path in written} == {"pretrained", "scratch-0", *tuned}
     assert script("downstream").main(words) == measured
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*/model.safetensors")} == written
+
+
+def test_nine_rows_as_in_the_paper(script: Callable[[str], ModuleType]) -> None:
+    downstream = script("downstream")
+    assert len(downstream.ROWS) == 9 and {row.task for row in downstream.ROWS.values()} < set(DOWNSTREAM)
+    assert [row.world for name, row in downstream.ROWS.items() if name.startswith("retrieval")] == ["world", "few"]
 
 
 def test_known_regions_stand_where_the_scene_says(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
