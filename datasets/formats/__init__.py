@@ -9,11 +9,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from uniter.datasets.errors import BadInput, UniterError, unknown_name
 from uniter.datasets.formats import hdf5, lmdbs, npz, tsv
-from uniter.datasets.formats.records import ImageSizes, Item, Selection, with_pixels
+from uniter.datasets.formats.records import ImageSizes, Item, Selection, Skip, with_pixels
 from uniter.datasets.image_db import kind_of
 from uniter.datasets.lmdb_store import read_box_ids, read_json
 from uniter.datasets.progress import Progress
@@ -32,14 +32,15 @@ class Format:
     Attributes:
         means: in words.
         read: (path, selection) -> items; a broken image is an item, a broken file an exception.
-        write: (path, records, selection); None for our own database, which `convert` writes itself (it alone can be resumed).
+        write: (path, records, selection, overwrite, skip); None for our own database, which `convert` writes itself (it alone can be
+            resumed).
         needs_pixels: whether writing needs the size of each image.
         holds: which of "soft labels", "classes" (best ones, apart from soft labels), "confidences" the format has room for.
     """
 
     means: str
     read: Callable[[Path, Selection], Iterator[Item]]
-    write: Callable[[Path, _Records, Selection], None] | None
+    write: Callable[[Path, _Records, Selection, bool, Skip], None] | None
     needs_pixels: bool
     holds: tuple[str, ...]
 
@@ -49,16 +50,21 @@ def _whole(read: Callable[[Path], Iterator[Item]]) -> Callable[[Path, Selection]
     return lambda path, _: read(path)
 
 
-def _ignoring_selection(write: Callable[[Path, _Records], None]) -> Callable[[Path, _Records, Selection], None]:
-    return lambda path, records, _: write(path, records)
+class _Write(Protocol):
+    def __call__(self, path: Path, items: _Records, *, skip: Skip) -> None: ...
 
 
-def _write_uniter(path: Path, records: _Records, selection: Selection) -> None:
-    lmdbs.write_uniter(path, records, selection=selection)
+def _plainly(write: _Write) -> Callable[[Path, _Records, Selection, bool, Skip], None]:
+    """A writer to which the selection makes no difference, and that replaces what is there."""
+    return lambda path, records, _, __, skip: write(path, records, skip=skip)
 
 
-def _write_uniter_compressed(path: Path, records: _Records, selection: Selection) -> None:
-    lmdbs.write_uniter(path, records, selection=selection, compressed=True)
+def _write_uniter(path: Path, records: _Records, selection: Selection, overwrite: bool, skip: Skip) -> None:
+    lmdbs.write_uniter(path, records, selection=selection, overwrite=overwrite, skip=skip)
+
+
+def _write_uniter_compressed(path: Path, records: _Records, selection: Selection, overwrite: bool, skip: Skip) -> None:
+    lmdbs.write_uniter(path, records, selection=selection, compressed=True, overwrite=overwrite, skip=skip)
 
 
 _LABELS: Final = ("soft labels", "classes", "confidences")
@@ -68,12 +74,12 @@ FORMATS: Final[dict[str, Format]] = {
     "lmdb": Format("this project's region database", lmdbs.read, None, False, _LABELS),
     "uniter": Format("UNITER's LMDB with its nbb JSON", lmdbs.read, _write_uniter, False, _NO_IDS),
     "uniter-compressed": Format("the same with npz values", lmdbs.read, _write_uniter_compressed, False, _NO_IDS),
-    "npz": Format("a folder of .npz files, as UNITER's docker writes them", npz.read, _ignoring_selection(npz.write), False, _NO_IDS),
-    "butd-tsv": Format("Caffe's TSV", _whole(tsv.read_caffe), _ignoring_selection(tsv.write_caffe), True, ()),
-    "lxmert-tsv": Format("LXMERT's TSV", _whole(tsv.read_lxmert), _ignoring_selection(tsv.write_lxmert), True, _LABELS[1:]),
-    "hdf5": Format("adaptive HDF5", _whole(hdf5.read), _ignoring_selection(hdf5.write_adaptive), True, ()),
-    "hdf5-36": Format("fixed HDF5", _whole(hdf5.read), _ignoring_selection(hdf5.write_fixed), True, ()),
-    "hdf5-volta": Format("VOLTA's HDF5", _whole(hdf5.read), _ignoring_selection(hdf5.write_volta), True, _LABELS[1:]),
+    "npz": Format("a folder of .npz files, as UNITER's docker writes them", npz.read, _plainly(npz.write), False, _NO_IDS),
+    "butd-tsv": Format("Caffe's TSV", _whole(tsv.read_caffe), _plainly(tsv.write_caffe), True, ()),
+    "lxmert-tsv": Format("LXMERT's TSV", _whole(tsv.read_lxmert), _plainly(tsv.write_lxmert), True, _LABELS[1:]),
+    "hdf5": Format("adaptive HDF5", _whole(hdf5.read), _plainly(hdf5.write_adaptive), True, ()),
+    "hdf5-36": Format("fixed HDF5", _whole(hdf5.read), _plainly(hdf5.write_fixed), True, ()),
+    "hdf5-volta": Format("VOLTA's HDF5", _whole(hdf5.read), _plainly(hdf5.write_volta), True, _LABELS[1:]),
 }
 
 
@@ -165,6 +171,12 @@ class _Seen:
                     self.top_attribute = max(self.top_attribute, int(regions.attribute_ids.max()))
             yield key, regions
 
+    def skip(self, key: str, regions: RegionFeatures, error: BadInput) -> None:
+        """One of the images watched could not be written; there must be others."""
+        self.images -= 1
+        self.regions -= len(regions)
+        self.skipped.append({"key": key, "path": key, "error": str(error)})
+
     def lacks(self, holds: tuple[str, ...]) -> str:
         labels = self.label_columns > 0 and "soft labels" in holds
         known = {
@@ -221,12 +233,12 @@ def convert(
     box_ids: dict[str, list[Any]] = {}
     for folder in (source, *sorted(source.glob("*/"))) if name == "lmdb" else ():  # a database, or a folder of several
         box_ids = {**read_box_ids(folder), **box_ids}
-    if form.write is not None and target.is_file() and not overwrite:
+    if form.write is not None and not overwrite and (target.is_file() or (to == "npz" and target.is_dir() and any(target.iterdir()))):
         raise BadInput(f"{target} is there already; choose another name, or --overwrite")
     with Progress(None, unit="images", label=f"{name} to {to}") as progress:
         items: Iterable[Item] = read_items(source, selection=rule, source=name)
         if form.needs_pixels or sizes is not None:
-            items = with_pixels(items, sizes)
+            items = with_pixels(items, sizes, needed=form.needs_pixels)
         watched = _not_in_vain(seen.watch(items, progress), seen, source, name)
         if form.write is None:
             settings: dict[str, Any] = {
@@ -247,7 +259,7 @@ def convert(
                 name, to, written["images"], written["regions"], seen.skipped, written["label_classes"] > 0, str(written.get("lacks", ""))
             )
         try:
-            form.write(target, ((key, regions) for key, regions in watched if not isinstance(regions, BadInput)), rule)
+            form.write(target, _good(watched, seen, target), rule, overwrite, seen.skip)
         except OSError as error:
             raise UniterError(f"writing {target} failed ({error.strerror or error}); make room and run the same command again") from None
     labels = seen.label_columns > 0 and "soft labels" in form.holds
@@ -266,6 +278,13 @@ def _not_in_vain(items: Iterator[Item], seen: _Seen, source: Path, name: str) ->
             return itertools.chain(broken, items)
     reason = f": {seen.skipped[0]['error']}" if seen.skipped else ""
     raise BadInput(f"{source} ({name}) holds no image that could be converted{reason}")
+
+
+def _good(items: Iterable[Item], seen: _Seen, target: Path) -> Iterator[tuple[str, RegionFeatures]]:
+    """The images among the items; but BadInput at the end, while nothing of the target has its name yet, if none could be written."""
+    yield from ((key, regions) for key, regions in items if not isinstance(regions, BadInput))
+    if not seen.images:
+        raise BadInput(f"no image could be written to {target}: {seen.skipped[-1]['error']}")
 
 
 def _origin(source: Path) -> dict[str, Any]:

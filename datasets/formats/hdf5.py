@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.formats.records import MAX_REGIONS, MAX_WIDTH, Item, best_classes, from_pixels
+from uniter.datasets.formats.records import MAX_REGIONS, MAX_WIDTH, Item, Skip, best_classes, from_pixels, refuse, written_aside
 from uniter.datasets.lmdb_store import read_json
 from uniter.datasets.plain_pickle import load_plain_pickle
 from uniter.datasets.regions import RegionFeatures, normalised_boxes
@@ -214,74 +214,96 @@ def _number(group: Any, name: str) -> int:
 # ------------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_adaptive(path: Path, items: Iterable[tuple[str, RegionFeatures]]) -> None:
+def write_adaptive(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
     """Write the adaptive kind; `items` must know `size` and `boxes`. Ids go into `image_ids` and into a pickle beside the file."""
-    _write_rows(path, items, fixed=False)
+    _write_rows(path, items, skip, fixed=False)
 
 
-def write_fixed(path: Path, items: Iterable[tuple[str, RegionFeatures]]) -> None:
-    """Write the fixed kind. Every record must have as many regions as the first."""
-    _write_rows(path, items, fixed=True)
+def write_fixed(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
+    """Write the fixed kind. Every record must have as many regions as the first.
+
+    Raises:
+        BadInput: one has not; that is no fault of the image, so it is not skipped.
+    """
+    _write_rows(path, items, skip, fixed=True)
 
 
-def _write_rows(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, fixed: bool) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    keys: list[str] = []
+def _write_rows(path: Path, items: Iterable[tuple[str, RegionFeatures]], skip: Skip, *, fixed: bool) -> None:
+    rows: dict[str, int] = {}
     sizes: list[tuple[int, int]] = []
     ends = [0]
-    with h5py.File(temporary, "w") as file:
-        datasets: dict[str, Any] = {}
-        per_image = 0
-        for key, regions in items:
-            assert regions.size is not None
-            assert regions.boxes is not None
-            arrays = {
-                "image_features": np.asarray(regions.features, dtype=np.float32),
-                "image_bb": np.asarray(regions.boxes, dtype=np.float32),
-                "spatial_features": normalised_boxes(regions.boxes, regions.size),
-            }
-            if not datasets:
-                per_image = len(regions)
+    with written_aside(path) as temporary:
+        with h5py.File(temporary, "w") as file:
+            datasets: dict[str, Any] = {}
+            per_image = 0
+            for key, regions in items:
+                assert regions.size is not None
+                assert regions.boxes is not None
+                arrays = {
+                    "image_features": np.asarray(regions.features, dtype=np.float32),
+                    "image_bb": np.asarray(regions.boxes, dtype=np.float32),
+                    "spatial_features": normalised_boxes(regions.boxes, regions.size),
+                }
+                if fixed and datasets and len(regions) != per_image:
+                    raise BadInput(
+                        f"image {key!r} has {len(regions)} regions but the first has {per_image}; use --to hdf5, which holds any number"
+                    )
+                fault = _row_fault(key, arrays, datasets, rows)
+                if fault is not None:
+                    skip(key, regions, BadInput(f"image {key!r} {fault}"))
+                    continue
+                if not datasets:
+                    per_image = len(regions)
+                    for name, array in arrays.items():
+                        tail = array.shape if fixed else array.shape[1:]
+                        chunk = (1, *array.shape) if fixed else (_CHUNK_ROWS // 16, array.shape[1])
+                        datasets[name] = file.create_dataset(name, (0, *tail), maxshape=(None, *tail), dtype="<f4", chunks=chunk)
                 for name, array in arrays.items():
-                    tail = array.shape if fixed else array.shape[1:]
-                    chunk = (1, *array.shape) if fixed else (_CHUNK_ROWS // 16, array.shape[1])
-                    datasets[name] = file.create_dataset(name, (0, *tail), maxshape=(None, *tail), dtype="<f4", chunks=chunk)
-            if fixed and len(regions) != per_image:
-                raise BadInput(
-                    f"image {key!r} has {len(regions)} regions but the first has {per_image}; use --to hdf5, which holds any number"
-                )
-            for name, array in arrays.items():
-                if array.shape[1:] != datasets[name].shape[2 if fixed else 1 :]:
-                    raise BadInput(f"image {key!r}: {name} is {array.shape[1]} wide, the first image's {datasets[name].shape[-1]}")
-                grown = len(datasets[name]) + (1 if fixed else len(array))
-                datasets[name].resize(grown, axis=0)
-                datasets[name][grown - (1 if fixed else len(array)) :] = array
-            keys.append(key)
-            sizes.append(regions.size)
-            ends.append(ends[-1] + len(regions))
-        if not fixed:
-            places = np.array(list(itertools.pairwise(ends)), dtype=np.int32 if ends[-1] < 1 << 31 else np.int64)
-            file.create_dataset("pos_boxes", data=places.reshape(-1, 2))
-        file.create_dataset("image_sizes", data=np.array(sizes, dtype=np.int32).reshape(-1, 2))
-        file.create_dataset("image_ids", data=keys, dtype=h5py.string_dtype())
-        file.attrs["image_sizes"] = "height, width"
-    temporary.replace(path)
-    # Other people's readers look rows up in this pickle; numbers stay numbers there.
-    rows: dict[int | str, int] = {
-        int(key) if key.isascii() and key.isdigit() and str(int(key)) == key else key: row for row, key in enumerate(keys)
-    }
-    path.with_name(f"{path.stem}_imgid2idx.pkl").write_bytes(pickle.dumps(rows, protocol=2))
+                    grown = len(datasets[name]) + (1 if fixed else len(array))
+                    datasets[name].resize(grown, axis=0)
+                    datasets[name][grown - (1 if fixed else len(array)) :] = array
+                rows[key] = len(rows)
+                sizes.append(regions.size)
+                ends.append(ends[-1] + len(regions))
+            if not fixed:
+                places = np.array(list(itertools.pairwise(ends)), dtype=np.int32 if ends[-1] < 1 << 31 else np.int64)
+                file.create_dataset("pos_boxes", data=places.reshape(-1, 2))
+            file.create_dataset("image_sizes", data=np.array(sizes, dtype=np.int32).reshape(-1, 2))
+            file.create_dataset("image_ids", data=list(rows), dtype=h5py.string_dtype())
+            file.attrs["image_sizes"] = "height, width"
+        # Other people's readers look rows up in this pickle; numbers stay numbers there.
+        numbered: dict[int | str, int] = {
+            int(key) if key.isascii() and key.isdigit() and len(key) <= 18 and str(int(key)) == key else key: row
+            for key, row in rows.items()
+        }
+        path.with_name(f"{path.stem}_imgid2idx.pkl").write_bytes(pickle.dumps(numbered, protocol=2))
 
 
-def write_volta(path: Path, items: Iterable[tuple[str, RegionFeatures]]) -> None:
+def _row_fault(key: str, arrays: dict[str, NDArray[Any]], datasets: dict[str, Any], rows: dict[str, int]) -> str | None:
+    """Why an image cannot be one of the rows."""
+    if not len(arrays["image_features"]):
+        return "has no regions"
+    if key in rows:
+        return "comes twice"
+    if "\0" in key or key != key.encode(errors="replace").decode():
+        return "has a key with a NUL, or one that is no UTF-8, which HDF5 cannot hold"
+    width = arrays["image_features"].shape[1]
+    stored = datasets["image_features"].shape[-1] if datasets else width
+    return None if width == stored else f"has features {width} wide, the first image's are {stored}"
+
+
+def write_volta(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
     """Write VOLTA's groups; class ids are -1 where no class is known."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with h5py.File(temporary, "w") as file:
+    with written_aside(path) as temporary, h5py.File(temporary, "w") as file:
         for key, regions in items:
             assert regions.size is not None
             assert regions.boxes is not None
-            if "/" in key or key in ("", ".", ".."):
-                raise BadInput(f"key {key!r} holds '/', which VOLTA's HDF5 cannot hold; choose other keys")
+            if "/" in key or "\0" in key or key in ("", ".", "..") or key != key.encode(errors="replace").decode():
+                skip(key, regions, BadInput(f"key {key!r} holds '/' or NUL or is no UTF-8, which VOLTA's HDF5 cannot hold"))
+                continue
+            if key in file:
+                skip(key, regions, BadInput(f"image {key!r} comes twice"))
+                continue
             group = file.create_group(key)
             classes = best_classes(regions)
             group["features"] = np.asarray(regions.features, dtype=np.float32)
@@ -289,4 +311,3 @@ def write_volta(path: Path, items: Iterable[tuple[str, RegionFeatures]]) -> None
             group["obj_id"], group["obj_conf"] = classes["objects_id"], classes["objects_conf"]
             group["attr_id"], group["attr_conf"] = classes["attrs_id"], classes["attrs_conf"]
             group["img_h"], group["img_w"] = regions.size
-    temporary.replace(path)

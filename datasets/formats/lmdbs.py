@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import lmdb
 from uniter.datasets.array_codec import pack_arrays, pack_npz
 from uniter.datasets.errors import BadInput
 from uniter.datasets.formats.npz import uniter_arrays
-from uniter.datasets.formats.records import Item, Selection, npz_name
+from uniter.datasets.formats.records import Item, Selection, Skip, npz_name, refuse, written_aside
 from uniter.datasets.image_db import ImageDB, encode_record
 from uniter.datasets.index_file import hash_key
 from uniter.datasets.lmdb_store import UnitStore, checked_key, put_all, sync_folder, write_box_ids, write_json
@@ -34,7 +33,15 @@ def read(path: Path, selection: Selection, *, allow_partial: bool = False) -> It
             yield key, error
 
 
-def write_uniter(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, selection: Selection, compressed: bool = False) -> None:
+def write_uniter(
+    path: Path,
+    items: Iterable[tuple[str, RegionFeatures]],
+    *,
+    selection: Selection,
+    compressed: bool = False,
+    overwrite: bool = False,
+    skip: Skip = refuse,
+) -> None:
     """Write what UNITER's `convert_imgdir.py` writes: `PATH/feat_th…/data.mdb` and `PATH/nbb_th….json` (or `feat_numbb…`, `all`).
 
     The records are those given, not cut again; keys get `.npz` at the end.
@@ -42,32 +49,37 @@ def write_uniter(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, sel
     rule = f"th{selection.conf_th}_max{selection.max_bb}_min{selection.min_bb}"
     name = "all" if selection.keep_all else f"feat_numbb{selection.num_bb}" if selection.conf_th == -1 else f"feat_{rule}"
     name += "_compressed" if compressed else ""
-    folder, temporary = path / name, path / f"{name}.tmp"
-    if folder.exists():
-        raise BadInput(f"{folder} is there already; remove it or choose another folder")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder = path / name
+    if folder.exists() and not (overwrite and (folder / "data.mdb").is_file()):
+        raise BadInput(f"{folder} is there already; choose another folder, or --overwrite")
+    path.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
-    environment = lmdb.open(str(temporary), map_size=1 << 26, lock=False, max_spare_txns=0)
-    try:
-        iterator = iter(items)
-        while batch := list(itertools.islice(iterator, 256)):
-            values = []
-            for key, regions in batch:
-                stored = npz_name(key)
-                if stored in counts:
-                    raise BadInput(f"image {stored!r} comes twice")
-                counts[stored] = max(len(regions), selection.min_bb)  # the lower bound is not cut to the rows there are
-                arrays = uniter_arrays(key, regions)
-                values.append((checked_key(stored), pack_npz(arrays) if compressed else pack_arrays(arrays)))
-            put_all(environment, values)
-        put_all(environment, [(b"__keys__", json.dumps(sorted(counts)).encode())])
-    finally:
-        environment.close()
-    (temporary / "lock.mdb").unlink(missing_ok=True)
-    if not selection.keep_all and selection.conf_th != -1:
-        write_json(path / f"nbb_{rule}.json", counts)
-    temporary.rename(folder)
+    with written_aside(folder) as temporary:
+        temporary.mkdir()
+        environment = lmdb.open(str(temporary), map_size=1 << 26, lock=False, max_spare_txns=0)
+        try:
+            iterator = iter(items)
+            while batch := list(itertools.islice(iterator, 256)):
+                values = []
+                for key, regions in batch:
+                    stored = npz_name(key)
+                    try:
+                        if stored in counts:
+                            raise BadInput(f"image {stored!r} comes twice")
+                        arrays = uniter_arrays(key, regions)
+                        values.append((checked_key(stored), pack_npz(arrays) if compressed else pack_arrays(arrays)))
+                    except BadInput as error:
+                        skip(key, regions, error)
+                        continue
+                    counts[stored] = max(len(regions), selection.min_bb)  # the lower bound is not cut to the rows there are
+                put_all(environment, values)
+            if not counts:
+                raise BadInput(f"no image could be written to {folder}")
+            put_all(environment, [(b"__keys__", json.dumps(sorted(counts)).encode())])
+        finally:
+            environment.close()
+        if not selection.keep_all and selection.conf_th != -1:
+            write_json(path / f"nbb_{rule}.json", counts)
     sync_folder(path)
 
 
@@ -116,9 +128,11 @@ def write_ours(
                         raise regions
                     if twice:
                         raise BadInput(f"image {key!r} comes twice; the first one was taken")
-                    if regions.features.shape[1] != widths["feature_width"]:
+                    found = regions.features.shape[1], 0 if regions.soft_labels is None else regions.soft_labels.shape[1]
+                    if found != (widths["feature_width"], widths["label_classes"]):
                         raise BadInput(
-                            f"image {key!r}: features are {regions.features.shape[1]} wide, the first image's {widths['feature_width']}"
+                            f"image {key!r}: features and soft labels are {found[0]} and {found[1]} wide, "
+                            f"the first image's {widths['feature_width']} and {widths['label_classes']}"
                         )
                     unit.put(key, encode_record(regions, key=key), regions=len(regions))
                 except BadInput as error:

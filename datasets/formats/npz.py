@@ -6,6 +6,7 @@ this project wrote says in `rows.json` that its rows are the chosen ones already
 Source: facts/uniter.md section 1.1.
 """
 
+import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.array_codec import pack_npz
 from uniter.datasets.errors import BadInput
-from uniter.datasets.formats.records import Item, Selection, npz_name
+from uniter.datasets.formats.records import Item, Selection, Skip, npz_name, refuse, written_aside
 from uniter.datasets.image_db import decode_record
 from uniter.datasets.lmdb_store import write_json
 from uniter.datasets.regions import RegionFeatures
@@ -43,18 +44,31 @@ def read(path: Path, selection: Selection) -> Iterator[Item]:
             yield key, error if isinstance(error, BadInput) else BadInput(f"image {key!r}: {file} cannot be read ({error})")
 
 
-def write(path: Path, items: Iterable[tuple[str, RegionFeatures]]) -> None:
-    """Write a folder of .npz files with `norm_bb`, `features`, `conf`, `soft_labels` (where known), all float16."""
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / _NOTE, {"rows": "chosen", "meaning": "every row counts; do not select by confidence again"})
-    for key, regions in items:
-        file = path / npz_name(key)
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise BadInput(f"key {key!r} would be written outside {path}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.tmp")
-        temporary.write_bytes(pack_npz(uniter_arrays(key, regions)))
-        temporary.replace(file)
+def write(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
+    """Write a folder of .npz files with `norm_bb`, `features`, `conf`, `soft_labels` (where known), all float16.
+
+    Raises:
+        BadInput: the folder is there and holds anything else than .npz files.
+    """
+    if path.is_dir() and any(file.is_file() and file.suffix != ".npz" and file.name != _NOTE for file in path.rglob("*")):
+        raise BadInput(f"{path} holds other files than .npz; choose another folder, or remove it")
+    with written_aside(path) as folder:
+        folder.mkdir(parents=True)
+        write_json(folder / _NOTE, {"rows": "chosen", "meaning": "every row counts; do not select by confidence again"})
+        for key, regions in items:
+            file = folder / npz_name(key)
+            try:
+                if "\0" in key or not file.resolve().is_relative_to(folder.resolve()):
+                    raise BadInput(f"key {key!r} would be written outside {path}")
+                content = pack_npz(uniter_arrays(key, regions))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            except (OSError, UnicodeEncodeError) as error:
+                if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+                    raise
+                skip(key, regions, BadInput(f"key {key!r} can be no file's name ({error})"))
+            except BadInput as error:
+                skip(key, regions, error)
 
 
 def uniter_arrays(key: str, regions: RegionFeatures) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +18,8 @@ from uniter.datasets.image_db import count_boxes
 from uniter.datasets.regions import RegionFeatures, normalised_boxes, pixel_boxes
 
 Item = tuple[str, RegionFeatures | BadInput]
+Skip = Callable[[str, RegionFeatures, BadInput], None]
+"""What a writer does with an image that its format cannot hold."""
 logger = logging.getLogger(__name__)
 
 MAX_REGIONS: Final = 10_000
@@ -85,13 +89,18 @@ def _image_size(path: Path) -> tuple[int, int] | None:
     return (width, height) if turned else (height, width)
 
 
-def with_pixels(items: Iterable[Item], sizes: ImageSizes | None) -> Iterator[Item]:
-    """Give every record `size` and `boxes`, from the record itself or from the pictures; else the item says what is missing."""
+def with_pixels(items: Iterable[Item], sizes: ImageSizes | None, *, needed: bool = True) -> Iterator[Item]:
+    """Give every record `size` and `boxes`, from the record itself or from the pictures; else, if they are needed, the item says what is
+    missing.
+    """
     for key, regions in items:
         if isinstance(regions, BadInput):
             yield key, regions
             continue
         size = regions.size or (sizes.find(key) if sizes is not None else None)
+        if size is None and not needed:
+            yield key, regions
+            continue
         if size is None:
             where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it"
             yield key, BadInput(f"image {key!r}: this format needs pixels but the size of the image is not known; {where}")
@@ -154,6 +163,33 @@ def best_classes(regions: RegionFeatures) -> dict[str, NDArray[Any]]:
         "attrs_id": np.asarray(attribute_ids, dtype=np.int64),
         "attrs_conf": np.asarray(attribute_conf, dtype=np.float32),
     }
+
+
+def refuse(key: str, regions: RegionFeatures, error: BadInput) -> None:
+    """The `Skip` that ends the writing."""
+    raise error
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file or folder to; it takes the place of `path` at the end, and is removed if anything fails."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def npz_name(key: str) -> str:

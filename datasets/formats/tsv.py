@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.formats.records import MAX_REGIONS, Item, best_classes, from_pixels
+from uniter.datasets.formats.records import MAX_REGIONS, Item, Skip, best_classes, from_pixels, refuse, written_aside
 from uniter.datasets.regions import RegionFeatures
 
 CAFFE_COLUMNS: Final = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
@@ -110,22 +110,25 @@ def _array(row: dict[str, bytes], column: str, spelling: str, count: int) -> NDA
     return np.frombuffer(data, dtype=dtype).reshape(count, -1)
 
 
-def write_caffe(path: Path, items: Iterable[tuple[str, RegionFeatures]]) -> None:
+def write_caffe(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
     """Write Caffe's TSV; `items` must know `size` and `boxes`."""
-    _write(path, items, CAFFE_COLUMNS)
+    _write(path, items, CAFFE_COLUMNS, skip)
 
 
-def write_lxmert(path: Path, items: Iterable[tuple[str, RegionFeatures]]) -> None:
+def write_lxmert(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
     """Write LXMERT's TSV; class ids are -1 where no class is known."""
-    _write(path, items, LXMERT_COLUMNS)
+    _write(path, items, LXMERT_COLUMNS, skip)
 
 
-def _write(path: Path, items: Iterable[tuple[str, RegionFeatures]], columns: tuple[str, ...]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
+def _write(path: Path, items: Iterable[tuple[str, RegionFeatures]], columns: tuple[str, ...], skip: Skip) -> None:
+    with written_aside(path) as temporary, open(temporary, "wb") as file:
         for key, regions in items:
-            if any(character in key for character in "\t\r\n") or not key:
-                raise BadInput(f"key {key!r} holds a tab or line break, which a TSV cannot hold")
+            if any(character in key for character in "\t\r\n") or not key or key != key.encode(errors="replace").decode():
+                skip(key, regions, BadInput(f"key {key!r} holds a tab or line break, or is no UTF-8, which a TSV cannot hold"))
+                continue
+            if not 0 < len(regions) <= MAX_REGIONS:
+                skip(key, regions, BadInput(f"image {key!r} has {len(regions)} regions; a TSV holds 1 to {MAX_REGIONS:,}"))
+                continue
             assert regions.size is not None
             assert regions.boxes is not None
             height, width = regions.size
@@ -145,7 +148,6 @@ def _write(path: Path, items: Iterable[tuple[str, RegionFeatures]], columns: tup
             file.write(b"\t".join(_text(values[column]) for column in columns) + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _text(value: Any) -> bytes:
