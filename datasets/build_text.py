@@ -31,6 +31,7 @@ import orjson
 from numpy.typing import NDArray
 
 from uniter.datasets.captions.caption import Caption
+from uniter.datasets.cards import CARD_FILE, text_card
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.index_file import hash_key, save_arrays
 from uniter.datasets.keys import key_maker
@@ -55,6 +56,7 @@ OURS = (
     "txt2img.json",
     "img2txts.json",
     "vocab.txt",
+    CARD_FILE,
     INDEX,
 )
 TASK_FILES = (
@@ -201,6 +203,7 @@ def _build(
         "report": report.as_dict(),
         "software": f"uniter-toolkit {version('uniter-toolkit')}",
     }
+    (folder / CARD_FILE).write_text(text_card(header), encoding="utf-8")
     write_json(folder / "header.json", header)
     return report
 

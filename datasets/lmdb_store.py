@@ -9,6 +9,7 @@ common writer, and the final file is a function of the records alone, however of
     OUT/units/           while unfinished
     OUT/data.mdb         LMDB format version 1, key -> record
     OUT/index.safetensors, OUT/failures.jsonl, OUT/box_ids.jsonl where boxes were given with ids
+    OUT/README.md        the dataset card
     OUT/header.json      last: complete
 """
 
@@ -34,6 +35,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from uniter.datasets.cards import CARD_FILE, region_card
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.index_file import KeyList, key_columns, map_arrays, save_arrays
 from uniter.datasets.lmdb_pages import Fault, PageFile, check_data_file
@@ -313,7 +315,7 @@ class UnitStore:
         """
         (self.path / _OVERWRITING).touch()
         sync_folder(self.path)
-        for name in ("header.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS):
+        for name in ("header.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS, CARD_FILE):
             (self.path / name).unlink(missing_ok=True)
         for name in ("units", "units.tmp"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -553,25 +555,24 @@ class UnitStore:
             _write_failures(self.path / "failures.jsonl", failed)
             (self.path / "lock.mdb").unlink(missing_ok=True)
             sync_folder(self.path)
-            write_json(
-                self.path / "header.json",
-                {
-                    "format_version": FORMAT_VERSION,
-                    "kind": "regions",
-                    "images": len(keys),
-                    "regions": int(region_counts.sum()),
-                    "failures": len(failed),
-                    "units": units,
-                    **header,
-                },
-            )
+            told = {
+                "format_version": FORMAT_VERSION,
+                "kind": "regions",
+                "images": len(keys),
+                "regions": int(region_counts.sum()),
+                "failures": len(failed),
+                "units": units,
+                **header,
+            }
+            _write_bytes(self.path / CARD_FILE, region_card(told).encode())
+            write_json(self.path / "header.json", told)
         self._sweep()
         return True
 
     def _sweep(self) -> None:
         """Remove what only an unfinished database needs, and temporary files of killed processes."""
         shutil.rmtree(self.units_folder, ignore_errors=True)
-        for name in ("settings.json", "header.json", "failures.jsonl", INDEX):
+        for name in ("settings.json", "header.json", "failures.jsonl", INDEX, CARD_FILE):
             for leftover in self.path.glob(f"{name}.*"):
                 leftover.unlink(missing_ok=True)
 

@@ -85,7 +85,9 @@ def unbroken(built: Path, tmp_path: Path) -> Path:
 
 
 def test_a_finished_database_holds_what_was_put_and_nothing_else(unbroken: Path) -> None:
-    assert sorted(path.name for path in unbroken.iterdir()) == ["data.mdb", "failures.jsonl", "header.json", INDEX, "settings.json"]
+    assert sorted(path.name for path in unbroken.iterdir()) == [
+        "README.md", "data.mdb", "failures.jsonl", "header.json", INDEX, "settings.json",
+    ]  # fmt: skip
     transaction = open_reader(unbroken).begin()
     stored = {bytes(key).decode(): bytes(value) for key, value in transaction.cursor()}
     wanted = {f"unit{unit}/image{index:02d}" for unit in range(UNITS) for index in range(IMAGES)}
