@@ -589,3 +589,78 @@ def test_fuzzed_rows_of_tsv_are_read_or_refused(
     }
     read_or_refused(rewrite(path, **values), data)
     shutil.rmtree(root, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- what cannot be written
+
+
+def ours(out: Path, items: list[tuple[str, RegionFeatures]]) -> Path:
+    from uniter.datasets.formats.lmdbs import write_ours
+
+    write_ours(out, items, settings={}, header=dict)
+    return out
+
+
+def test_images_that_a_format_cannot_hold_are_skipped_and_the_rest_is_written(tmp_path: Path) -> None:
+    source = ours(tmp_path / "in.lmdb", [("a/b", record_of("a")), ("tab\there", record_of("b")), ("plain", record_of("c"))])
+    for to, skipped in (("hdf5-volta", ["a/b"]), ("butd-tsv", ["tab\there"]), ("lxmert-tsv", ["tab\there"]), ("hdf5", []), ("npz", [])):
+        report = convert(source, tmp_path / f"out-{to}", to=to)
+        assert [row["key"] for row in report.skipped] == skipped, to
+        assert report.images == 3 - len(skipped) == len(items_of(tmp_path / f"out-{to}"))
+    only = ours(tmp_path / "only.lmdb", [("a/b", record_of("a"))])
+    with pytest.raises(BadInput, match=r"no image could be written to .*: key 'a/b' holds '/'"):
+        convert(only, tmp_path / "none.hdf5", to="hdf5-volta")
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_large_numbers_are_skipped_where_the_target_has_halves(written: dict[str, Path], tmp_path: Path) -> None:
+    features = np.full((6, 12), 1e5, np.float32)
+    path = rewrite(Path(shutil.copy(written["lxmert-tsv"], tmp_path / "in.tsv")), features=base64.b64encode(features.tobytes()))
+    for to in ("lmdb", "uniter", "npz"):
+        report = convert(path, tmp_path / to, to=to)
+        assert (report.images, len(report.skipped)) == (len(KEYS) - 1, 1)
+        assert "float16" in report.skipped[0]["error"]
+    assert convert(path, tmp_path / "out.h5", to="hdf5").images == len(KEYS), "floats of 32 bits hold it"
+
+
+def test_records_without_soft_labels_do_not_mix_with_others(tmp_path: Path) -> None:
+    out = ours(tmp_path / "mixed.lmdb", [("a", record_of("a")), ("b", record_of("b", labels=False))])
+    failures = (out / "failures.jsonl").read_text()
+    assert "features and soft labels are 12 and 0 wide, the first image's 12 and 9" in failures
+    assert list(ImageDB(out)) == ["a"]
+
+
+def test_pictures_are_optional_where_pixels_are_not_needed(written: dict[str, Path], tmp_path: Path, pictures: Path) -> None:
+    (tmp_path / "few").mkdir()
+    shutil.copy(pictures / "42.jpg", tmp_path / "few" / "42.jpg")
+    report = convert(written["npz"], tmp_path / "out.lmdb", images=tmp_path / "few")
+    assert (report.images, report.skipped) == (len(KEYS), [])
+    assert {key: regions.size is not None for key, regions in items_of(tmp_path / "out.lmdb").items()} == {key: key == "42" for key in KEYS}
+
+
+def test_what_is_there_stays_unless_it_is_to_be_replaced(written: dict[str, Path], tmp_path: Path) -> None:
+    for to in FORMATS:
+        out = tmp_path / to
+        convert(written["lmdb"], out, to=to)
+        before = sorted((file.relative_to(out), file.stat().st_size) for file in out.rglob("*")) if out.is_dir() else out.stat().st_size
+        source = ours(tmp_path / f"other-{to}", [("other", record_of("other"))])
+        with pytest.raises(UniterError, match=r"is there already|other settings"):
+            convert(source, out, to=to)
+        after = sorted((file.relative_to(out), file.stat().st_size) for file in out.rglob("*")) if out.is_dir() else out.stat().st_size
+        assert before == after
+        convert(source, out, to=to, overwrite=True)
+        assert set(items_of(out)) == {"other"}
+        assert not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / "npz" / "thesis.txt").write_text("dear")
+    with pytest.raises(BadInput, match=r"holds other files than \.npz"):
+        convert(written["lmdb"], tmp_path / "npz", to="npz", overwrite=True)
+    assert (tmp_path / "npz" / "thesis.txt").exists()
+
+
+def test_arrays_of_which_only_the_size_is_stored_are_refused(written: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copy(written["hdf5"], tmp_path / "claims.hdf5"))
+    with h5py.File(path, "r+") as file:
+        del file["pos_boxes"]
+        file.create_dataset("pos_boxes", shape=(1 << 40, 2), dtype="<i8", chunks=(1024, 2))
+    with pytest.raises(BadInput, match="but only 0 are stored"):
+        list(read_items(path))
