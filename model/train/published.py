@@ -37,7 +37,6 @@ RENAMED = {
     "num_bb": "regions.num_bb",
     "dropout": "dropout",
     "seed": "seed",
-    "n_workers": "workers",
 }
 # argparse's defaults of `pretrain.py`, where they differ from ours.
 DEFAULTS = {"itm_ot_lambda": 0.0, "gradient_accumulation_steps": 16, "learning_rate": 3e-5, "grad_norm": 2.0, "dropout": 0.1}
@@ -45,6 +44,7 @@ MEANINGLESS = {
     "rank": "processes number themselves",
     "mask_dir": "no code reads it",
     "pin_mem": "memory is pinned wherever there is a GPU",
+    "n_workers": "the number of workers is fitted to the machine; --set workers=4 overrules",
     "compressed_db": "databases say themselves how they are packed",
     "val_batch_size": "validation uses the training budget",
 }

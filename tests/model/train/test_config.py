@@ -176,10 +176,19 @@ ALL_DATA = {
 ROOTS = ["/txt=/data/txt", "/img=/data/img/", "/pretrain=/data/start"]
 
 
-def test_a_published_file_means_the_published_run(tmp_path: Path) -> None:
+def test_a_published_file_means_the_published_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "pretrain-alldata-base-8gpu.json"
-    path.write_text(json.dumps({**ALL_DATA, "rank": 0, "mask_dir": "/x"}))
-    settings = gather_settings(str(path), roots=ROOTS)
+    path.write_text(json.dumps({**ALL_DATA, "rank": 0, "mask_dir": "/x", "warp": 9}))
+    with caplog.at_level("INFO"):
+        settings = gather_settings(str(path), roots=ROOTS)
+    for word in (
+        "rank is ignored: processes number themselves",
+        "mask_dir is ignored: no code reads it",
+        "fp16 with loss scaling is replaced by bf16",
+        "warp = 9 is not known and ignored",
+    ):
+        assert word in caplog.text
+    assert settings.workers is None
     coco, visual_genome = settings.corpora
     assert coco.text == ["/data/txt/pretrain_coco_train.db", "/data/txt/pretrain_coco_restval.db"]
     assert coco.images == ["/data/img/coco_train2014", "/data/img/coco_val2014"]
