@@ -1,5 +1,6 @@
 """Packed batches against what the published collate functions pad."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -12,7 +13,7 @@ from uniter.datasets.collate import PackedBatch, collate
 from uniter.datasets.corpus import gather
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.samples import Example, Masking, Sample, TokenSequence, masked_regions, masked_text
+from uniter.datasets.samples import Example, Masking, Rows, Sample, TokenSequence, masked_regions, masked_text
 from uniter.datasets.text_db import TextDB
 
 
@@ -76,6 +77,17 @@ def test_targets_are_what_the_masked_rows_held(uniter_tasks_golden: Path) -> Non
     whole = corpus.regions(example.images[0]).features
     assert np.array_equal(batch.targets["features"].numpy(), whole[batch.masked_regions_R.numpy()])
     assert batch.targets["features"].abs().sum() > 0
+
+
+def test_rows_of_larger_arrays_are_copied_once_into_the_targets() -> None:
+    first, second = np.arange(12, dtype=np.float16).reshape(4, 3), np.arange(6, dtype=np.float32).reshape(2, 3)
+    pieces = [Rows([(first, np.array([3, 1]))]), Rows([(second, np.array([0])), (first, np.array([], dtype=np.intp))])]
+    assert [len(rows) for rows in pieces] == [2, 1]
+    samples = [dataclasses.replace(_sample("a", 3, 2), targets={"soft_labels": rows}) for rows in pieces]
+    joined = collate(samples).targets["soft_labels"]
+    assert joined.tolist() == [[9, 10, 11], [3, 4, 5], [0, 1, 2]] == np.concatenate([np.asarray(rows) for rows in pieces]).tolist()
+    assert joined.dtype == torch.float32, "the finer of two"
+    assert collate(samples[:1]).targets["soft_labels"].dtype == torch.float16
 
 
 def test_features_of_two_detectors_are_refused_by_name() -> None:

@@ -1,6 +1,7 @@
 """Reading region databases: the golden sets, ours in every state, hostile values, processes."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -289,6 +290,65 @@ def test_only_the_wanted_fields_come_and_as_views(database: Path) -> None:
     mask = np.arange(len(record)) % 2 == 0
     masked = opened.read(KEYS[0], fields=("soft_labels",), soft_label_rows=mask)
     np.testing.assert_array_equal(masked.soft_labels, whole.soft_labels[mask])  # type: ignore[index]
+
+
+WANTED = ("features", "norm_bb", "soft_labels")
+
+
+def _arrays_are_the_records(opened: ImageDB) -> None:
+    assert len(opened)
+    for row, key in enumerate(opened.keys_list):
+        record = opened[key]
+        for array, name in zip(opened.read_arrays(row, WANTED), WANTED, strict=True):
+            np.testing.assert_array_equal(array, getattr(record, name))
+            assert array.dtype == getattr(record, name).dtype
+        assert [array.shape for array in opened.read_arrays(row)] == [record.features.shape, record.norm_bb.shape]
+
+
+def test_bare_arrays_are_the_records(tmp_path: Path, database: Path) -> None:
+    _arrays_are_the_records(ImageDB(database))
+    more = write_database(tmp_path / "more", ["x1", "x2"])
+    _arrays_are_the_records(open_image_dbs([more, database]))
+    _arrays_are_the_records(ImageDB(write_database(tmp_path / "partial", ["y1", "y2"], finish=False), allow_partial=True))
+    view = ImageDB(database).read_arrays(0)[0]
+    assert not view.flags.writeable and not view.flags.owndata, "nothing is copied"
+
+
+def test_golden_bare_arrays_of_published_databases(uniter_data_golden: Path) -> None:
+    published = [path for path in (uniter_data_golden / "img_db").iterdir() if any(path.glob("feat_th*"))]
+    assert published
+    for path in published:
+        _arrays_are_the_records(ImageDB(path))
+
+
+def test_bare_arrays_that_a_record_has_not_are_left_out(tmp_path: Path) -> None:
+    store = UnitStore(tmp_path / "db", settings={})
+    with store.unit(0) as writer:
+        assert writer is not None
+        writer.put("a", encode_record(dataclasses.replace(made_up_record(1), soft_labels=None)), regions=7)
+        writer.complete()
+    store.finish(units=1, header={})
+    assert len(ImageDB(tmp_path / "db").read_arrays(0, WANTED)) == 2
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_damaged_header_is_refused_though_records_of_its_layout_are_known(tmp_path: Path, database: Path, name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(database, copy)
+    content = (copy / "data.mdb").read_bytes()
+    value = ImageDB(database).raw_record(KEYS[4])
+    assert value is not None and value in content
+    place = value.index(b"<f2", value.index(name.encode()))
+    for damage, said in ((b"<f4", "of shape .* needs .* bytes but has"), (b"|O8", "has type")):
+        (copy / "data.mdb").write_bytes(content.replace(value, value[:place] + damage + value[place + 3 :]))
+        opened = ImageDB(copy)
+        for row in range(len(KEYS)):  # all have one layout
+            if row != 4:
+                opened.read_arrays(row, WANTED)
+        with pytest.raises(BadInput, match=rf"image 'COCO_004': array '{name}' {said}"):
+            opened.read_arrays(4, WANTED)
+        with pytest.raises(BadInput, match=rf"image 'COCO_004': array '{name}' {said}"):
+            opened.read_row(4, fields=WANTED)
 
 
 def test_views_outlive_the_database(database: Path, tmp_path: Path) -> None:
