@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -106,12 +107,90 @@ def test_hostile_pickles_run_nothing(read, instances, tmp_path, protocol):
         b"",
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
         b"Pother\n.",
+        b"cposix\nsystem\n(Vtrue\ntR.",
+        b"(cos\nsystem\nVtrue\no.",
+        b"(Vtrue\nios\nsystem\n.",
+        b"\x80\x02cos\nsystem\n(Vtrue\nt\x81.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93(\x8c\x04truetR.",
+        b"\x80\x04\x8c\x08builtins\x8c\x0cgetattr.__x__\x93.",
+        b"\x80\x02\x82\x01.",  # an extension of copyreg's
+        b"c__builtin__\nset\n(]tR.",
+        # what is changed is a stand-in itself, or a map, by its attributes
+        b"ccollections\nOrderedDict\n(tR.",
+        b"cnumpy.core.multiarray\n_reconstruct\n}Vx\nI1\nsb.",
+        b"}}Vx\nI1\nsb.",
+        # an array of ten billion zeros, and one whose shape is not its content's
+        b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I10000000000\ntcnumpy\ndtype\n(Vi1\ntRI00\nL10000000000L\ntb.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I10000000000\ntcnumpy\ndtype\n(Vi1\ntRI00\nVab\ntb.",
+        b"cnumpy\ndtype\n(VO\ntR.",
+        b"cnumpy\ndtype\n(V" + b"i1," * 5000 + b"i1\ntR.",
+        b"(lp0\ng0\na.",  # a list that holds itself
+        b"\x80\x02" + b")" + b"\x85" * 200_000 + b".",  # tuples in tuples
+        b"\x80\x02})" + b"\x85" * 200_000 + b"I1\ns.",  # and as the name of something: their hash alone ended the process
+        b"\x80\x04\x8f()" + b"\x85" * 200_000 + b"\x90.",
     ],
 )
 def test_broken_and_hostile_bytes_are_a_sentence(tmp_path, content):
     (tmp_path / "bad.p").write_bytes(content)
     with pytest.raises(BadInput, match=r"bad\.p is no pickle of plain lists and maps"):
         load_plain_pickle(tmp_path / "bad.p")
+
+
+def test_a_memo_of_a_thousand_million_places_takes_no_memory(tmp_path):
+    """Twelve bytes for which the interpreter's own unpickler clears gigabytes."""
+    path = tmp_path / "refs.p"
+    for place in (b"p1000000000\n", b"r\xff\xff\xff\x7f"):
+        path.write_bytes(b"]" + place + b".")
+        tracemalloc.start()
+        try:
+            assert load_plain_pickle(path) == []
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("innermost", [["x"], "x" * 100, np.zeros(20)])
+def test_files_that_unfold_without_measure_are_refused(read, instances, tmp_path, innermost):
+    value = innermost
+    for _ in range(60):
+        value = [value, value]
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(pickle.dumps([{**ref(), "more": value}], 2))
+    with pytest.raises(BadInput, match=r"refs\(unc\)\.p is no pickle of plain lists and maps: its [\d,]+ bytes unfold to \d"):
+        read("refcoco", path, join=[instances])
+    # One long text that many refs share is the same in another form.
+    path.write_bytes(pickle.dumps(["x" * 1_000_000] * 1_000, 2))
+    with pytest.raises(BadInput, match="unfold to 1e\\+09 values and characters"):
+        load_plain_pickle(path)
+
+
+def test_an_oversized_file_is_not_read(tmp_path):
+    with open(tmp_path / "refs.p", "wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(BadInput, match=r"refs\.p is 3,221 MB, expected a pickle of at most 268"):
+        load_plain_pickle(tmp_path / "refs.p")
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_plain_data_is_read_as_it_was_written(tmp_path, protocol):
+    shared = ["a", "b"]
+    value = {
+        "lists": [shared, shared, [], [[]]],
+        "maps": {1: {}, 2.5: None, None: True, b"bytes": False, "ü": "日本"},
+        "numbers": [0, -1, 255, 70_000, 1 << 40, 1 << 300, 1e-300, float("inf")],
+        "others": ((), (1,), (1, 2), (1, 2, 3), tuple(range(9)), b"x" * 300, "y" * 300),
+    }
+    if protocol >= 4:  # before, a set is written with the name of its class
+        value |= {"sets": [set(), {1, "a"}, frozenset({2})]}
+    if protocol >= 5:
+        value |= {"bytes": bytearray(b"z" * 300)}
+    (tmp_path / "plain.p").write_bytes(pickle.dumps(value, protocol))
+    assert load_plain_pickle(tmp_path / "plain.p") == value
+
+
+def test_texts_of_python_2_are_texts(tmp_path):
+    (tmp_path / "old.p").write_bytes(b"\x80\x02]q\x00(U\x03manq\x01X\x05\x00\x00\x00womanq\x02U\x01\xe9T\x02\x00\x00\x00okS'it'\ne.")
+    assert load_plain_pickle(tmp_path / "old.p") == ["man", "woman", "é", "ok", "it"]
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
