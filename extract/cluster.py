@@ -5,6 +5,7 @@ the images must be on a file system that all machines see. What a lost worker he
 process and the new one continues after the last commit, so nothing is lost and nothing is written twice.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -55,17 +56,27 @@ class UnitReport:
 
 
 class UnitWorker:
-    """Runs in an actor: one detector, one unit at a time."""
+    """Runs in an actor: one detector, one unit at a time.
 
-    def __init__(self, build: Callable[..., Detector], work: Work, settings: dict[str, Any], out: str, workers: int | None) -> None:
-        import torch
+    Args:
+        folder: where the command was started; the relative paths that it was given hold there.
+    """
 
-        self.detector = build(device="cuda" if torch.cuda.is_available() else "cpu")
-        self.work, self.workers = work, workers
-        self.out, self.settings = out, settings
+    def __init__(
+        self, build: Callable[..., Detector], work: Work, settings: dict[str, Any], out: str, workers: int | None, folder: str
+    ) -> None:
+        self.build, self.work, self.workers = build, work, workers
+        self.out, self.settings, self.folder = out, settings, folder
+        self.detector: Detector | None = None
 
     def run(self, number: int, items: Sequence[ImageItem]) -> UnitReport:
         """Do a unit, or what a lost worker left of it."""
+        if self.detector is None:  # not in __init__: Ray reports what goes wrong there as a lost worker
+            import torch
+
+            with contextlib.suppress(OSError):
+                os.chdir(self.folder)
+            self.detector = self.build(device="cuda" if torch.cuda.is_available() else "cpu")
         store, tally = UnitStore(Path(self.out), settings=self.settings), Tally()
         extract_units([(number, items)], store=store, detector=self.detector, work=self.work, tally=tally, workers=self.workers)
         return UnitReport(number in store.finished_units(), tally.extracted, tally.failed, tally.regions)
@@ -124,7 +135,7 @@ def extract_on_ray(
     machines = sum(bool(node["Alive"]) for node in ray.nodes())
     log.info("%g %ss on %d machines of the Ray cluster", ray.cluster_resources().get(resource, 0), resource, machines)
     with progress_report(listed.images, done=listed.images - to_do, tally=tally, shown=show_progress) as report:
-        crew = Crew(ray, hire=lambda: actor.remote(build, shared_work, settings, out, workers), resource=resource)
+        crew = Crew(ray, hire=lambda: actor.remote(build, shared_work, settings, out, workers, str(Path.cwd())), resource=resource)
         crew.work_off(pending, listed=listed, store=store, tally=tally, report=report, stop=stop or threading.Event())
     seconds = time.monotonic() - start
     if stop is not None and stop.is_set():
@@ -218,7 +229,8 @@ class Crew:
             log.warning("a worker was lost (%s); unit %d is given to another", type(error).__name__, number)
             self._ray.kill(worker)
             if last:
-                raise UniterError(f"unit {number} took {TRIES_PER_UNIT} workers down, lastly: {in_words(error)}") from error
+                reason = next(iter(reversed(str(error).strip().splitlines())), type(error).__name__)  # what a worker raised stands there
+                raise UniterError(f"unit {number} took {TRIES_PER_UNIT} workers down, lastly: {reason}") from error
             return None
         self._idle.append(worker)
         return done

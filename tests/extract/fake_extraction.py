@@ -11,11 +11,13 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from uniter.datasets.errors import BadInput
 from uniter.extract.pipeline import Stopped, extract_images
 from uniter.extract.preparation import CaffePreparation, PreparedImage
 from uniter.extract.select import RawRegions
@@ -68,6 +70,13 @@ class FakeDetector:
 def build_fake(device: str = "cpu", seconds: float = 0.0) -> FakeDetector:
     """What a Ray actor calls to have its own."""
     return FakeDetector(device=device, seconds=seconds)
+
+
+def build_with(device: str = "cpu", weights: str = "") -> FakeDetector:
+    """What a user names by a path that holds in the folder where the command was started."""
+    if not Path(weights).is_file():
+        raise BadInput(f"{weights} does not exist in {Path.cwd()}")
+    return FakeDetector(device=device)
 
 
 class FailingDetector(FakeDetector):

@@ -13,6 +13,7 @@ import pytest
 
 from uniter.datasets.errors import UniterError
 from uniter.extract.images import list_images
+from uniter.extract.pipeline import open_store
 
 ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'uniter-toolkit[ray]'")
 
@@ -53,7 +54,7 @@ def test_a_machine_is_lost_in_mid_run(
     lost: list[int] = []
 
     def lose_a_machine() -> None:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         # Both are at work once two units are begun and one is done.
         while time.monotonic() < until and not (locks.is_dir() and len(list(locks.iterdir())) >= 4):
             time.sleep(0.02)
@@ -84,3 +85,31 @@ def test_what_an_actor_says_reaches_the_user(cluster: Any, make_photos: Photos, 
         extract_on_ray(listed, tmp_path / "stopped", build=fake.build_fake, stop=stop)
     summary = extract_on_ray(listed, tmp_path / "stopped", build=fake.build_fake)
     assert summary.complete and summary.images == 6
+
+
+def test_relative_paths_hold_on_the_workers(
+    cluster: Any, make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers are started where the cluster was, not where the command is; what they lack is said in words."""
+    from uniter.extract.cluster import extract_on_ray
+
+    photos = make_photos(7)
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pkl").write_text("")
+    build = functools.partial(fake.build_with, weights="weights.pkl")
+    assert extract_on_ray(list_images("photos"), "out", build=build, batch_size=2).complete
+    fake.extract_images(photos, tmp_path / "one", detector=fake.FakeDetector(), batch_size=2)
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+    monkeypatch.setattr("uniter.extract.cluster.open_store", removing(open_store, tmp_path / "weights.pkl"))
+    with pytest.raises(UniterError, match=r"weights\.pkl does not exist in .*test_relative_paths"):
+        extract_on_ray(list_images("photos"), "again", build=build, batch_size=2)
+
+
+def removing(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
+    """The function, after which a file is gone: there for the command and not for the workers."""
+
+    def changed(*arguments: Any, **named: Any) -> Any:
+        path.unlink()
+        return function(*arguments, **named)
+
+    return changed
