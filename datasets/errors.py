@@ -16,9 +16,16 @@ class SettingsDiffer(UniterError):
     """An unfinished or finished output was made with other settings than the ones now asked for."""
 
 
+def shown(value: object) -> str:
+    """A value from somebody's file as a sentence shows it: not longer than 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """The sentence for a name that is not in a table: what was got, the nearest known one, all known ones."""
-    names = sorted(known)
+    names = sorted(name if len(name) <= 60 else f"{name[:57]}..." for name in known)
+    more = f" and {len(names) - 40:,} more" if len(names) > 40 else ""
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})"
+    return f"unknown {kind} {shown(name)}{hint} (known: {', '.join(names[:40])}{more})"

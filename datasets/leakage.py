@@ -14,7 +14,7 @@ from typing import Any
 from uniter.datasets.captions.caption import Caption
 from uniter.datasets.captions.files import first_character, json_events, json_items, lines_of, object_of
 from uniter.datasets.captions.sbu import flickr_photo
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, shown
 from uniter.datasets.plain_pickle import load_plain_pickle
 
 LISTS = (
@@ -218,7 +218,7 @@ def _integer(value: Any, where: str) -> int:
         or not isinstance(value, int | str)
         or (isinstance(value, str) and not (value.isascii() and value.isdigit()))
     ):
-        raise BadInput(f"{where} is {value!r}; expected a whole number")
+        raise BadInput(f"{where} is {shown(value)}; expected a whole number")
     return int(value)
 
 
@@ -250,7 +250,7 @@ def _karpathy_parts(paths: Sequence[Path]) -> dict[str, set[int]]:
             image = object_of(value, f"image {row} of {path}")
             part = "train" if image.get("split") == "restval" else image.get("split")
             if part not in parts:
-                raise BadInput(f"image {row} of {path} is of the split {part!r}; expected train, restval, val or test")
+                raise BadInput(f"image {row} of {path} is of the split {shown(part)}; expected train, restval, val or test")
             parts[part].add(_integer(image.get("cocoid"), f"the cocoid of image {row} of {path}"))
         if not found:
             raise BadInput(f"{path} lists no images; expected Karpathy's dataset_coco.json")
@@ -268,7 +268,7 @@ def _referred(path: Path) -> Iterable[tuple[int, str]]:
         ref = object_of(value, f"entry {row} of {path}")
         split = ref.get("split")
         if not isinstance(split, str):
-            raise BadInput(f"entry {row} of {path} is of the split {split!r}; expected train, val, test, testA or testB")
+            raise BadInput(f"entry {row} of {path} is of the split {shown(split)}; expected train, val, test, testA or testB")
         yield _integer(ref.get("image_id"), f"the image_id of entry {row} of {path}"), split
 
 
@@ -277,7 +277,7 @@ def _flickr30k_photos(path: Path) -> Iterable[str]:
         for row, value in enumerate(json_items(path, "images.item")):
             name = object_of(value, f"image {row} of {path}").get("filename")
             if not isinstance(name, str):
-                raise BadInput(f"image {row} of {path} has the filename {name!r}; expected Karpathy's dataset_flickr30k.json")
+                raise BadInput(f"image {row} of {path} has the filename {shown(name)}; expected Karpathy's dataset_flickr30k.json")
             yield flickr_photo(name)
         return
     for line in lines_of(path):

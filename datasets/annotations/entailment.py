@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from uniter.datasets.annotations.fields import json_lines, no_companions, no_split, text_field
 from uniter.datasets.captions.caption import Caption
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, shown
 
 LABELS: Final = {"contradiction": 0, "entailment": 1, "neutral": 2}
 _IMAGE_FIELDS: Final = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")  # the authors spelt it in several ways
@@ -35,7 +35,7 @@ def read_entailment(path: Path, *, split: str | None, join: Sequence[Path], coun
         fields: dict[str, Any] = {}
         if label is not None:
             if not isinstance(label, str) or label not in LABELS:
-                raise BadInput(f"{where} has the gold_label {label!r}; expected {', '.join(LABELS)} or -")
+                raise BadInput(f"{where} has the gold_label {shown(label)}; expected {', '.join(LABELS)} or -")
             fields = {"gold_label": label, "target": {"labels": [LABELS[label]], "scores": [1.0]}}
         photo = image.removesuffix(".jpg")
         pair = entry.get("pairID")

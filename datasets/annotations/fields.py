@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from uniter.datasets.captions.files import json_events, lines_of, object_of, open_stream
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, shown
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -31,7 +31,7 @@ def text_field(entry: dict[str, Any], name: str, where: str) -> str:
     """A string that must be there and not be empty."""
     value = entry.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise BadInput(f"{where} has the {name} {_short(value)}; expected a text")
+        raise BadInput(f"{where} has the {name} {shown(value)}; expected a text")
     return value
 
 
@@ -39,7 +39,7 @@ def id_field(entry: dict[str, Any], name: str, where: str) -> int | str:
     """A number or string that must be there."""
     value = entry.get(name)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise BadInput(f"{where} has the {name} {_short(value)}; expected an id")
+        raise BadInput(f"{where} has the {name} {shown(value)}; expected an id")
     return value
 
 
@@ -47,7 +47,7 @@ def number_field(entry: dict[str, Any], name: str, where: str) -> int:
     """A whole number that must be there; digits in a string are one too."""
     value = id_field(entry, name, where)
     if isinstance(value, str) and not (value.isascii() and value.isdecimal() and len(value) <= 18):
-        raise BadInput(f"{where} has the {name} {_short(value)}; expected a whole number")
+        raise BadInput(f"{where} has the {name} {shown(value)}; expected a whole number")
     return int(value)
 
 
@@ -55,7 +55,7 @@ def list_field(entry: dict[str, Any], name: str, where: str) -> list[Any]:
     """A list that must be there."""
     value = entry.get(name)
     if not isinstance(value, list):
-        raise BadInput(f"{where} has the {name} {_short(value)}; expected a list")
+        raise BadInput(f"{where} has the {name} {shown(value)}; expected a list")
     return value
 
 
@@ -84,8 +84,3 @@ def no_companions(join: Sequence[Path], what: str) -> None:
     """Refuse --join where there is nothing to join."""
     if join:
         raise BadInput(f"{join[0]} was given with --join, but {what} needs no further file; leave it away")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

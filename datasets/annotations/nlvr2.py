@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from uniter.datasets.annotations.fields import json_lines, no_split, read_document, text_field
 from uniter.datasets.captions.caption import Caption
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, shown
 
 
 def read_nlvr2(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
@@ -28,7 +28,7 @@ def read_nlvr2(path: Path, *, split: str | None, join: Sequence[Path], counts: C
         identifier = text_field(entry, "identifier", where)
         pair, dash, _ = identifier.rpartition("-")
         if not dash:
-            raise BadInput(f"{where} has the identifier {identifier!r}; expected e.g. 'dev-850-0-1', is this NLVR2?")
+            raise BadInput(f"{where} has the identifier {shown(identifier)}; expected e.g. 'dev-850-0-1', is this NLVR2?")
         images = (f"{pair}-img0.png", f"{pair}-img1.png")
         if any(_bare(name) in missing for name in images):
             counts["image_missing"] += 1

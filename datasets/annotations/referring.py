@@ -167,12 +167,12 @@ def _given_order(path: Path, annotations: Mapping[int, Any], in_order: Mapping[i
     table = object_of(document.get("iid_to_ann_ids", document), f"iid_to_ann_ids of {path}")
     rows: dict[int, list[int]] = {}
     for name, numbers in table.items():
-        if not name.isdecimal() or not isinstance(numbers, list):
+        if not (name.isascii() and name.isdecimal() and len(name) <= 18) or not isinstance(numbers, list):
             raise BadInput(f"{path} says {str(numbers)[:40]} of image {name[:40]!r}; expected {{image id: [annotation ids]}}")
         image = int(name)
         if image not in in_order:
             continue  # the order may be of more images than these
-        if sorted(numbers) != sorted(in_order[image]):
+        if not all(type(number) is int for number in numbers) or sorted(numbers) != sorted(in_order[image]):
             raise BadInput(
                 f"{path} orders {len(numbers)} annotations of image {image}, the instances hold {len(in_order[image])}, or others; "
                 "are the files of the same set?"

@@ -14,7 +14,7 @@ from typing import Any, Final
 from uniter.datasets.annotations.fields import json_lines, list_field, no_split, read_document, text_field
 from uniter.datasets.captions.caption import Caption
 from uniter.datasets.captions.files import object_of
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, shown
 
 CHOICES: Final = 4
 COCO_CLASSES: Final = (
@@ -142,7 +142,7 @@ def _label(entry: dict[str, Any], name: str, where: str) -> int:
     if label is None:
         return -1
     if type(label) is not int or not 0 <= label < CHOICES:
-        raise BadInput(f"{where} has the {name} {label!r}; expected 0 to {CHOICES - 1}")
+        raise BadInput(f"{where} has the {name} {shown(label)}; expected 0 to {CHOICES - 1}")
     return label
 
 

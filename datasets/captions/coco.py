@@ -8,7 +8,7 @@ from pathlib import Path
 from uniter.datasets.captions.caption import Caption
 from uniter.datasets.captions.files import id_of, json_items, object_of, text_of
 from uniter.datasets.captions.names import NameTable
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, shown
 
 BATCH = 4096
 
@@ -28,7 +28,7 @@ def read_coco(path: Path, *, split: str | None, join: Sequence[Path], counts: Co
         entry = object_of(value, f"entry {place} of images in {path}")
         number = entry.get("id")
         if not isinstance(number, str | int | float):
-            raise BadInput(f"entry {place} of images in {path} has the id {number!r}; expected a number or a string")
+            raise BadInput(f"entry {place} of images in {path} has the id {shown(number)}; expected a number or a string")
         file_name = entry.get("file_name")
         names.add(number, file_name if isinstance(file_name, str) and file_name else str(number))
     annotations = enumerate(json_items(path, "annotations.item"))

@@ -32,7 +32,9 @@ def names_of_urls(paths: Sequence[Path]) -> NameTable:
                 url_column, file_column = column_named(row, URL_COLUMNS), column_named(row, FILE_COLUMNS)
                 if url_column is None or file_column is None:
                     missing = "url" if url_column is None else "file name"
-                    raise BadInput(f"{table} has no {missing} column (it has: {', '.join(list(row)[:8])}); expected a downloader's table")
+                    raise BadInput(
+                        f"{table} has no {missing} column (it has: {', '.join(list(row)[:8])[:400]}); expected a downloader's table"
+                    )
                 status = row.get("status")
                 url, name = row[url_column], row[file_column]
                 if (status is None or str(status).lower() in DONE) and isinstance(url, str) and name is not None and str(name):

@@ -134,7 +134,7 @@ def _json(path: Path, parse: Callable[[BinaryIO], Iterator[Any]]) -> Iterator[An
         except (ijson.JSONError, ValueError, ArithmeticError) as error:
             reason = _first_line(error)
             if "premature EOF" in reason or "incomplete" in reason.lower():
-                raise BadInput(f"{path} ends in the middle ({reason}); was it cut off? Fetch it again") from None
+                raise BadInput(f"{path} ends or breaks in the middle ({reason}); was it cut off? Fetch it again") from None
             if "UTF8" in reason or isinstance(error, UnicodeDecodeError):
                 raise BadInput(f"{path} holds bytes that are not UTF-8 ({reason}); save it as UTF-8") from None
             raise BadInput(f"{path} is not JSON ({reason}); is it the right file, was a part of it lost?") from None

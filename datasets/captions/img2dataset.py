@@ -67,7 +67,7 @@ def _caption(row: dict[str, Any], counts: Counter[str], where: str) -> Caption:
     key, column = row.get("key"), column_named(row, CAPTION_COLUMNS)
     if not isinstance(key, str | int) or column is None:
         missing = "key" if column is not None else "caption"
-        raise BadInput(f"{where} has no {missing} (it has: {', '.join(list(row)[:8])}); expected img2dataset's table")
+        raise BadInput(f"{where} has no {missing} (it has: {', '.join(list(row)[:8])[:400]}); expected img2dataset's table")
     done = row.get("status") is None or str(row["status"]).lower() in DONE
     counts["urls_not_downloaded"] += not done
     return Caption(id_of(key, 0), f"{key}.jpg" if done else "", text_of(row[column], where))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, shown
 from uniter.datasets.index_file import hash_key
 
 
@@ -84,7 +84,9 @@ class NameTable:
         for place in again.tolist():
             first, second = self._name(int(order[place])), self._name(int(order[place + 1]))
             if first != second:
-                raise BadInput(f"{self._what} {int(ordered[place])} is listed twice, as {first!r} and as {second!r}; expected one name")
+                raise BadInput(
+                    f"{self._what} {int(ordered[place])} is listed twice, as {shown(first)} and as {shown(second)}; expected one name"
+                )
         keep = np.ones(len(ids), bool)
         keep[again + 1] = False
         self._sorted, self._order = ordered[keep], order[keep]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from uniter.datasets.captions.caption import Caption
 from uniter.datasets.captions.files import first_character, id_of, json_items, lines_of, object_of, text_of
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, shown
 
 IMAGE_COLUMNS = (
     "image",
@@ -123,8 +123,8 @@ def _captions(
         image_column, caption_column = column_named(row, IMAGE_COLUMNS), column_named(row, CAPTION_COLUMNS)
         if image_column is None or caption_column is None:
             missing = "image" if image_column is None else "caption"
-            shown = ", ".join(list(row)[:8])
-            raise BadInput(f"{where} has no {missing} column (it has: {shown}); expected `image` and `caption`")
+            there = ", ".join(map(str, list(row)[:8]))
+            raise BadInput(f"{where} has no {missing} column (it has: {there[:400]}); expected `image` and `caption`")
         if wanted is not None:
             part = str(row.get("split"))
             seen.add(part)
@@ -133,12 +133,12 @@ def _captions(
                 continue
         image, caption = row[image_column], row[caption_column]
         if not isinstance(image, str | int) or isinstance(image, bool):
-            raise BadInput(f"the image of {where} is {image!r}; expected its name")
+            raise BadInput(f"the image of {where} is {shown(image)}; expected its name")
         id_column = column_named(row, ID_COLUMNS)
         example = id_of(row[id_column] if id_column is not None else None, number, row_prefix)
         captions = caption if isinstance(caption, list) else [caption]
         for place, text in enumerate(captions):
             yield Caption(f"{example}-{place}" if len(captions) > 1 else example, str(image), text_of(text, where))
     for part in sorted((wanted or set()) - seen):
-        known = ", ".join(sorted(seen)) or "nothing"
-        raise BadInput(f"{path} has no part {part!r} in its `split` column (it has: {known})")
+        known = ", ".join(map(shown, sorted(seen)[:40])) or "nothing"
+        raise BadInput(f"{path} has no part {shown(part)} in its `split` column (it has: {known})")
