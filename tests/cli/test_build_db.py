@@ -176,6 +176,32 @@ def test_several_files(tmp_path: Path, captions: Path) -> None:
     assert "the id '0' is used twice" in run(tmp_path / "{captions_train2014,captions}.json", tmp_path / "twice.db", code=1).stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("p{0,1}.jsonl", ['{"image": "a.jpg", "caption": "one"}\n', '{"image": "b.jpg", "caption": ["two", "three"]}\n']),
+        ("p{0,1}.csv", ["image,caption\na.jpg,one\n", "image,caption\nb.jpg,two\nc.jpg,three\n"]),
+        ("p{0,1}.tsv", ["one\thttp://x.org/a.jpg\n", "two\thttp://x.org/b.jpg\nthree\thttp://x.org/c.jpg\n"]),
+    ],
+)
+def test_texts_without_ids_in_several_files(tmp_path: Path, name: str, contents: list[str]) -> None:
+    for path, content in zip(expand(str(tmp_path / name)), contents, strict=True):
+        path.write_text(content)
+    run(tmp_path / name, tmp_path / "both.db")
+    database = TextDB(tmp_path / "both.db")
+    assert [record["sent"] for record in map(database.record, range(3))] == ["one", "two", "three"]
+    assert len(set(database.ids)) == 3
+
+
+def test_lists_of_one_name_are_both_in_the_header(captions: Path, tmp_path: Path) -> None:
+    for folder, content in (("a", "1\n"), ("b", "nothing\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "list.txt").write_text(content)
+    run(captions, tmp_path / "x.db", "--exclude", tmp_path / "a/list.txt", "--exclude", tmp_path / "b/list.txt")
+    header = json.loads((tmp_path / "x.db" / "header.json").read_text())
+    assert len(header["settings"]["exclude"]) == 2 and header["report"]["texts"]["excluded"] == 2
+
+
 def test_the_ten_photographs(shared: Path, tmp_path: Path) -> None:
     report = summary(shared / "data" / "coco10" / "captions.json", tmp_path / "db")
     assert report["texts"]["kept"] == 50 and report["images"] == 10

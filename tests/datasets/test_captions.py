@@ -150,6 +150,41 @@ def test_json_cut_off_anywhere_is_said(tmp_path: Path) -> None:
         read(written(tmp_path / "c.json", COCO), split="val")
 
 
+def test_halves_of_surrogate_pairs_become_replacement_characters(tmp_path: Path) -> None:
+    """Python's json writes "\\ud83d" where a text was cut in the middle of an emoji; yajl, below ijson, refuses it."""
+    texts = ["x" * n + "half \ud83d or \udc00, whole 😀 \\ud83d " + "\\" * n for n in range(1000)]
+    document = {
+        "images": [{"id": 1, "file_name": "a\ud83d.jpg"}],
+        "annotations": [{"id": n, "image_id": 1, "caption": text} for n, text in enumerate(texts)],
+    }
+    path = written(tmp_path / "c.json", json.dumps(document).encode())
+    for caption, text in zip(read(path)[0], texts, strict=True):
+        assert caption.text == text.replace("\ud83d", "\ufffd").replace("\udc00", "\ufffd")
+        assert caption.image == "a\ufffd.jpg"
+
+
+def test_json_nested_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    """ijson keeps the path of each level: 100,000 levels took 25 GB."""
+    for text in ("[" * 200_000, '{"a":' * 100_000, '{"images": [], "annotations": ' + '[{"a": ' * 50_000):
+        path = written(tmp_path / "deep.json", text)
+        for kind in ("coco", "karpathy", "vg", "sbu", None):
+            with pytest.raises(BadInput, match=r"nested more than 500 deep|is not JSON|ends or breaks|has 1 cells"):
+                read(path, kind=kind)
+    brackets = {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1, "image_id": 1, "caption": '[{"[' * 9000}]}
+    assert len(read(written(tmp_path / "c.json", json.dumps(brackets)))[0]) == 1, "brackets in a text are text"
+    shallow = {"images": [{"id": 1, "file_name": "a", "more": json.loads("[" * 400 + "]" * 400)}], "annotations": []}
+    assert read(written(tmp_path / "c.json", json.dumps(shallow)), kind="coco")[0] == []
+
+
+def test_what_is_no_utf8_is_said(tmp_path: Path) -> None:
+    text = '{"images": [], "annotations": [{"id": 1, "image_id": 1, "caption": "caf\xe9"}]}'
+    with pytest.raises(BadInput, match="holds bytes that are not UTF-8"):
+        read(written(tmp_path / "c.json", text.encode("latin-1")))
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        with pytest.raises(BadInput, match="is UTF-16 text; save it as UTF-8"):
+            read(written(tmp_path / "c.json", text.encode(encoding)))
+
+
 # --------------------------------------------------------------------------------------------------------- Karpathy, Visual Genome
 
 KARPATHY = {
@@ -284,6 +319,10 @@ def test_conceptual_captions_joined_to_downloads(tmp_path: Path) -> None:
     urls = parquet(tmp_path / "urls.parquet", [{"URL": row["url"], "TEXT": row["caption"]} for row in IMG2DATASET])
     assert detect(urls) == "cc"
     assert shown(read(urls, join=[tables[0]])[0]) == [("0", "000000000", "a dog"), ("1", "", ""), ("2", "000010000", "c")]
+    with pytest.raises(BadInput, match=r"the caption of row 0 of .* is a JSON list"):
+        read(parquet(tmp_path / "lists.parquet", [{"url": "http://x.org/a.jpg", "caption": ["a", "b"]}]))
+    with pytest.raises(BadInput, match=r"has no url column \(it has: picture, caption\)"):
+        read(parquet(tmp_path / "other.parquet", [{"picture": "a.jpg", "caption": "a"}]), kind="cc")
     with pytest.raises(BadInput, match="no url was downloaded"):
         read(path, join=[written(tmp_path / "none.json", [dict(IMG2DATASET[1])])])
     with pytest.raises(BadInput, match="has no file name column"):
@@ -430,6 +469,12 @@ def test_csv(tmp_path: Path) -> None:
         read(written(tmp_path / "bad.csv", "image,caption\na.jpg,a dog, big\n"))
     with pytest.raises(BadInput, match="has no caption column"):
         read(written(tmp_path / "bad.csv", "image,words\na.jpg,a dog\n"), kind="csv")
+    for content, message in (
+        ('image,caption\na.jpg,"a dog\nb.jpg,two\n', "row 0 opens a quote that is never closed"),
+        ('image,caption\na.jpg,x\nb.jpg,"big" dog\n', "row 1 has a quote inside a quoted cell; write it twice"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            read(written(tmp_path / "bad.csv", content))
 
 
 def test_every_source_refuses_what_it_cannot_use(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ import json
 import pickle
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from uniter.datasets.captions import CAPTIONS, Caption
 from uniter.datasets.errors import BadInput
@@ -105,6 +108,9 @@ def test_files_are_told_apart(world: Path) -> None:
         "refs(umd).p": "refcoco",
         "refs(unc).p": "refcoco",
     }
+    flickr = {"images": [{"filename": "1.jpg", "sentids": [0], "sentences": []}], "dataset": "flickr30k"}
+    (world / "any name.json").write_text(json.dumps(flickr))
+    assert kind_of_annotations(world / "any name.json") == "flickr30k"
     together = exclusion_lists(refcoco=[world / "refs(unc).p", world / "refs(umd).p"])
     assert together["refer_test_coco_iids"] == lists_of(world)["refer_test_coco_iids"]
 
@@ -205,3 +211,54 @@ def test_golden_refer_pickle(uniter_data_golden: Path) -> None:
     lists = exclusion_lists(refcoco=[uniter_data_golden / "ann" / "refs(unc).p"])
     wanted = {ref["image_id"] for ref in refs if ref["split"] in ("testA", "testB", "test")}
     assert lists["refer_test_coco_iids"] == sorted(wanted)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ fuzzing
+
+IMAGES = [{"id": 1, "file_name": "a.jpg", "flickr_url": "http://farm1.staticflickr.com/5/9001_ab_z.jpg"}]
+REFS = [{"image_id": 1, "split": "testA", "sentences": ["a"]}, {"image_id": 2, "split": "val"}]
+SPLITS = [{"filename": "9001.jpg", "cocoid": 1, "split": "test", "sentences": []}, {"filename": "b.jpg", "cocoid": 2, "split": "restval"}]
+SOURCES: dict[str, tuple[str, Any]] = {
+    "coco": ("instances.json", {"images": IMAGES, "annotations": []}),
+    "karpathy": ("dataset_coco.json", {"images": SPLITS, "dataset": "coco"}),
+    "refcoco": ("refs.json", REFS),
+    "flickr30k": ("dataset_flickr30k.json", {"images": SPLITS, "dataset": "flickr30k"}),
+    "visual_genome": ("image_data.json", [{"image_id": 101, "coco_id": None, "flickr_id": 9001}, {"image_id": 1, "coco_id": 7}]),
+}
+
+
+@pytest.mark.parametrize("kind", [*SOURCES, "refs.p", "photo ids", "karpathy_test_images.txt", "lists"])
+@given(data=st.data())
+def test_fuzzed_annotations_make_lists_or_an_error_of_ours(tmp_path: Path, fuzzing: ModuleType, kind: str, data: st.DataObject) -> None:
+    if kind in SOURCES:
+        name, document = SOURCES[kind]
+        changed = data.draw(st.booleans(), label="values")
+        content = (
+            fuzzing.as_json(fuzzing.with_another_value(data, document)) if changed else fuzzing.damaged(data, fuzzing.as_json(document))
+        )
+    elif kind == "refs.p":
+        name, content = "refs.p", fuzzing.damaged(data, pickle.dumps(REFS, protocol=data.draw(st.sampled_from([0, 2, 4]))))
+    elif kind == "lists":
+        lists = {name: [1, 2, "9001"] for name in LISTS}
+        name, content = "lists.json", fuzzing.as_json(fuzzing.with_another_value(data, data.draw(st.sampled_from([lists, [1, "a.jpg"]]))))
+        content = content if data.draw(st.booleans()) else fuzzing.damaged(data, content)
+    else:
+        name = "karpathy_test_images.txt" if kind.startswith("karpathy") else "train.txt"
+        content = fuzzing.damaged(data, b"val2014/x.jpg 391895\n" * 3 if kind.startswith("karpathy") else b"9001\n9002\n")
+    path = tmp_path / name
+    path.write_bytes(content)
+    try:
+        if kind == "lists":
+            (tmp_path / "lists").write_bytes(content)
+        else:
+            found = kind_of_annotations(path)
+            given_files: Any = path if found == "visual_genome" else [path]
+            lists = exclusion_lists(**{found: given_files})
+            assert tuple(lists) == LISTS
+            (tmp_path / "lists").write_text(json.dumps(lists))
+        exclusion = Exclusion([tmp_path / "lists"])
+        for caption in (Caption("1", "train2014/a.jpg", "a", (("coco", "1"),)), Caption("2", ("a", "b"), None, (("flickr", "9001"),))):
+            assert exclusion(caption) in (True, False)
+            assert exclusion.part(caption) in ("train", "val")
+    except BadInput as error:
+        assert 20 < len(str(error)) < 2000
