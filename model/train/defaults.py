@@ -4,6 +4,8 @@ The choices are functions of the amount of data, the size of the model and the d
 the same numbers again.
 """
 
+from uniter.datasets.text_db import read_json_object
+from uniter.model.checkpoints import find_weights
 from uniter.model.tasks import Finetuning
 from uniter.model.train.config import TrainSettings
 from uniter.model.train.distributed import Processes
@@ -32,7 +34,7 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
     chosen = settings.model_copy(deep=True)
     if chosen.from_ is None and chosen.model.size is None:
         chosen.model.size = "base" if on_gpu and examples >= ENOUGH_FOR_BASE else "tiny"
-    size = chosen.model.size or "base"
+    size = chosen.model.size or size_of(chosen.from_ or "")
     if chosen.from_ is None and size == "tiny" and chosen.model.initializer_range is None:
         # BERT's 0.02 is meant for 768 columns; in a narrow model it leaves attention uniform for thousands of updates.
         width = chosen.model.hidden_size or PRESETS[size]["hidden_size"]
@@ -57,6 +59,13 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
     if chosen.checkpoint_every is None:
         chosen.checkpoint_every = chosen.validate_every
     return chosen
+
+
+def size_of(start: str) -> str:
+    """The preset whose numbers suit a checkpoint: "tiny" where the configuration beside it says that it is narrow, else "base"."""
+    config = find_weights(start).parent / "config.json"
+    width = read_json_object(config).get("hidden_size") if config.is_file() else None
+    return "tiny" if isinstance(width, int) and width < PRESETS["base"]["hidden_size"] // 2 else "base"
 
 
 def complete_finetuning(

@@ -61,7 +61,8 @@ def test_it_trains_resumes_and_is_fine_tuned(settings: Make, first: str, world: 
     logs = [[line for line in read_log(run) if line["kind"] == "train"] for run in (unbroken, second)]
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]] and len(logs[0]) == 12
     assert {line["part"] for line in logs[0]} == {"mlm_toy", "mrfr_toy", "mrc-kl_toy"}
-    assert yaml.safe_load((second / "config.yaml").read_text())["max_text_length"] == 220
+    chosen = yaml.safe_load((second / "config.yaml").read_text())
+    assert chosen["max_text_length"] == 220 and chosen["optimizer"]["learning_rate"] == 5e-4, "chosen by the first stage's size"
 
     before, after = (read_state(find_weights(run)) for run in (first, str(second)))
     assert len(after[WORDS]) == len(before[WORDS]) + TAGS and after[TYPES].shape[0] == 4 and before[TYPES].shape[0] == 2
