@@ -52,7 +52,8 @@ from uniter.extract.labelled_images import LabelledImage, LabelledImages, coco_g
 from uniter.extract.network import add_attribute_branch
 from uniter.extract.preparation import ShortestEdgePreparation
 from uniter.extract.recipes import merged_config, read_config
-from uniter.extract.weight_files import read_tensors, sha256_of
+from uniter.extract.weight_files import sha256_of
+from uniter.extract.weights import load_weight_file
 
 log = logging.getLogger(__name__)
 
@@ -558,6 +559,7 @@ def train_detector(
     network = build_network(cfg, classes=len(labelled.class_names), attributes=attribute_count, seed=seed)
     if from_weights:
         _start_from(network, Path(from_weights))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth less time on a CPU, the same values but for rounding
     optimizer = _optimizer(network, schedule, learning_rate)
     preparation = ShortestEdgePreparation(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
     started = time.monotonic()
@@ -577,7 +579,11 @@ def train_detector(
     broken: set[int] = set()
     network.train()
     try:
-        with EventStorage(done), Progress(steps, unit="updates", label="training the detector", done=done) as progress:
+        with (
+            fitting_threads(network, placed),
+            EventStorage(done),
+            Progress(steps, unit="updates", label="training the detector", done=done) as progress,
+        ):
             for step, batch in enumerate(loader, start=done + 1):
                 broken.update(number for item in batch for number in item["broken"])
                 rate = learning_rate * learning_rate_factor(step - 1, steps=steps, warmup=schedule.warmup)
@@ -671,9 +677,28 @@ def _claim(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
     write_json(path, settings)
 
 
+NARROW = 10_000_000  # parameters
+
+
+@contextlib.contextmanager
+def fitting_threads(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Compute a narrow detector with half of the cores.
+
+    Its operations are so short that threads mostly wait for each other. On two cores that nobody else used, two threads took 0.25 s an
+    update and one 0.40 s; with two busy programs beside them, two threads took 6.4 s and one 0.64 s.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu" and sum(parameter.numel() for parameter in network.parameters()) < NARROW:
+        torch.set_num_threads(max(before // 2, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _start_from(network: nn.Module, path: Path) -> None:
-    """Copy what fits by name and shape from a weight file in Detectron2's layout; nothing in the file is executed."""
-    _, tensors = read_tensors(path)
+    """Copy what fits by name and shape from a weight file of any known layout; nothing in the file is executed."""
+    tensors = load_weight_file(path).tensors
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:

@@ -39,6 +39,11 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNITER_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("world")
@@ -227,6 +232,16 @@ def test_starting_from_weights(world: Path, finished: Path, tmp_path: Path) -> N
     torch.save({"model": {"other.weight": torch.zeros(3)}}, tmp_path / "other.pth")
     with pytest.raises(BadInput, match="none of its 1 tensors fits"):
         short_run(world, tmp_path / "no", from_weights=tmp_path / "other.pth")
+
+
+def test_a_narrow_detector_leaves_half_of_the_cores_alone() -> None:
+    narrow, wide = torch.nn.Linear(10, 10), torch.nn.Linear(10_000, 1_001, device="meta")
+    for network, before, during in ((narrow, 4, 2), (narrow, 1, 1), (wide, 4, 4)):
+        torch.set_num_threads(before)
+        with training.fitting_threads(network, torch.device("cpu")):
+            assert torch.get_num_threads() == during
+        assert torch.get_num_threads() == before
+    torch.set_num_threads(1)
 
 
 def test_a_damaged_checkpoint_is_named(world: Path, finished: Path, tmp_path: Path) -> None:
