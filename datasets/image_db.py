@@ -247,26 +247,33 @@ class _LiveStore:
 
     def _open(self) -> Any:
         for path in (self.path, self.path.with_suffix("")):  # a unit that has been finished lost its ".partial"
-            if (path / "data.mdb").exists():
+            data = path / "data.mdb"
+            if data.exists():
                 try:
-                    return lmdb.open(str(path), readonly=True, create=False, max_dbs=3, max_spare_txns=0)
-                except lmdb.Error as error:
-                    if (path / "data.mdb").exists():
+                    if data.stat().st_size < 2 * 4096:  # killed while LMDB wrote its first two pages
+                        return None
+                    check_data_file(data)
+                    # Without a lock file nobody is writing there. To make one would take room, of a disk that may be full.
+                    locked = (path / "lock.mdb").exists()
+                    return lmdb.open(str(path), readonly=True, create=False, lock=locked, max_dbs=3, max_spare_txns=0)
+                except (lmdb.Error, BadInput, FileNotFoundError) as error:
+                    if data.exists():
                         raise BadInput(f"{path}/data.mdb cannot be opened: {error}") from None
         return None
 
     def _read(self, work: Any) -> Any:
-        environment = self._open()
-        if environment is None:
-            return None
-        try:
-            with environment.begin(buffers=True) as transaction:
-                table = environment.open_db(self._table, txn=transaction, create=False) if self._table else None
-                return work(transaction, table)
-        except lmdb.NotFoundError:
-            return None  # nothing was committed yet
-        finally:
-            environment.close()
+        while (environment := self._open()) is not None:
+            try:
+                with environment.begin(buffers=True) as transaction:
+                    table = environment.open_db(self._table, txn=transaction, create=False) if self._table else None
+                    return work(transaction, table)
+            except lmdb.NotFoundError:
+                return None  # nothing was committed yet
+            except lmdb.MapResizedError:  # the writer's map has just grown
+                continue
+            finally:
+                environment.close()
+        return None
 
     def value(self, key: bytes) -> bytes | None:
         def get(transaction: Any, table: Any) -> bytes | None:

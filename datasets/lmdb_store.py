@@ -230,6 +230,12 @@ def put_all(environment: lmdb.Environment, values: Sequence[tuple[bytes, bytes]]
             raise UniterError(f"writing {environment.path()} failed: {error}; make room and run the same command again") from None
 
 
+def allocate_lock_file(folder: Path) -> None:
+    """Give an LMDB's lock file its bytes before LMDB maps it and writes into the mapping: on a full disk, that kills the process."""
+    with open(folder / "lock.mdb", "ab") as file:
+        file.write(bytes(max(0, _LOCK_FILE_BYTES - file.tell())))
+
+
 _held: set[str] = set()
 _held_guard = threading.Lock()
 
@@ -513,61 +519,62 @@ class UnitStore:
             return False
         self.absorb(wait=True)
         with _file_lock(self.units_folder / ".locks" / "finish", wait=True), _full_disk_said(self.path):
-            if self.is_complete():
-                return True
-            keys: list[bytes] = []
-            counts, checksums, unit_numbers, failure_units = [], [], [], []
-            failed: list[dict[str, Any]] = []
-            for number in range(units):
-                folder = self._folder(number)
-                columns = map_arrays(folder / INDEX)
-                unit_keys = KeyList(columns)
-                keys += [unit_keys.raw(row) for row in range(len(unit_keys))]
-                counts.append(columns["region_counts"])
-                checksums.append(columns["checksums"])
-                unit_numbers.append(np.full(len(unit_keys), number, dtype=np.int32))
-                rows = read_failures(folder / "failures.jsonl")
-                failed += rows
-                failure_units += [number] * len(rows)
-            environment = _open_writer(self.path, _FIRST_MAP_BYTES)  # also makes the file where no unit holds a record
-            try:
-                stored = environment.stat()["entries"]
-            finally:
-                environment.close()
-            if stored != len(keys):
-                raise BadInput(
-                    f"{self.path}/data.mdb holds {stored} records but its units {len(keys)}; was a file replaced? Use --overwrite"
-                )
-            order = sorted(range(len(keys)), key=keys.__getitem__)
-            places = value_places(self.path / "data.mdb", [keys[row] for row in order])
-            region_counts = np.concatenate([*counts, np.zeros(0, np.int32)])[order].astype(np.int32)
-            save_arrays(
-                self.path / INDEX,
-                {
-                    **key_columns([keys[row] for row in order]),
-                    "region_counts": region_counts,
-                    "checksums": np.concatenate([*checksums, np.zeros(0, np.uint32)])[order].astype(np.uint32),
-                    "units": np.concatenate([*unit_numbers, np.zeros(0, np.int32)])[order].astype(np.int32),
-                    "failure_units": np.array(failure_units, dtype=np.int32),
-                    **places,
-                },
-            )
-            _write_failures(self.path / "failures.jsonl", failed)
-            (self.path / "lock.mdb").unlink(missing_ok=True)
-            sync_folder(self.path)
-            told = {
-                "format_version": FORMAT_VERSION,
-                "kind": "regions",
-                "images": len(keys),
-                "regions": int(region_counts.sum()),
-                "failures": len(failed),
-                "units": units,
-                **header,
-            }
-            _write_bytes(self.path / CARD_FILE, region_card(told).encode())
-            write_json(self.path / "header.json", told)
+            if not self.is_complete():  # another process may have done it while we waited
+                self._put_together(units, header)
         self._sweep()
         return True
+
+    def _put_together(self, units: int, header: Mapping[str, Any]) -> None:
+        """Write what stands beside `data.mdb`, from the units that are all in it; `header.json` last."""
+        keys: list[bytes] = []
+        counts, checksums, unit_numbers, failure_units = [], [], [], []
+        failed: list[dict[str, Any]] = []
+        for number in range(units):
+            folder = self._folder(number)
+            columns = map_arrays(folder / INDEX)
+            unit_keys = KeyList(columns)
+            keys += [unit_keys.raw(row) for row in range(len(unit_keys))]
+            counts.append(columns["region_counts"])
+            checksums.append(columns["checksums"])
+            unit_numbers.append(np.full(len(unit_keys), number, dtype=np.int32))
+            rows = read_failures(folder / "failures.jsonl")
+            failed += rows
+            failure_units += [number] * len(rows)
+        environment = _open_writer(self.path, _FIRST_MAP_BYTES)  # also makes the file where no unit holds a record
+        try:
+            stored = environment.stat()["entries"]
+        finally:
+            environment.close()
+        if stored != len(keys):
+            raise BadInput(f"{self.path}/data.mdb holds {stored} records but its units {len(keys)}; was a file replaced? Use --overwrite")
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        places = value_places(self.path / "data.mdb", [keys[row] for row in order])
+        region_counts = np.concatenate([*counts, np.zeros(0, np.int32)])[order].astype(np.int32)
+        save_arrays(
+            self.path / INDEX,
+            {
+                **key_columns([keys[row] for row in order]),
+                "region_counts": region_counts,
+                "checksums": np.concatenate([*checksums, np.zeros(0, np.uint32)])[order].astype(np.uint32),
+                "units": np.concatenate([*unit_numbers, np.zeros(0, np.int32)])[order].astype(np.int32),
+                "failure_units": np.array(failure_units, dtype=np.int32),
+                **places,
+            },
+        )
+        _write_failures(self.path / "failures.jsonl", failed)
+        (self.path / "lock.mdb").unlink(missing_ok=True)
+        sync_folder(self.path)
+        told = {
+            "format_version": FORMAT_VERSION,
+            "kind": "regions",
+            "images": len(keys),
+            "regions": int(region_counts.sum()),
+            "failures": len(failed),
+            "units": units,
+            **header,
+        }
+        _write_bytes(self.path / CARD_FILE, region_card(told).encode())
+        write_json(self.path / "header.json", told)
 
     def _sweep(self) -> None:
         """Remove what only an unfinished database needs, and temporary files of killed processes."""
@@ -722,6 +729,7 @@ __all__ = [
     "INDEX",
     "UnitStore",
     "UnitWriter",
+    "allocate_lock_file",
     "check_data_file",
     "checked_key",
     "difference_in_words",
@@ -760,9 +768,7 @@ def _open_writer(folder: Path, map_bytes: int, *, max_dbs: int = 0) -> lmdb.Envi
             data.unlink()
         else:
             check_data_file(data)
-    # LMDB maps lock.mdb and writes into the mapping. On a full disk that kills the process, unless the file has its bytes already.
-    with open(folder / "lock.mdb", "ab") as lock_file:
-        lock_file.write(bytes(max(0, _LOCK_FILE_BYTES - lock_file.tell())))
+    allocate_lock_file(folder)
     return lmdb.open(str(folder), map_size=map_bytes, max_dbs=max_dbs, max_spare_txns=0)
 
 

@@ -20,7 +20,7 @@ import lmdb
 
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db import decode_record
-from uniter.datasets.lmdb_store import check_data_file, difference_in_words, read_json, write_json
+from uniter.datasets.lmdb_store import allocate_lock_file, check_data_file, difference_in_words, read_json, write_json
 from uniter.datasets.regions import RegionFeatures
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class RegionCache:
             data = self.path / "data.mdb"
             if data.exists() and data.stat().st_size >= 2 * 4096:  # a smaller one is being made at this moment
                 check_data_file(data)
+            allocate_lock_file(self.path)
             try:
                 environment = lmdb.open(str(self.path), map_size=FIRST_MAP_BYTES, max_spare_txns=0)
                 try:

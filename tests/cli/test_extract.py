@@ -231,7 +231,7 @@ import sys
 sys.path.insert(0, {folder!r})
 from fake_extraction import FakeDetector
 import uniter.extract.detector
-uniter.extract.detector.build_detector = lambda *a, **k: FakeDetector(seconds=0.05)
+uniter.extract.detector.build_detector = lambda *a, **k: FakeDetector(seconds={seconds})
 from uniter.cli.extract import main
 main()
 """
@@ -240,17 +240,35 @@ main()
 def test_sigterm_ends_the_command_cleanly(photos: Path, tmp_path: Path) -> None:
     for number in range(5, 60):
         cv2.imwrite(str(photos / f"COCO_{number:012d}.jpg"), np.full((30, 40, 3), number, np.uint8))
-    script = SCRIPT.format(folder=str(Path(__file__).parent.parent / "extract"))
+    script = SCRIPT.format(folder=str(Path(__file__).parent.parent / "extract"), seconds=0.05)
     command = [sys.executable, "-c", script, str(photos), str(tmp_path / "out"), "--device", "cpu", "--batch-size", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    data, until = tmp_path / "out" / "units" / "00000.partial" / "data.mdb", time.monotonic() + 60
-    while not data.exists() and time.monotonic() < until:
+    data = tmp_path / "out" / "units" / "00000.partial" / "data.mdb"
+    while not data.exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "SIGTERM: the batch at hand is finished first" in stderr
     assert stderr.strip().splitlines()[-1].startswith("error: stopped after ") and "the same command continues it" in stderr
     assert subprocess.run(command, check=False).returncode == 0
     assert len(ImageDB(tmp_path / "out")) == 60
+
+
+def test_two_processes_under_torchrun_write_what_one_writes(photos: Path, tmp_path: Path) -> None:
+    for number in range(5, 300):
+        cv2.imwrite(str(photos / f"COCO_{number:012d}.jpg"), np.full((30, 40, 3), number % 256, np.uint8))
+    script = tmp_path / "extract.py"
+    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent.parent / "extract"), seconds=0))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    options = ["--device", "cpu", "--batch-size", "2", "--json"]
+    ran = subprocess.run([*launcher, script, photos, tmp_path / "two", *options], capture_output=True, text=True, check=False, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    summaries = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert sorted(summary["extracted"] for summary in summaries) == [128, 172], "128 images make a unit; the second process has the second"
+    assert any(summary["complete"] for summary in summaries)
+    subprocess.run([sys.executable, script, photos, tmp_path / "one", *options], capture_output=True, check=True, timeout=600)
+    for name in ("data.mdb", "index.safetensors", "settings.json", "header.json", "failures.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert not (tmp_path / "two" / "units").exists()

@@ -206,6 +206,9 @@ def fill_a_disk(
         assert process.returncode == 1, "no signal: LMDB's lock file is mapped memory, which a full disk takes away"
         assert last.startswith("uniter.datasets.errors.UniterError: ") and said in last and last.endswith("run the same command again")
         assert not (out / "header.json").exists()
+        if (out / "settings.json").exists():
+            looked = [sys.executable, "-m", "uniter.cli.db", "info", str(out)]
+            subprocess.run(looked, check=True, capture_output=True, timeout=600)  # what is there can be looked at
     disk.grow()
     assert summary_of(begin(fake, photos, out))["complete"]
     assert content(out) == whole
