@@ -2,10 +2,11 @@
 
     python benchmarks/downstream.py --out downstream/
 
-There are two worlds of the same words. Pre-training reads the captions of the first one's pictures. The tasks are asked about the
-second one's pictures, which pre-training never saw, and only a few of them are annotated: that is what one pre-trains for. The
-exception is retrieval: "retrieval-coco" ranks pictures and captions of the first world (as COCO's, which UNITER was pre-trained on),
-"retrieval-flickr30k" of the second. All figures are on held-out pictures that nothing was trained on.
+There are worlds of the same words and other pictures. Pre-training reads the captions of the first one's pictures. The tasks are asked
+about others, which pre-training never saw, and of which only a few are annotated (a twentieth of them for referring expressions, of which
+a picture has more): that is what one pre-trains for. The exception is "retrieval-coco", which ranks pictures and captions of the first
+world, as UNITER was pre-trained on COCO's; "retrieval-flickr30k" ranks others. All figures are on held-out pictures that nothing was
+trained on.
 
 Each step is a command of the toolkit and is printed as one would type it. The same command again goes on where it was stopped. All
 figures are also in OUT/measured.json; `2>log.txt` keeps the commands' logs apart.
@@ -28,7 +29,9 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +83,7 @@ def _asked(part: str) -> list[object]:
 
 def _referring(name: str, by: str, held_out: str) -> Row:
     files = [f"{name}/refs({by}).p", "--join", f"{name}/instances.json", "--split"]
-    return Row("refcoco", "accuracy", [*files, "train"], [*files, held_out], (("annotated",), ("annotated",)))
+    return Row("refcoco", "accuracy", [*files, "train"], [*files, held_out], (("annotated",), ("annotated",)), "fewer")
 
 
 def _ranked(world: str) -> Row:
@@ -197,11 +200,16 @@ class Databases:
 
 
 def make_databases(out: Path, rows: Sequence[str], arguments: argparse.Namespace) -> tuple[dict[str, Databases], tuple[Path, Path]]:
-    """Both worlds, their regions and text databases: those of each row, and the captions and regions of pre-training."""
-    world, few = out / "world", out / "few"
-    run("uniter-scenes", world, "--images", arguments.pictures, "--held-out", arguments.held_out, "--tasks")
-    annotated = ["--images", arguments.few + arguments.held_out, "--held-out", arguments.held_out]
-    run("uniter-scenes", few, *annotated, "--captions", 2, "--seed", 1, "--tasks")
+    """The worlds, their regions and text databases: those of each row, and the captions and regions of pre-training."""
+    for name, (pictures, *options) in {
+        "world": [arguments.pictures],
+        "few": [arguments.few, "--captions", 2, "--seed", 1],
+        "fewer": [max(arguments.few // 20, 1), "--captions", 1, "--seed", 2],
+    }.items():
+        if not (out / name / "tasks" / "vcr" / "val.jsonl").exists():  # what is written last; drawing takes a while
+            number = pictures + (0 if name == "world" else arguments.held_out)
+            run("uniter-scenes", out / name, "--images", number, "--held-out", arguments.held_out, *options, "--tasks")
+    world = out / "world"
     detector = None
     if arguments.regions == "detector":
         detector = out / "detector"
@@ -275,7 +283,12 @@ def workers(count: int) -> Iterator[Callable[..., concurrent.futures.Future[Any]
         yield at_once
         return
     with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        yield pool.submit
+        try:
+            yield pool.submit
+        except BaseException:  # told to stop: what runs goes on another time
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def verdict(differences: Sequence[float]) -> str:
@@ -319,7 +332,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]
     parser.add_argument("--held-out", type=int, default=200, help="more pictures of each world, on which is measured (default: 200)")
     parser.add_argument("--regions", default="detector", choices=["detector", "known"], help="see above (default: detector)")
     parser.add_argument("--pretrain-steps", type=int, help="updates of pre-training (default: chosen by the amount of data)")
-    parser.add_argument("--steps", type=int, default=400, help="updates of each fine-tuning (default: 400)")
+    parser.add_argument("--steps", type=int, default=300, help="updates of each fine-tuning (default: 300)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of fine-tuning, e.g. batch_tokens=512")
     parser.add_argument("--model-set", action="append", default=[], metavar="KEY=VALUE", help="a size of the model, e.g. hidden_size=32")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
@@ -329,13 +342,17 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]
         parser.error("--seeds: at least 1")
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    chosen = {name: getattr(arguments, name) for name in ("pictures", "few", "held_out", "regions")}
+    if (out / "worlds.json").exists() and read_json(out / "worlds.json") != chosen:
+        parser.error(f"{out} holds worlds of other sizes ({read_json(out / 'worlds.json')}); give another --out")
+    write_json(out / "worlds.json", chosen)
     device: list[object] = ["--device", arguments.device] if arguments.device else []
     databases, (captions, images) = make_databases(out, arguments.tasks, arguments)
 
     quiet = ["--set", "tensorboard=false"]
     sizes = [word for setting in arguments.model_set for word in ("--set", f"model.{setting}")]
-    chosen = ["batch_tokens=1024", f"validate_every={arguments.steps}", "checkpoint_every=100", "keep=1", *arguments.set]
-    settings = [word for setting in chosen for word in ("--set", setting)]
+    settings = ["batch_tokens=1024", f"validate_every={arguments.steps}", "checkpoint_every=100", "keep=1", *arguments.set]
+    settings = [word for setting in settings for word in ("--set", setting)]
     pretraining = ["uniter-train", "pretrain", "--text", captions, "--images", images, "--model", "tiny", *device, *quiet, *sizes]
     steps = ["--steps", arguments.pretrain_steps] if arguments.pretrain_steps else []
     untaught = ["--steps", 1, "--set", "optimizer.learning_rate=1e-12", "--set", "validation_examples=10"]
@@ -369,4 +386,5 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

@@ -289,7 +289,7 @@ class UniterForRetrieval(DownstreamModel):
         sizes = batch.targets["group_sizes"].tolist() if "group_sizes" in batch.targets else [len(sequences)]
         fewest = min(count, min(sizes) - 1)
         chosen = []
-        for group in sequences.split(sizes):
+        for group in torch.split(sequences, sizes):
             with torch.no_grad(), evaluating(self):
                 scores = self.ranks(take_sequences(batch, group))["scores"].squeeze(1)
             hardest = scores[1:].topk(fewest, sorted=True).indices + 1
