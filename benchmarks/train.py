@@ -13,7 +13,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -214,7 +214,7 @@ def update_seconds(
     return clock() - started
 
 
-def main() -> None:
+def main(words_given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="base", choices=sorted(PRESETS))
     parser.add_argument("--examples", type=int, default=24, help="examples of a batch")
@@ -227,7 +227,7 @@ def main() -> None:
         "--clock", default="wall", choices=list(CLOCKS), help="processor time is steadier on a busy machine (with --threads 1)"
     )
     parser.add_argument("--no-bf16", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words_given)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     config = UniterConfig.preset(arguments.model, **({"num_hidden_layers": arguments.layers} if arguments.layers else {}))

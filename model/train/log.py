@@ -6,6 +6,7 @@ the file equals an unbroken run's (but for what the clock says).
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any, Self
 
 from uniter.datasets.errors import BadInput
 
-LOG_FILE = "log.jsonl"
+LOG_FILE, WANDB_FILE = "log.jsonl", "wandb.json"
 
 
 class RunLog:
@@ -109,4 +110,8 @@ def _open_wandb(project: str, run: Path) -> Any:
         import wandb
     except ImportError as error:
         raise BadInput("wandb_project is set, but wandb is not installed; pip install 'uniter-toolkit[wandb]' or leave it out") from error
-    return wandb.init(project=project, dir=str(run), name=run.name, resume="allow")
+    # The same run there, however often the command is repeated here.
+    known = run / WANDB_FILE
+    if not known.is_file():
+        known.write_text(json.dumps({"id": secrets.token_hex(4)}), encoding="utf-8")
+    return wandb.init(project=project, dir=str(run), name=run.name, id=json.loads(known.read_text(encoding="utf-8"))["id"], resume="allow")

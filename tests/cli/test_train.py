@@ -78,7 +78,9 @@ def test_export_and_start_again(trained: Path, world: tuple[Path, Path], tmp_pat
     for layout, out in (("published", tmp_path / "uniter.pt"), ("hub", tmp_path / "shared")):
         result = run("export", "--from", trained, "--to", layout, out)
         assert result.exit_code == 0, result.stderr
-    assert {"model.safetensors", "config.json", "README.md"} <= {path.name for path in (tmp_path / "shared").iterdir()}
+    shared = {path.name for path in (tmp_path / "shared").iterdir()}
+    assert shared == {"model.safetensors", "config.json", "vocab.txt", "tokenizer_config.json", "README.md"}
+    assert {path.name for path in tmp_path.glob("uniter*")} == {"uniter.pt", "uniter.json", "uniter-vocab.txt"}
     assert "mlm_data/accuracy" in (tmp_path / "shared" / "README.md").read_text()
     weights = load_file(trained / "checkpoints" / "latest" / "model.safetensors")
     shared = load_file(tmp_path / "shared" / "model.safetensors")

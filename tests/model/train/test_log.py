@@ -53,9 +53,12 @@ def test_weights_and_biases_gets_every_figure(small: Make, tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **told: opened.update(told) or run))
     pretrain(small(steps=3, validate_every=3, wandb_project="toys"), tmp_path / "mine")
     assert opened["project"] == "toys" and opened["name"] == "mine" and finished == [True]
+    first = opened["id"]
     lines = read_log(tmp_path / "mine")
     assert [step for step, _ in logged] == [line["step"] for line in lines]
     assert logged[0][1]["train/loss"] == lines[0]["loss"] and "validation/loss" in logged[-1][1]
+    pretrain(small(steps=3, validate_every=3, wandb_project="toys"), tmp_path / "mine")
+    assert opened["id"] == first and opened["resume"] == "allow"
 
 
 def test_weights_and_biases_that_is_not_installed_is_a_sentence(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from uniter.datasets.corpus import Corpus
 from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.loader import Assembler
 from uniter.model.train import state
 from uniter.model.train.config import TrainSettings
 from uniter.model.train.log import read_log
@@ -22,8 +24,6 @@ Make = Callable[..., TrainSettings]
 
 def gradients_of_an_update(settings: TrainSettings, *, part_name: str) -> tuple[dict[str, torch.Tensor], Any, Any]:
     """The gradients after two micro-batches normalised by hand, the one model and the list of batches."""
-    from uniter.datasets.loader import Assembler
-
     data = open_data(settings)
     model = build_model(settings, data)
     set_dropout(model, 0.0)
@@ -123,6 +123,29 @@ def test_soft_labels_decide_the_tasks(small: Make, tmp_path: Path, made_up: Any,
     assert "no soft labels, so mrc-kl is left out" in caplog.text
     with pytest.raises(BadInput, match="task mrc-kl needs the detector's soft labels"):
         open_data(small(corpora=[{**corpus, "tasks": {"mlm": 1, "mrckl": 1}}]))
+
+
+def test_soft_labels_are_read_only_when_their_task_is_drawn(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are nearly half of a record."""
+    read: set[str] = set()
+    original = Corpus.region_arrays
+
+    def noting(corpus: Corpus, image_row: int, fields: tuple[str, ...] = ("features", "norm_bb")) -> Any:
+        read.update(fields)
+        return original(corpus, image_row, fields)
+
+    monkeypatch.setattr(Corpus, "region_arrays", noting)
+    settings = small()
+    _, mixture = build_mixture(settings, open_data(settings))
+    assembler = Assembler(mixture.parts, 1)
+    taken = set()
+    for plan in mixture.plans([0] * len(mixture.parts), first_step=1, last_step=30, accumulation=1):
+        read.clear()
+        name = mixture.parts[plan.part].name
+        taken.add(name)
+        assert assembler[plan].batch.tokens
+        assert ("soft_labels" in read) == (name == "mrc-kl_toy")
+    assert taken == {"itm_toy", "mlm_toy", "mrfr_toy", "mrc-kl_toy"}
 
 
 @pytest.mark.parametrize("readahead", [True, False])
