@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import lmdb
-import lz4.frame
 import msgpack
 import numpy as np
 import orjson
@@ -37,7 +36,7 @@ from uniter.datasets.index_file import hash_key, save_arrays
 from uniter.datasets.keys import key_maker
 from uniter.datasets.lmdb_store import INDEX, difference_in_words, sync_folder, write_json
 from uniter.datasets.progress import Progress
-from uniter.datasets.text_db import TEXT_FORMAT, read_json_object
+from uniter.datasets.text_db import TEXT_FORMAT, compress_record, read_json_object
 from uniter.datasets.tokenizer import Tokenizer
 
 BATCH = 4096  # captions tokenised at once
@@ -372,7 +371,7 @@ class _Spool:
         lengths: dict[str, array[int]] = {name: array("i") for name in self._length_of}
         shown_images: list[str | list[str]] = []
         known, keys_of, run = self._image_numbers, self._keys_of_numbers, self._run
-        pack, compress, plain = self._packer.pack, lz4.frame.compress, self._special_ids.isdisjoint
+        pack, compress, plain = self._packer.pack, compress_record, self._special_ids.isdisjoint
         for (example, name, text, _, fields, more_texts), pieces in zip(batch, rows, strict=True):
             if not pieces and (fields is None or not fields.get("input_ids")):
                 self.empty += 1

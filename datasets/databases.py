@@ -1,7 +1,8 @@
 """What one does with whole databases: look at them, put them together, take them apart, keep what is good.
 
-Region databases go through `UnitStore`, so a merge or repair that is killed goes on when it is repeated. Text databases are
-written in UNITER's own layout (an LMDB and JSON side files), which every reader here and elsewhere knows.
+Region databases go through `UnitStore`, so a merge or repair that is killed goes on when it is repeated. Text databases of ours go
+through `build_text_db`, so that the result is one of ours again: with its index, its vocabulary, and a header that says which lists of
+images were kept out. Published text databases are written in UNITER's layout (an LMDB and JSON side files).
 """
 
 import itertools
@@ -12,9 +13,13 @@ from typing import Any, Final
 
 import lmdb
 import numpy as np
+import orjson
 
+from uniter.datasets.annotations import ANNOTATIONS
+from uniter.datasets.build_text import TASK_FILES, build_text_db
+from uniter.datasets.captions.caption import Caption
 from uniter.datasets.check import CheckReport, database_kind, examine_regions, examine_text
-from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError, shown
 from uniter.datasets.image_db import ImageDB, encode_record, kind_of, kind_of_child
 from uniter.datasets.lmdb_store import (
     UnitStore,
@@ -29,10 +34,10 @@ from uniter.datasets.lmdb_store import (
     write_json,
 )
 from uniter.datasets.text_db import LENGTHS, TextDB, decode_text_record
+from uniter.datasets.tokenizer import Tokenizer
 
 _UNIT: Final = 512
 _COUNTS: Final = ("format_version", "kind", "images", "regions", "failures", "units")
-_TEXT_EXTRAS: Final = ("refs.json", "annotations.json", "categories.json", "images.json", "vocab.txt")
 Record = tuple[str, bytes, int]
 """A region record on its way: key, value, number of regions."""
 
@@ -258,17 +263,21 @@ def _merge_texts(sources: Sequence[Path], out: Path, *, overwrite: bool) -> dict
     ranges = {database.meta.get("v_range") and tuple(database.meta["v_range"]) for database in databases}
     if len(names) != 1 or len(ranges) != 1:
         raise SettingsDiffer(f"the databases were made with different tokenizers ({', '.join(sorted(map(str, names)))})")
-    owner: dict[str, int] = {}
-    for number, database in enumerate(databases):
-        for example in database.ids:
-            if example in owner and databases[owner[example]][example] != database[example]:
-                raise BadInput(
-                    f"text {example!r} is in {sources[owner[example]]} and in {sources[number]} and differs; give the texts other ids"
-                )
-            owner.setdefault(example, number)
-    stored = [_raw_texts(path) for path in sources]
-    _write_texts(out, ((example, stored[number](example)) for example, number in owner.items()), sources, overwrite=overwrite)
-    return {"out": str(out), "kind": "text", "sources": len(sources), "texts": len(owner)}
+
+    def each_once() -> Iterator[_Text]:
+        for number, database in enumerate(databases):
+            stored = _raw_texts(sources[number])
+            for example in database.ids:
+                earlier = next((before for before in range(number) if example in databases[before]), None)
+                if earlier is None:
+                    yield example, stored(example)
+                elif databases[earlier][example] != database[example]:
+                    raise BadInput(
+                        f"text {example!r} is in {sources[earlier]} and in {sources[number]} and differs; give the texts other ids"
+                    )
+
+    kept = _write_texts(out, each_once(), sources, made_by="uniter-db merge", overwrite=overwrite)
+    return {"out": str(out), "kind": "text", "sources": len(sources), "texts": kept}
 
 
 def _folders_of(source: Path) -> list[Path]:
@@ -317,7 +326,8 @@ def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[
         box_ids = _box_ids_of(_folders_of(source))
     for name, chosen in parts.items():
         if text:
-            _write_texts(out / name, ((key, stored(key)) for key in chosen), [source], overwrite=overwrite)
+            records = ((key, stored(key)) for key in chosen)
+            _write_texts(out / name, records, [source], made_by="uniter-db split", part=f"{name} of {len(parts)}", overwrite=overwrite)
         else:
             settings = {"made_by": "uniter-db split", "source": source.name, "part": name, "images": len(chosen)}
             _write_regions(
@@ -375,12 +385,21 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
     """
     if out.resolve() == source.resolve():
         raise BadInput(f"--repair {out}: expected another folder than the damaged one")
+    if (out / "header.json").exists() and not overwrite:
+        raise BadInput(f"--repair {out}: a database is there already; choose another folder, or --overwrite")
+    if (out / "settings.json").exists():
+        overwrite = True  # killed before: looked through anew, the source may have changed
     if database_kind(source).endswith("text"):
-        good = [(key, value) for key, value, _ in examine_text(source, report)]
-        if not good:
-            raise BadInput(f"{source} holds not one good text; there is nothing to repair")
-        _write_texts(out, good, [source], overwrite=overwrite)
-        return {"out": str(out), "texts": len(good)}
+        if not (source / "data.mdb").exists():
+            raise BadInput(f"{source} holds no data.mdb; there is nothing to repair")
+        good = ((key, value) for key, value, _ in examine_text(source, report))
+        try:
+            texts = _write_texts(out, good, [source], made_by="uniter-db check --repair", overwrite=overwrite)
+        except BadInput:
+            if report.good:
+                raise
+            raise BadInput(f"{source} holds not one good text; there is nothing to repair") from None
+        return {"out": str(out), "texts": texts}
     folders = _folders_of(source)
     header: dict[str, Any] = {}
     failed: list[dict[str, Any]] = []
@@ -407,8 +426,6 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
                 widths.setdefault("label_classes", 0 if regions.soft_labels is None else regions.soft_labels.shape[1])
                 yield key, encode_record(regions, key=key) if published else value, len(regions)
 
-    if (out / "settings.json").exists() and not (out / "header.json").exists():
-        overwrite = True  # killed before: looked through anew, the source may have changed
     settings = {"made_by": "uniter-db check --repair", "source": source.name}
     header["repaired_from"] = source.name
     images = _write_regions(
@@ -421,7 +438,87 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
 # ---------------------------------------------------------------------------------------------------------- texts: write some
 
 
-def _write_texts(out: Path, texts: Iterable[tuple[str, bytes]], sources: Sequence[Path], *, overwrite: bool) -> None:
+_Text = tuple[str, bytes]
+"""A text on its way: id, record as stored."""
+
+
+def _write_texts(
+    out: Path, texts: Iterable[_Text], sources: Sequence[Path], *, made_by: str, part: str | None = None, overwrite: bool
+) -> int:
+    """Write a text database of the same kind as its sources: ours again, with index and header, or in UNITER's layout.
+
+    Returns:
+        How many texts it holds.
+    """
+    if not all((source / "settings.json").exists() and (source / "vocab.txt").exists() for source in sources):
+        return _write_published_texts(out, texts, sources, overwrite=overwrite)
+    stated = [_stated(source) for source in sources]
+    lists = [{tuple(row) for row in settings.get("exclude", {}).items()} for settings in stated]
+    settings = {
+        "made_by": made_by,
+        "part": part,
+        "task": stated[0].get("task"),
+        # What every one of the sources kept out is kept out of the whole.
+        "exclude": dict(sorted(set.intersection(*lists))),
+        "sources": [{"name": source.name, "settings": its} for source, its in zip(sources, stated, strict=True)],
+    }
+    task = ANNOTATIONS.get(str(settings["task"]))
+    report = build_text_db(
+        (_as_caption(key, decode_text_record(value, example=key)) for key, value in texts),
+        out,
+        tokenizer=Tokenizer.load(sources[0]),
+        settings=settings,
+        images=lambda key: (key, "exact"),
+        lengths=None if task is None else task.lengths,
+        meta={name: value for name, value in _stated(sources[0], "meta.json").items() if name in ("task", "annotations")}
+        | {"output": out.name},
+        side_files=lambda: _side_files(sources),
+        overwrite=overwrite,
+    )
+    return report.counts["kept"]
+
+
+def _as_caption(key: str, record: dict[str, Any]) -> Caption:
+    """A record as it came out of its source; what it holds is stored as it is."""
+    image, text = record.get("img_fname"), record.get("sent")
+    if not isinstance(image, str):
+        if not isinstance(image, list) or not all(isinstance(name, str) for name in image):
+            raise BadInput(f"text {key!r} is about {shown(image)}; expected the key of an image, or of several; see `uniter-db check`")
+        image = tuple(image)
+    return Caption(key, image, text if isinstance(text, str) else None, fields=record)
+
+
+def _stated(source: Path, name: str = "settings.json") -> dict[str, Any]:
+    """A JSON object beside a text database; an empty one if it cannot be read."""
+    try:
+        stated = read_json(source / name)
+    except (FileNotFoundError, BadInput):
+        return {}
+    return stated if isinstance(stated, dict) else {}
+
+
+def _side_files(sources: Sequence[Path]) -> dict[str, Any]:
+    """The task's files of the sources as one: equal ones are kept, lists (RefCOCO's) put together without repetition.
+
+    Raises:
+        SettingsDiffer: they are others, so that labels would mean other things.
+    """
+    together: dict[str, Any] = {}
+    for name in TASK_FILES:
+        values = [read_json(source / name) for source in sources if (source / name).exists()]
+        if values and all(value == values[0] for value in values):
+            together[name] = values[0]
+        elif values and all(isinstance(value, list) for value in values):
+            rows = {orjson.dumps(row, option=orjson.OPT_SORT_KEYS): row for value in values for row in value}
+            together[name] = list(rows.values())
+        elif values:
+            raise SettingsDiffer(
+                f"{', '.join(str(source / name) for source in sources)} differ; texts of other labels cannot be one database"
+            )
+    return together
+
+
+def _write_published_texts(out: Path, texts: Iterable[_Text], sources: Sequence[Path], *, overwrite: bool) -> int:
     """Write a text database in UNITER's layout; what meta.json and RefCOCO's side files say is taken from the sources."""
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise BadInput(f"{out} is there already; choose another folder, or --overwrite")
@@ -456,23 +553,24 @@ def _write_texts(out: Path, texts: Iterable[tuple[str, bytes]], sources: Sequenc
         put_all(environment, pending)
     finally:
         environment.close()
+    if not lengths and not images:
+        shutil.rmtree(temporary)
+        raise BadInput(f"there is not one good text to write to {out}")
     for name, table in lengths.items():
         write_json(temporary / f"{name}.json", table)
     write_json(temporary / "txt2img.json", images)
     write_json(temporary / "img2txts.json", texts_of)
-    meta: dict[str, Any] = {}
-    for source in sources:
-        if (source / "meta.json").exists():
-            meta = meta or read_json(source / "meta.json")
-        for name in _TEXT_EXTRAS:
-            if (source / name).exists() and len(sources) == 1:
-                shutil.copyfile(source / name, temporary / name)
-    write_json(temporary / "meta.json", meta)
+    for name, value in _side_files(sources).items():
+        write_json(temporary / name, value)
+    if (sources[0] / "vocab.txt").exists():
+        shutil.copyfile(sources[0] / "vocab.txt", temporary / "vocab.txt")
+    write_json(temporary / "meta.json", next((meta for source in sources if (meta := _stated(source, "meta.json"))), {}))
     if out.exists():
         out.rename(old)  # not removed in place: half of it could still open
     temporary.rename(out)
     sync_folder(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+    return len(images) or max(map(len, lengths.values()))
 
 
 def _stated_lengths(source: Path) -> dict[str, dict[str, int]]:

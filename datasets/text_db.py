@@ -10,7 +10,7 @@ A reader would get this wrong: `lengths` count the word pieces without [CLS] and
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,13 @@ class MissingExample(UniterError, KeyError):
         return str(self.args[0])
 
 
+compress_record = partial(lz4.frame.compress, content_checksum=True)
+"""msgpack -> an lz4 frame with a checksum, which every reader of lz4 frames verifies."""
+
+
 def encode_text_record(record: Mapping[str, Any]) -> bytes:
     """A record as it lies on disk: an lz4 frame of msgpack."""
-    return bytes(lz4.frame.compress(msgpack.packb(record, use_bin_type=True)))
+    return bytes(compress_record(msgpack.packb(record, use_bin_type=True)))
 
 
 def decode_text_record(value: bytes | memoryview, *, example: str | bytes) -> dict[str, Any]:

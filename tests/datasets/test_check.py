@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from uniter.datasets.array_codec import pack_arrays
+from uniter.datasets.build_text import build_text_db
+from uniter.datasets.captions import Caption
 from uniter.datasets.check import CheckReport, check_coverage, check_database, database_kind, faults_of
 from uniter.datasets.databases import describe, merge, repair, split
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
@@ -26,6 +28,7 @@ from uniter.datasets.lmdb_pages import Fault, PageFile
 from uniter.datasets.lmdb_store import INDEX, UnitStore
 from uniter.datasets.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.text_db import TextDB
+from uniter.datasets.tokenizer import Tokenizer
 
 IMAGES = 60
 PADDING = "_" * 180  # long keys, so that the tree has several leaves
@@ -436,6 +439,82 @@ def test_golden_coverage_of_texts_and_images(uniter_data_golden: Path) -> None:
     wanted = sum(texts.image_key(row) in images for row in range(len(texts)))
     assert coverage.texts_with_image == wanted
     assert set(coverage.missing) <= named - set(images)
+
+
+def captions_db(out: Path, numbers: range, **more: Any) -> Path:
+    """A text database of ours; ids are numbers, each image has three texts."""
+    texts = [Caption(str(number), f"{number // 3}.jpg", f"Picture {number} of a dog .", fields={"number": number}) for number in numbers]
+    settings = {"task": "captions", "split": None, "exclude": {}, **more.pop("settings", {})}
+    build_text_db(texts, out, tokenizer=Tokenizer.load(), settings=settings, meta={"task": "captions"}, **more)
+    return out
+
+
+def records_of(path: Path) -> dict[str, Any]:
+    database = TextDB(path)
+    return {example: {**database[example], "length": int(database.lengths[row])} for row, example in enumerate(database.ids)}
+
+
+def test_a_flipped_bit_in_a_text_is_found(tmp_path: Path) -> None:
+    path = captions_db(tmp_path / "texts.db", range(200))
+    assert not check_database(path).problems
+    before = records_of(path)
+    data = path / "data.mdb"
+    content = bytearray(data.read_bytes())
+    place = content.index(b"Picture 77")
+    content[place] ^= 0x20  # "picture": as long, as readable, and wrong
+    data.write_bytes(content)
+    report = check_database(path)
+    assert report.problems["record"] == 1 and "ERROR_contentChecksum_invalid" in report.examples[0]
+    assert (report.records, report.good) == (200, 199)
+    with pytest.raises(BadInput, match="text record '77' is damaged"):
+        TextDB(path)["77"]
+    repair(path, tmp_path / "good.db", CheckReport(""))
+    assert database_kind(tmp_path / "good.db") == "text"
+    del before["77"]
+    assert records_of(tmp_path / "good.db") == before
+    assert not check_database(tmp_path / "good.db").problems
+    with pytest.raises(BadInput, match="is there already; choose another folder, or --overwrite"):
+        repair(path, tmp_path / "good.db", CheckReport(""))
+
+
+def test_texts_of_ours_stay_ours_when_split_and_merged(tmp_path: Path) -> None:
+    excluded = {"excluded.json": "0" * 64}
+    source = captions_db(tmp_path / "texts.db", range(40), settings={"exclude": excluded})
+    told = split(source, tmp_path / "parts", by="3")
+    assert sum(told["parts"].values()) == 40
+    parts = sorted((tmp_path / "parts").iterdir())
+    for part in parts:
+        header = json.loads((part / "header.json").read_text())
+        assert header["settings"]["exclude"] == excluded and not check_database(part).problems
+    assert merge(parts, tmp_path / "again.db")["texts"] == 40
+    assert records_of(tmp_path / "again.db") == records_of(source)
+    assert TextDB(tmp_path / "again.db").meta == {**TextDB(source).meta, "output": "again.db"}
+    assert (tmp_path / "again.db" / "img2txts.json").read_bytes() == (source / "img2txts.json").read_bytes()
+    header = json.loads((tmp_path / "again.db" / "header.json").read_text())
+    assert header["settings"]["exclude"] == excluded and [one["name"] for one in header["settings"]["sources"]] == [p.name for p in parts]
+    # A list counts only if every source was built with it.
+    other = captions_db(tmp_path / "other.db", range(30, 50))
+    assert merge([source, other], tmp_path / "both.db")["texts"] == 50
+    assert json.loads((tmp_path / "both.db" / "header.json").read_text())["settings"]["exclude"] == {}
+    build_text_db([Caption("31", "x.jpg", "another")], tmp_path / "clash.db", tokenizer=Tokenizer.load())
+    with pytest.raises(BadInput, match=r"text '31' is in .*texts.db and in .*clash.db and differs"):
+        merge([source, tmp_path / "clash.db"], tmp_path / "out.db")
+    assert not (tmp_path / "out.db").exists()
+
+
+def test_side_files_of_tasks_are_merged_or_refused(tmp_path: Path) -> None:
+    def with_files(name: str, numbers: range, answers: dict[str, int], refs: list[Any]) -> Path:
+        return captions_db(tmp_path / name, numbers, side_files=lambda: {"ans2label.json": answers, "refs.json": refs})
+
+    dogs, same = (
+        with_files("dogs.db", range(4), {"dog": 0}, [{"a": 1}]),
+        with_files("same.db", range(4, 8), {"dog": 0}, [{"a": 1}, {"a": 2}]),
+    )
+    merge([dogs, same], tmp_path / "both.db")
+    assert json.loads((tmp_path / "both.db" / "ans2label.json").read_text()) == {"dog": 0}
+    assert json.loads((tmp_path / "both.db" / "refs.json").read_text()) == [{"a": 1}, {"a": 2}]
+    with pytest.raises(SettingsDiffer, match="texts of other labels cannot be one database"):
+        merge([dogs, with_files("cats.db", range(8, 12), {"cat": 0}, [])], tmp_path / "out.db")
 
 
 # ------------------------------------------------------------------------------------------------------------- merging, splitting
