@@ -6,6 +6,7 @@ good ones while it fills the report; `uniter-db check --repair` writes just thos
 Works on region databases (ours, unfinished, published) and on text databases.
 """
 
+import itertools
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.captions.files import json_pairs
+from uniter.datasets.errors import BadInput, UniterError, shown
 from uniter.datasets.image_db import ImageDB, decode_record, kind_of
 from uniter.datasets.index_file import KeyList, map_arrays
 from uniter.datasets.lmdb_pages import Fault, PageFile, Place, check_data_file
@@ -435,6 +437,8 @@ def examine_text(path: Path, report: CheckReport) -> Iterator[tuple[str, bytes, 
         yield name, value, record
     for name in lengths.keys() - seen:
         report.problem("lost", f"{path}: text {name!r} is in the index or id2len.json but not readable in data.mdb")
+    if report.kind == "text":
+        _text_side_files(path, report)
 
 
 def _lengths(path: Path) -> dict[str, int]:
@@ -448,6 +452,34 @@ def _lengths(path: Path) -> dict[str, int]:
             raise BadInput(f"{path / 'id2len.json'} is no object of numbers")
         return stated
     return {}
+
+
+def _text_side_files(path: Path, report: CheckReport) -> None:
+    """Whether the JSON that other people's readers go by says what the index says; both are read as they stand, never as a whole."""
+    try:
+        database = TextDB(path)
+    except UniterError as error:
+        report.problem("index", str(error))
+        return
+    texts_of = database.images()
+    wanted: dict[str, Iterable[tuple[str, Any]]] = {
+        "id2len.json": zip(database.ids, database.lengths.tolist(), strict=True),
+        "txt2img.json": ((example, database.image_key(row)) for row, example in enumerate(database.ids)),
+        "img2txts.json": ((key, [database.ids[row] for row in texts_of[key]]) for key in database.image_keys),
+    }
+    for name, rows in wanted.items():
+        if not (path / name).is_file():
+            if name != "id2len.json" or not (path / "id2len_qa.json").is_file():  # VCR has two other ones
+                report.problem("side file", f"{path / name} is missing")
+            continue
+        try:
+            for stored, expected in itertools.zip_longest(json_pairs(path / name), rows):
+                found = stored and (stored[0], tuple(stored[1]) if name == "txt2img.json" and isinstance(stored[1], list) else stored[1])
+                if found != expected:
+                    report.problem("side file", f"{path / name} says {shown(stored)} where the index says {shown(expected)}")
+                    break
+        except BadInput as error:
+            report.problem("side file", str(error))
 
 
 def _vocabulary_end(path: Path) -> int | None:

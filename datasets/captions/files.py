@@ -84,6 +84,11 @@ def json_events(path: Path) -> Iterator[tuple[str, str, Any]]:
     yield from _json(path, lambda stream: ijson.parse(stream, use_float=True, buf_size=1 << 16))
 
 
+def json_pairs(path: Path) -> Iterator[tuple[str, Any]]:
+    """The names and values of a JSON object, one at a time."""
+    yield from _json(path, lambda stream: ijson.kvitems(stream, "", use_float=True, buf_size=1 << 18))
+
+
 class _Checked:
     """A stream of JSON for ijson, without what would bring it down or to a halt.
 

@@ -477,6 +477,28 @@ def test_a_flipped_bit_in_a_text_is_found(tmp_path: Path) -> None:
         repair(path, tmp_path / "good.db", CheckReport(""))
 
 
+@pytest.mark.parametrize("name", ["id2len.json", "txt2img.json", "img2txts.json"])
+@pytest.mark.parametrize("how", ["other", "less", "cut", "gone", "list"])
+def test_side_files_of_texts_that_say_something_else(tmp_path: Path, name: str, how: str) -> None:
+    path = captions_db(tmp_path / "texts.db", range(9))
+    stated = json.loads((path / name).read_text())
+    first = next(iter(stated))
+    if how == "gone":
+        (path / name).unlink()
+    elif how == "cut":
+        (path / name).write_bytes((path / name).read_bytes()[:-9])
+    elif how == "list":
+        (path / name).write_text("[]")
+    else:
+        changed = {**stated, first: 7} if how == "other" else {key: value for key, value in stated.items() if key != first}
+        (path / name).write_text(json.dumps(changed))
+    report = check_database(path)
+    assert report.problems == {"side file": 1} and name in report.examples[0]
+    assert report.good == 9
+    repair(path, tmp_path / "good.db", CheckReport(""))
+    assert not check_database(tmp_path / "good.db").problems
+
+
 def test_texts_of_ours_stay_ours_when_split_and_merged(tmp_path: Path) -> None:
     excluded = {"excluded.json": "0" * 64}
     source = captions_db(tmp_path / "texts.db", range(40), settings={"exclude": excluded})
