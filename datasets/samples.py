@@ -281,7 +281,8 @@ def referred_region(example: Example, rng: random.Random, masking: Masking, *, p
     else:
         best = int(overlaps.argmax())
         region = best if overlaps[best] > IOU_THRESHOLD else UNKNOWN
-    targets = {"region": np.array([region]), "overlaps": overlaps, "draw": np.array([rng.randrange(2**62)])}
+    draw = np.array([rng.randrange(2**62)])
+    targets: dict[str, NDArray[np.generic] | Rows] = {"region": np.array([region]), "overlaps": overlaps, "draw": draw}
     return Sample(example.id, [_sequence(example, [record["input_ids"]], regions)], targets)
 
 

@@ -170,7 +170,7 @@ PRETRAINING: dict[str, Task] = {
     ),
 }
 DEFAULT_PRETRAINING = ("itm", "mlm", "mrfr", "mrc-kl")
-SYNONYMS = {"mrckl": "mrc-kl", "itm-rank": "retrieval", "snli-ve": "ve"}
+SYNONYMS = {"mrckl": "mrc-kl", "itm-rank": "retrieval", "snli-ve": "ve", "refcoco+": "refcoco", "refcocog": "refcoco"}
 
 
 def with_answers(task: Task, corpus: Corpus, *, published: int) -> Task:
