@@ -108,16 +108,18 @@ class Detectron2Detector:
         network = self.network
         with network.exact():
             inputs = [network.normalised(_pinned(image.pixels, network.device)) for image in images]
+            # A copy out of pageable memory would wait for the network.
+            scales = _pinned(np.array([image.scale * 2 for image in images], dtype=np.float32), network.device)
+            scales = scales.to(network.device, non_blocking=True)
             levels = network.feature_maps(inputs)
-            # All proposals first: what follows runs on a GPU without waiting for the host.
+            # All proposals first, whose number the host has to know: the heads then run on a GPU one after the other without waiting.
             regions = []
-            for index, (image, (maps, answers)) in enumerate(zip(images, levels, strict=True)):
-                scale = torch.tensor([*image.scale, *image.scale], dtype=torch.float32, device=network.device)
+            for index, (image, scale, (maps, answers)) in enumerate(zip(images, scales, levels, strict=True)):
                 if boxes is None:
                     network_boxes, _ = network.proposals(maps, answers, (image.pixels.shape[0], image.pixels.shape[1]), image.scale[0])
                     regions.append((network_boxes, network_boxes / scale))
                 else:
-                    given = torch.from_numpy(_checked_boxes(boxes[index])).to(network.device)
+                    given = _pinned(_checked_boxes(boxes[index]), network.device).to(network.device, non_blocking=True)
                     regions.append((given * scale, given))
             results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
             for (maps, _), (network_boxes, image_boxes) in zip(levels, regions, strict=True):
