@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from uniter.datasets.batching import generator
 from uniter.datasets.collate import PackedBatch
 from uniter.datasets.errors import UniterError
-from uniter.datasets.loader import Assembler, MicroBatch, Mixture, Part, load
+from uniter.datasets.loader import Assembler, MicroBatch, Mixture, Part, Plan, load
 from uniter.datasets.progress import Progress
 from uniter.model import losses
 from uniter.model.tasks import Task
@@ -102,7 +102,7 @@ class _Window:
     waited: float = 0.0
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
-    per_batch: list[tuple[MicroBatch, dict[str, Tensor]]] = field(default_factory=list)
+    per_batch: list[tuple[Plan, list[str], dict[str, Tensor]]] = field(default_factory=list)  # not the batches: they are large
 
     def add(self, name: str, total: Tensor, count: float) -> None:
         self.sums.setdefault(name, []).append(total.detach())
@@ -151,7 +151,7 @@ def train(
             _normalise(parameters, 1 / world if recipe.normalisation == "published" else 1 / max(rows, 1.0))
             norm = float(clip_gradients(parameters, recipe.clip))
             means = {name: total / max(count, 1.0) for name, total, count in zip(names, sums, counts, strict=True)}
-            _check_finite(means, norm, window, step=step, part=mixture.parts[part].name, processes=processes)
+            _check_finite(means, norm, window, learner.assembler, step=step, part=mixture.parts[part].name, processes=processes)
             rate = learning_rate(step, base=recipe.learning_rate, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps)
             set_learning_rate(learner.optimizer, rate)
             learner.optimizer.step()
@@ -243,7 +243,8 @@ def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *
                 window.add(f"loss_{name}", total, count)
             for name, values in task.metric(outputs, batch.targets).items():
                 window.add(name, values.sum(), len(values))
-        window.per_batch.append((made, {name: term.detach().sum() for name, term in terms.items()}))
+        sums = {name: term.detach().sum() for name, term in terms.items()}
+        window.per_batch.append((made.plan, made.batch.example_ids, sums))
     return window
 
 
@@ -272,16 +273,19 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     return values
 
 
-def _check_finite(means: Mapping[str, float], norm: float, window: _Window, *, step: int, part: str, processes: Processes) -> None:
+def _check_finite(
+    means: Mapping[str, float], norm: float, window: _Window, assembler: Assembler, *, step: int, part: str, processes: Processes
+) -> None:
     """Stop the run, on every process, before a step with infinite or undefined numbers is taken."""
     values = torch.tensor([*means.values(), norm], dtype=torch.float64)
     if bool(torch.isfinite(values).all()):
         return
     here: list[tuple[list[str], list[str], list[str]]] = []
-    for made, sums in window.per_batch:
+    for plan, ids, sums in window.per_batch:
         terms = [name for name, total in sums.items() if not bool(torch.isfinite(total))]
         if terms:
-            here.append((terms, made.batch.example_ids, _examples_with_bad_features(made.batch)))
+            # The batch is a function of its plan: made once more, to look for what is wrong with it.
+            here.append((terms, ids, _examples_with_bad_features(assembler[plan].batch)))
     found = [entry for one in processes.gather(here) for entry in one]
     if not found:
         raise NotFinite(

@@ -90,7 +90,7 @@ def start(settings: TrainSettings, run: Path, kind: Kind) -> dict[str, Any]:
     """
     with processes(settings.device) as everyone:
         if not everyone.writes:
-            logging.getLogger().setLevel(logging.WARNING)
+            logging.getLogger().setLevel(logging.ERROR)
         return _start(settings, run, kind, everyone)
 
 
@@ -129,6 +129,8 @@ def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> 
     else:
         logger.info("resuming after update %s", f"{progressed.step:,}")
         accumulation = _accumulation_of_resumed(progressed, everyone.world)
+        if accumulation != settings.accumulation:
+            logger.info("an update keeps its %d micro-batches: %d on each of %d", progressed.micro_batches, accumulation, everyone.world)
     about = {"task": kind.task, **kind.about(data)}
     masking = Masking(settings.masking.words, settings.masking.regions)
     learner = Learner(
