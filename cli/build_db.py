@@ -35,12 +35,16 @@ PARTS_BY_LISTS = ("coco", "vg")  # sources whose parts the --exclude lists know
 
 
 class BuildCommand(click.Command):
-    """A command whose first word may be `exclude`, which is then another one."""
+    """A command whose first word may be that of another one."""
+
+    @property
+    def commands(self) -> dict[str, click.Command]:
+        return {"exclude": exclude}
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
-        if words[:1] == ["exclude"]:
-            return exclude.main(words[1:], f"{prog_name or 'uniter-build-db'} exclude", **extra)
+        if words and words[0] in self.commands:
+            return self.commands[words[0]].main(words[1:], f"{prog_name or 'uniter-build-db'} {words[0]}", **extra)
         return super().main(words, prog_name, **extra)
 
 

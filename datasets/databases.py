@@ -106,8 +106,10 @@ def _describe_text(path: Path) -> dict[str, Any]:
         told["texts_per_image"] = round(len(database) / max(1, len(database.image_keys)), 2)
         told["first_id"] = database.ids[0]
         told["fields"] = sorted(database.record(0))
-    if database.header is not None and "report" in database.header:
-        told["report"] = database.header["report"]
+    if database.header is not None:
+        settings = database.header.get("settings", {})
+        told["task"], told["excluded_by"] = settings.get("task"), settings.get("exclude") or "no lists"
+        told["report"] = database.header.get("report")
     return told
 
 

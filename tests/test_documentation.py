@@ -35,7 +35,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 def click_command(words: list[str]) -> tuple[click.Command, list[str]]:
     module, function = SCRIPTS[words[0]].split(":")
     command, rest = getattr(import_module(module), function), words[1:]
-    while isinstance(command, click.Group) and rest and rest[0] in command.commands:
+    while rest and rest[0] in getattr(command, "commands", {}):
         command, rest = command.commands[rest[0]], rest[1:]
     return command, rest
 
