@@ -27,7 +27,7 @@ def histogram(values: NDArray[np.number], *, title: str, axis: str, low: float, 
     most = max(int(counts.max(initial=0)), 1)
     inner_width, inner_height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     bar_width = inner_width / bins
-    parts = [_axes(title, axis, x_range=(low, high), y_range=(0, most))]
+    parts = [_axes(title, axis, x_range=(low, high), y_range=(0, most), whole_x=(high - low) % bins == 0, whole_y=True)]
     for index, count in enumerate(counts):
         bar_height = inner_height * int(count) / most
         parts.append(
@@ -56,7 +56,7 @@ def curves(
         )
     x_range = _widened(min(x.min() for x, _ in finite), max(x.max() for x, _ in finite))
     y_range = _widened(min(y.min() for _, y in finite), max(y.max() for _, y in finite))
-    parts = [_axes(title, axis, x_range=x_range, y_range=y_range)]
+    parts = [_axes(title, axis, x_range=x_range, y_range=y_range, whole_x=True)]
     for name, (x, y) in arrays.items():
         noisy = len(y) > 60
         parts.append(_path(x, y, x_range, y_range, colours[name], opacity=0.25 if noisy else 1.0))
@@ -100,17 +100,36 @@ def _path(
     return f'<path d="{"".join(steps)}" fill="none" stroke="{colour}" stroke-width="2" stroke-linecap="round" opacity="{opacity}"/>'
 
 
-def _axes(title: str, axis: str, *, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
+def _axes(
+    title: str,
+    axis: str,
+    *,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    whole_x: bool = False,
+    whole_y: bool = False,
+) -> str:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     parts = [_text(_LEFT, 16, title, "start", "chart-title"), _text((_LEFT + right) / 2, _HEIGHT - 6, axis, "middle")]
-    for share in (0.0, 0.5, 1.0):
-        y = bottom - share * (bottom - _TOP)
+    parts.append(f'<line class="grid" x1="{_LEFT}" y1="{bottom}" x2="{right}" y2="{bottom}"/>')
+    for value in round_numbers(*y_range, whole=whole_y):
+        y = bottom - (value - y_range[0]) / (y_range[1] - y_range[0]) * (bottom - _TOP)
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 6, y + 4, _number(y_range[0] + share * (y_range[1] - y_range[0])), "end"))
-        x = _LEFT + share * (right - _LEFT)
-        anchor = {0.0: "start", 1.0: "end"}.get(share, "middle")
-        parts.append(_text(x, bottom + 16, _number(x_range[0] + share * (x_range[1] - x_range[0])), anchor))
+        parts.append(_text(_LEFT - 6, y + 4, _number(value), "end"))
+    for value in round_numbers(*x_range, whole=whole_x):
+        x = _LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * (right - _LEFT)
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{bottom}" x2="{x:.1f}" y2="{bottom + 4}"/>')
+        parts.append(_text(x, bottom + 16, _number(value), "middle"))
     return "".join(parts)
+
+
+def round_numbers(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Two to six numbers of few digits within low..high (low < high) at equal distances; `whole`: no fractions."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * 5 >= (high - low) * 0.999)
+    if whole:
+        step = max(1.0, step)
+    return [step * number for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
@@ -125,7 +144,7 @@ def _text(x: float, y: float, words: str, anchor: str, kind: str = "tick") -> st
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.3g}"
 
 
 def _svg(parts: Sequence[str], title: str) -> str:

@@ -27,6 +27,7 @@ PHOTOGRAPH_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif
 # An attribute is named before the class from this probability on; Bottom-Up-Attention's own demonstration draws it so.
 ATTRIBUTE_SHOWN_FROM = 0.1
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
+_LEAST_LUMINANCE = 0.55
 _PADDING = 3  # pixels between a label's text and its edge
 
 
@@ -108,6 +109,10 @@ def class_colour(name: str) -> Colour:
     """A bright BGR colour that depends on the name alone: one class has one colour on every picture of every run."""
     spread = zlib.crc32(name.encode("utf-8"))
     red, green, blue = colorsys.hsv_to_rgb((spread % 360) / 360, 0.65 + (spread >> 10) % 4 * 0.1, 0.85 + (spread >> 20) % 3 * 0.07)
+    # Pure blue is nearly as dark as black: mixed with white until it stands out from shadows, and black letters from it.
+    luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+    white = max(0.0, (_LEAST_LUMINANCE - luminance) / (1 - luminance))
+    red, green, blue = (part + white * (1 - part) for part in (red, green, blue))
     return round(blue * 255), round(green * 255), round(red * 255)
 
 
@@ -201,7 +206,8 @@ def draw_regions(
 
 
 def draw_weights(image: ByteImage, regions: RegionFeatures, labels: Sequence[RegionLabel], weights: NDArray[np.floating]) -> ByteImage:
-    """Light up the regions by their weights (attention, a row of a transport plan); the three heaviest are outlined and named.
+    """Light up the regions by their weights (attention, a row of a transport plan); the heaviest are outlined and named: three at
+    most, and none that weighs less than a tenth of the first.
 
     Args:
         image: (H, W, 3) uint8 BGR, upright, of any scale. Not modified.
@@ -218,8 +224,9 @@ def draw_weights(image: ByteImage, regions: RegionFeatures, labels: Sequence[Reg
         np.maximum(inside, weight / most, out=inside)
     picture = np.rint(image * (0.25 + 0.75 * light)[:, :, None]).astype(np.uint8)
     heaviest = np.argsort(-np.asarray(weights), kind="stable")[:3]
+    heaviest = heaviest[np.asarray(weights)[heaviest] >= 0.1 * most]
     named = [replace(labels[k], confidence=float(weights[k])) for k in heaviest]
-    return draw_regions(picture, regions.rows(heaviest), named, text_height=12)
+    return draw_regions(picture, regions.rows(heaviest), named, text_height=16)
 
 
 def place_labels(

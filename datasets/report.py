@@ -52,7 +52,7 @@ body { margin: 0 auto; max-width: 1500px; padding: 1.5rem; font: 15px/1.45 syste
 h1 { margin: 0 0 .3rem; font-size: 1.6rem; }
 h2 { margin: 2rem 0 .6rem; font-size: 1.2rem; }
 h3 { margin: 0; font-size: .95rem; overflow-wrap: anywhere; }
-p, ul, ol { margin: .3rem 0; } .faint { color: var(--faint); }
+p, ul, ol { margin: .3rem 0; } ul { padding-left: 1.1rem; font-size: .93rem; } a { color: inherit; } .faint { color: var(--faint); }
 .note { border-left: 4px solid #d97706; padding: .2rem .8rem; margin: .8rem 0; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(430px, 1fr)); gap: 1.2rem; align-items: start; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
@@ -62,7 +62,8 @@ table { border-collapse: collapse; width: 100%; font-size: .86rem; } th { text-a
 th, td { padding: .15rem .6rem .15rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .45em; vertical-align: -.05em; }
-.words { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: .6rem; margin-bottom: 1rem; }
+.words { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: .6rem; margin-bottom: 1rem; }
+.words figcaption { padding: .2rem .6rem .3rem; font-weight: 600; } body > h3 { margin-top: 1.4rem; } body > h3 + p { font-size: 1.05rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1rem; } .facts { max-width: 60rem; }
 svg.chart { width: 100%; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .bar { fill: #3b82f6; }
@@ -335,7 +336,6 @@ def _front(
 _HEADER_FACTS = (
     "detector",
     "weights",
-    "weights_sha256",
     "box_kind",
     "selection",
     "class_names_from",
@@ -346,6 +346,8 @@ _HEADER_FACTS = (
 
 
 def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{str(name).replace('_', ' ')}: {_fact(part)}" for name, part in value.items())
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 400 else text[:397] + "..."
 
@@ -438,7 +440,7 @@ def write_runs_report(
     Args:
         runs: for each run's name the lines of its log: {"step": int, "kind": str, figure: number, ...}; nested maps are figures with a dot.
         out: the report's folder, as for `write_region_report`.
-        looks: pairs of text and picture that a model looked at; they follow the curves.
+        looks: pairs of text and picture that a model looked at; they stand before the curves.
         photographs: the folder of the pictures' photographs.
         class_names: of the regions, counted from 0 without background.
 
@@ -473,6 +475,11 @@ def write_runs_report(
     )
     heads = '<th>run</th><th class="number">last update</th><th class="number">lines</th>'
     body = [f'<table class="facts"><thead><tr>{heads}</tr></thead>{rows}</table>']
+    found = Photographs(photographs) if photographs is not None else None
+    pairs = [_look(pair, place, folder, found, class_names) for place, pair in enumerate(looks)]
+    if pairs:
+        words = "Each small picture belongs to the word below it: the brighter a region, the more weight; the heaviest are named."
+        body += [f"<h2>What words look at</h2><p>{words}</p>", *pairs]
     for kind in dict.fromkeys(figure.split(" ")[0] for figure in figures):
         charts = [
             curves(lines, colours=colours, title=figure)
@@ -480,11 +487,7 @@ def write_runs_report(
             if figure.split(" ")[0] == kind
         ]
         body.append(f'<h2>{html.escape(kind)}</h2><div class="charts">{"".join(charts)}</div>')
-    found = Photographs(photographs) if photographs is not None else None
-    pairs = [_look(pair, place, folder, found, class_names) for place, pair in enumerate(looks)]
-    if pairs:
-        body.append("<h2>What words look at</h2><p>Each small picture belongs to one word: the brighter a region, the more weight.</p>")
-    (folder / "index.html").write_text(_page(", ".join(runs), "".join([*body, *pairs])), encoding="utf-8")
+    (folder / "index.html").write_text(_page(", ".join(runs), "".join(body)), encoding="utf-8")
     return RunsSummary(folder / "index.html", summary, len(figures), len(pairs))
 
 

@@ -203,6 +203,9 @@ def test_a_folder_without_photographs_is_said(tmp_path):
 def test_colours_depend_on_the_name_alone():
     assert class_colour("bed") == class_colour("bed") != class_colour("ski")
     assert all(0 <= part <= 255 for part in class_colour(""))
+    for number in range(300):
+        blue, green, red = class_colour(f"class {number}")
+        assert 0.299 * red + 0.587 * green + 0.114 * blue > 130, "black letters on it can be read, and it shows on dark photographs"
 
 
 def test_the_real_photographs_show_beds_skis_and_trucks(shared):

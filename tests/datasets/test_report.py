@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uniter.datasets.charts import curves, histogram
+from uniter.datasets.charts import curves, histogram, round_numbers
 from uniter.datasets.errors import BadInput
+from uniter.datasets.formats import convert
 from uniter.datasets.image_db import ImageDB, encode_record
 from uniter.datasets.lmdb_store import UnitStore
 from uniter.datasets.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.report import write_region_report, write_runs_report
 
+ARTEFACTS = Path(os.environ.get("UNITER_ARTEFACTS", Path(__file__).parents[2] / "build" / "test-artefacts"))
 HOSTILE = '<script>document.title="taken"</script>'
 KEYS = ("plain", f"{HOSTILE}", "../../outside", "absent")
 
@@ -202,6 +204,17 @@ def test_histogram_counts_what_it_is_given():
     assert "rect" in histogram(np.zeros(0), title="", axis="", low=0, high=1, bins=3)
 
 
+def test_axes_bear_round_numbers():
+    assert round_numbers(0, 37, whole=True) == [0, 10, 20, 30]
+    assert round_numbers(0, 25, whole=True) == [0, 5, 10, 15, 20, 25]
+    assert round_numbers(0, 2, whole=True) == [0, 1, 2]
+    assert round_numbers(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert round_numbers(-0.333, 0.56) == pytest.approx([-0.2, 0, 0.2, 0.4])
+    assert round_numbers(1, 4163, whole=True) == [1000, 2000, 3000, 4000]
+    for low, high in np.random.default_rng(0).normal(0, 1, (200, 2)).tolist():
+        assert 2 <= len(round_numbers(min(low, high), max(low, high))) <= 6
+
+
 def test_a_curve_goes_down_where_the_values_do():
     chart = curves({"a": ([1, 2, 3], [3.0, float("inf"), 1.0])}, colours={"a": "#000"}, title="loss")
     path = chart.split('d="')[1].split('"')[0]
@@ -214,21 +227,49 @@ def browser():
     return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
-@pytest.mark.skipif(browser() is None, reason="no chromium here: the page is not looked at in a browser")
+def in_a_browser(page, tmp_path, *wanted, height):
+    """What a real browser prints that opens a page from disk."""
+    if browser() is None:
+        pytest.skip("no chromium here: the page is not looked at in a browser")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+    flags += ["--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size=1200,{height}", "--hide-scrollbars"]
+    command = [browser(), *flags, *wanted, f"file://{page}"]
+    return subprocess.run(command, check=True, capture_output=True, timeout=600, text=True).stdout
+
+
+def photograph_page(page, name, tmp_path, *, height):
+    """A screenshot, kept among the tests' artefacts, as (H, W, 3)."""
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    in_a_browser(page, tmp_path, f"--screenshot={ARTEFACTS / name}", height=height)
+    seen = np.asarray(Image.open(ARTEFACTS / name).convert("RGB")).astype(int)
+    assert seen.shape[:2] == (height, 1200)
+    return seen
+
+
 def test_a_browser_opens_the_page_from_disk_and_runs_nothing(tmp_path, photos):
     summary = write_region_report(
         [make_database(tmp_path / "a.lmdb")], tmp_path / "report", photographs=photos, captions=lambda key: [HOSTILE]
     )
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
-    flags += ["--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1600", "--hide-scrollbars"]
-    artefacts = Path(os.environ.get("UNITER_ARTEFACTS", tmp_path))
-    artefacts.mkdir(parents=True, exist_ok=True)
-    screenshot = artefacts / "uniter-view.png"
-    address = f"file://{summary.page}"
-    subprocess.run([browser(), *flags, f"--screenshot={screenshot}", address], check=True, capture_output=True, timeout=120)
-    dump = subprocess.run([browser(), *flags, "--dump-dom", address], check=True, capture_output=True, timeout=120, text=True).stdout
-    assert "<title>a.lmdb</title>" in dump, "the hostile script did not run"
-    seen = np.asarray(Image.open(screenshot).convert("RGB")).astype(int)
-    assert seen.shape[:2] == (1600, 1200)
+    seen = photograph_page(summary.page, "uniter-view.png", tmp_path, height=1600)
+    assert "<title>a.lmdb</title>" in in_a_browser(summary.page, tmp_path, "--dump-dom", height=1600), "the hostile script did not run"
     navy = (np.abs(seen - [0, 0, 128]).max(axis=2) < 20).sum()
     assert navy > 20_000, "the photograph is on the page"
+
+
+def test_ten_real_photographs_with_the_real_detectors_features(tmp_path, shared):
+    """Beds, skis, carrots and trucks are called so, and the page shows them."""
+    photographs = shared / "data" / "coco10"
+    convert(photographs / "train2014_obj36.tsv", tmp_path / "coco10.lmdb", to="lmdb")
+    summary = write_region_report([tmp_path / "coco10.lmdb"], tmp_path / "report", photographs=photographs)
+    assert (summary.pictures, summary.without_photograph) == (10, [])
+    cards = {card.split("</h3>")[0]: card for card in summary.page.read_text().split("<h3>")[1:]}
+    for key, names in {
+        "084002": ("bed", "headboard", "pillow"),
+        "131486": ("ski", "skis", "ski pole", "helmet"),
+        "201446": ("carrot", "cutting board"),
+        "387267": ("truck", "tire"),
+        "573195": ("cat", "car"),
+    }.items():
+        assert all(f"</span>{name}</td>" in cards[f"COCO_train2014_000000{key}"] for name in names)
+    seen = photograph_page(summary.page, "coco10.png", tmp_path, height=2000)
+    assert len(np.unique(seen @ [1 << 16, 1 << 8, 1])) > 20_000, "photographs are on the page"

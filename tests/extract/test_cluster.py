@@ -22,6 +22,17 @@ Photos = Callable[..., Path]
 SMALL: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a machine of the cluster; Ray gives it 30 seconds, which may be too few where others need the processor."""
+    for _ in range(4):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
+
+
 @pytest.fixture(scope="module")
 def cluster(fake: ModuleType) -> Iterator[Any]:
     """A cluster of this machine alone, one CPU; tests add others."""
@@ -30,7 +41,7 @@ def cluster(fake: ModuleType) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         # Actors import the fake detector by its name.
         patch.setenv("PYTHONPATH", os.path.dirname(str(fake.__file__)))  # noqa: PTH120
-        nodes = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
+        nodes = patiently(lambda: Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False}))
         try:
             ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
             yield nodes
@@ -44,7 +55,7 @@ def test_a_machine_is_lost_in_mid_run(
 ) -> None:
     from uniter.extract.cluster import extract_on_ray
 
-    second = cluster.add_node(**SMALL)
+    second = patiently(lambda: cluster.add_node(**SMALL))
     cluster.wait_for_nodes()
     photos = make_photos(60)
     (photos / "photo0017.jpg").write_text("broken")
