@@ -204,7 +204,7 @@ def make_databases(out: Path, rows: Sequence[str], arguments: argparse.Namespace
     for name, (pictures, *options) in {
         "world": [arguments.pictures],
         "few": [arguments.few, "--captions", 2, "--seed", 1],
-        "fewer": [max(arguments.few // 20, 1), "--captions", 1, "--seed", 2],
+        "fewer": [max(arguments.few // 20, 4), "--captions", 1, "--seed", 2],
     }.items():
         if not (out / name / "tasks" / "vcr" / "val.jsonl").exists():  # what is written last; drawing takes a while
             number = pictures + (0 if name == "world" else arguments.held_out)
