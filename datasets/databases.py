@@ -76,7 +76,7 @@ def _describe_regions(path: Path, kind: str) -> dict[str, Any]:
         told["regions_per_image"] = {"mean": round(float(counts.mean()), 2), "min": int(counts.min()), "max": int(counts.max())}
         told["feature_width"] = database.feature_width
         told["label_classes"] = database.label_classes
-        told["tasks_without_data"] = "none" if database.label_classes else "mrc-kl (no soft labels)"
+        told["tasks_without_data"] = "none" if database.label_classes else "mrc and mrc-kl (no soft labels)"
         first = database[database.keys_list[0]]
         told["first_key"] = database.keys_list[0]
         told["fields"] = [name for name in _FIELDS if getattr(first, name) is not None]

@@ -184,7 +184,7 @@ class _Seen:
             "classes": labels or ("classes" in holds and (self.label_columns > 0 or self.top_object >= 0)),
             "confidences": self.confidences and "confidences" in holds,
         }
-        reasons = {"soft labels": " (MRC-KL cannot be trained on it)", "classes": " (MRC neither)", "confidences": ""}
+        reasons = {"soft labels": " (MRC and MRC-KL cannot be trained on it)", "classes": "", "confidences": ""}
         return ", ".join(name + reasons[name] for name, there in known.items() if not there) or "nothing"
 
     def header(self) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from uniter.cli.build_db import expand, main
+from uniter.datasets.check import check_database
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import encode_record
 from uniter.datasets.lmdb_store import UnitStore
@@ -200,6 +204,51 @@ def test_lists_of_one_name_are_both_in_the_header(captions: Path, tmp_path: Path
     run(captions, tmp_path / "x.db", "--exclude", tmp_path / "a/list.txt", "--exclude", tmp_path / "b/list.txt")
     header = json.loads((tmp_path / "x.db" / "header.json").read_text())
     assert len(header["settings"]["exclude"]) == 2 and header["report"]["texts"]["excluded"] == 2
+
+
+SOURCES: dict[str, tuple[str, Any]] = {
+    "coco": (
+        "captions.json",
+        {
+            "images": [{"id": n, "file_name": f"val2014/{n}.jpg"} for n in range(3)],
+            "annotations": [{"id": 10 + n, "image_id": n % 3, "caption": f"Caption {n} of a dog 😀"} for n in range(6)],
+        },
+    ),
+    "jsonl": ("captions.jsonl", [{"image": f"val2014/{n % 3}.jpg", "caption": f"Caption {n} \ud83d", "split": "val"} for n in range(6)]),
+    "vg": ("regions.json", [{"id": n, "regions": [{"region_id": 7 * n, "image_id": n, "phrase": f"dog {n}"}]} for n in range(3)]),
+    "sbu": ("sbu.json", {"image_urls": [f"http://x.org/{n}.jpg" for n in range(3)], "captions": ["a dog", "a [MASK]", "dogs"]}),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@settings(max_examples=settings().max_examples // 4)
+@given(data=st.data())
+def test_fuzzed_sources_are_built_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, fuzzing: ModuleType, kind: str, data: st.DataObject
+) -> None:
+    """The whole command: a database in which nothing is wrong, or one sentence and nothing left behind."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    name, document = SOURCES[kind]
+    if data.draw(st.booleans(), label="values"):
+        document = fuzzing.with_another_value(data, document)
+    content = b"\n".join(map(fuzzing.as_json, document)) if kind == "jsonl" else fuzzing.as_json(document)
+    (folder / name).write_bytes(content if data.draw(st.booleans()) else fuzzing.damaged(data, content))
+    words: list[Any] = [folder / name, folder / "out.db", "--json"]
+    words += data.draw(st.sampled_from([[], ["--key", "path"], ["--key", "{id}"], ["--format", kind], ["--split", "val"]]))
+    if data.draw(st.booleans()):
+        (folder / "list.txt").write_text("1\nval2014/2.jpg\n")
+        words += ["--exclude", folder / "list.txt"]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    if result.exit_code == 0:
+        counts = json.loads(result.stdout)["texts"]
+        database = TextDB(folder / "out.db")
+        assert counts["kept"] == len(database) == counts["read"] - counts["empty"] - counts["without_image"] - counts["excluded"]
+        report = check_database(folder / "out.db")
+        assert (report.good, report.problems) == (len(database), {}), report.examples
+    else:
+        assert isinstance(result.exception, SystemExit) and result.exit_code == 1, result.exception
+        assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+        assert not (folder / "out.db").exists()
 
 
 def test_the_ten_photographs(shared: Path, tmp_path: Path) -> None:
