@@ -45,7 +45,13 @@ def test_the_same_as_torchvisions(channels: int, side: int, kind: torch.dtype) -
 
 def test_torchvision_is_hardly_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.Tensor] = []
-    monkeypatch.setattr(pooling, "roi_pool", lambda maps, rois, side, scale: asked.append(rois[0]) or roi_pool(maps, rois, side, scale))
+
+    def watched(maps: torch.Tensor, rois: list[torch.Tensor], side: int, scale: float) -> torch.Tensor:
+        asked.extend(rois)
+        pooled: torch.Tensor = roi_pool(maps, rois, side, scale)
+        return pooled
+
+    monkeypatch.setattr(pooling, "roi_pool", watched)
     max_pooled(torch.rand(1, 4, HEIGHT, WIDTH), boxes(), scale=1 / 16, side=14)
     assert 0 < len(asked) < 10
 
