@@ -34,7 +34,7 @@ from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.log import RunLog
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
-from uniter.model.uniter import SelfAttention, UniterConfig
+from uniter.model.uniter import SelfAttention, UniterConfig, UniterModel
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,9 @@ def with_validation(wanted: CorpusSettings, corpus: Corpus, settings: TrainSetti
 
 
 def _set_attention(model: nn.Module, kernel: AttentionKernel, device: torch.device) -> None:
-    model.get_submodule("uniter").attention_kernel = kernel
+    body = model.get_submodule("uniter")
+    assert isinstance(body, UniterModel)
+    body.attention_kernel = kernel
     if kernel != "varlen":
         return
     if device.type != "cuda":
