@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
@@ -209,6 +210,38 @@ def test_class_agnostic_regression_and_grouped_convolutions() -> None:
     prepared = [detector.prepare(picture) for picture in pictures()]
     for got, image in zip(detector.detect(prepared), prepared, strict=True):
         same(got, detector.detect([image])[0])
+
+
+@pytest.mark.parametrize("head", ["C4", "DC5", "FPN"])
+def test_other_backbones_and_heads_by_a_yaml(head: str, tmp_path: Path) -> None:
+    """ResNet-101 and ResNeXt-101 with each kind of head as people write them: a YAML on top of the model zoo's, narrow here."""
+    from detectron2 import model_zoo
+
+    zoo = model_zoo.get_config_file(f"{ZOO}R_50_{head}_1x.yaml")
+    width = {"C4": 128, "DC5": 24, "FPN": 24}[head]
+    for name, groups, agnostic in (("R101", 1, False), ("X101", 4, True)):
+        values = {
+            "MODEL": {
+                "RESNETS": {
+                    **{"DEPTH": 101, "NUM_GROUPS": groups, "WIDTH_PER_GROUP": 4 // groups * 2, "STRIDE_IN_1X1": groups == 1},
+                    **{"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 16},
+                },
+                "FPN": {"OUT_CHANNELS": 16},
+                "RPN": {"POST_NMS_TOPK_TEST": 30},
+                "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": agnostic, "FC_DIM": 24},
+                "ROI_HEADS": {"NUM_CLASSES": 12},
+            },
+            "INPUT": {"MIN_SIZE_TEST": 96, "MAX_SIZE_TEST": 160},
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(f"_BASE_: {zoo}\n{yaml.safe_dump(values)}")
+        detector = Detectron2Detector(str(file), weights="random:3")
+        predictor = detector.network.predictor
+        assert (detector.name, detector.feature_width) == (name, width) and predictor.bbox_pred.out_features == (4 if agnostic else 48)
+        prepared = [detector.prepare(picture) for picture in pictures()[:3]]
+        for got, image in zip(detector.detect(prepared), prepared, strict=True):
+            assert got.features.shape == (len(got.boxes), width) and got.probabilities.shape[1] == 13 and len(got.boxes) > 3
+            same(got, detector.detect([image])[0])
 
 
 def test_attributes_on_request() -> None:
