@@ -6,6 +6,7 @@ Nothing here is trained long enough to be right: other tests hold learning and n
 
 import csv
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,6 @@ def test_referring_expressions_with_annotated_and_detected_boxes(world: Path) ->
 
 def _sentences(tasks: Path, part: str) -> list[dict[str, Any]]:
     """What RefCOCO's own files say, read without the code under test."""
-    import pickle
-
     boxes = {row["id"]: row["bbox"] for row in json.loads((tasks / "instances.json").read_text())["annotations"]}
     refs = pickle.loads((tasks / "refs(unc).p").read_bytes())  # ours, made by the test itself
     return [{**sentence, "bbox": boxes[ref["ann_id"]]} for ref in refs if ref["split"] == part for sentence in ref["sentences"]]
@@ -87,7 +86,12 @@ def _sentences(tasks: Path, part: str) -> list[dict[str, Any]]:
 def test_multiple_choice_after_a_second_stage(world: Path) -> None:
     images = (world / "world/images", "--detector", world / "detector", "--device", "cpu")
     tasks, both = world / "world/tasks/vcr", {}
-    for part in ("train", "val"):
+    questions = [json.loads(line) for line in (tasks / "val.jsonl").read_text().splitlines()]
+    blind = [{**question, "annot_id": question["annot_id"].replace("val", "test")} for question in questions]
+    for question in blind:
+        del question["answer_label"], question["rationale_label"]
+    (tasks / "test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in blind))
+    for part in ("train", "val", "test"):
         done(build_db, tasks / f"{part}.jsonl", world / f"vcr_{part}.db", "--task", "vcr", "--join", tasks / "vcr1images",
              "--key", "{parent}_{stem}.npz")  # fmt: skip
         gt, det = world / f"vcr_gt_{part}.lmdb", world / f"vcr_{part}.lmdb"
@@ -103,11 +107,13 @@ def test_multiple_choice_after_a_second_stage(world: Path) -> None:
     done(train, "finetune", "vcr", *training, "--from", world / "second", "--out", world / "vcr")
     figures = done(train, "evaluate", "vcr", "--from", world / "vcr", *held_out)
     assert 0 <= figures["q2ar"] <= min(figures["qa"], figures["qar"])
-    done(train, "predict", "vcr", "--from", world / "vcr", *held_out, "--out", world / "submission.csv")
-    rows = list(csv.DictReader((world / "submission.csv").open()))
-    questions = [json.loads(line) for line in (tasks / "val.jsonl").read_text().splitlines()]
-    assert {row["annot_id"] for row in rows} == {question["annot_id"] for question in questions}
-    assert all(len(row) == 21 and all(np.isfinite(float(value)) for name, value in row.items() if name != "annot_id") for row in rows)
+    for part, asked in (("val", questions), ("test", blind)):
+        submission = world / f"{part}.csv"
+        done(train, "predict", "vcr", "--from", world / "vcr", "--text", world / f"vcr_{part}.db", "--images", both[part],
+             "--device", "cpu", "--out", submission)  # fmt: skip
+        rows = list(csv.DictReader(submission.open()))
+        assert {row["annot_id"] for row in rows} == {question["annot_id"] for question in asked}
+        assert all(len(row) == 21 and all(np.isfinite(float(value)) for name, value in row.items() if name != "annot_id") for row in rows)
 
 
 def test_the_four_questions_with_a_real_detector(world: Path, tmp_path: Path) -> None:
