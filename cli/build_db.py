@@ -292,7 +292,7 @@ def _tokenizer(name: str, source: Callable[[], Iterator[Caption]], exclusion: Ex
     if not name.startswith("train:"):
         return Tokenizer.load(name)
     size = name.removeprefix("train:")
-    if not size.isdigit() or int(size) < 1:
+    if not (size.isascii() and size.isdigit() and len(size) <= 9) or int(size) < 1:
         raise BadInput(f"--tokenizer {name!r}: expected train:SIZE with a whole number of word pieces, e.g. train:8000")
     texts = (caption.text or "" for caption in source() if exclusion is None or not exclusion(caption))
     return Tokenizer.learn(texts, size=int(size))

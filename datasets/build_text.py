@@ -555,8 +555,9 @@ def _merge(folder: Path, spool: _Spool) -> None:
             while batch := list(islice(records, 4 * BATCH)):
                 for key, _, number in batch:
                     if key == last:
+                        first, second = sorted((last_number + 1, number + 1))
                         raise BadInput(
-                            f"the id {key.decode()!r} is used twice, by texts number {last_number + 1:,} and {number + 1:,} of those kept; "
+                            f"the id {key.decode()!r} is used twice, by texts number {first:,} and {second:,} of those kept; "
                             "ids must differ: mend them, or leave the id field away to number the texts"
                         )
                     last, last_number = key, number

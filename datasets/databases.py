@@ -18,6 +18,7 @@ import orjson
 from uniter.datasets.annotations import ANNOTATIONS
 from uniter.datasets.build_text import TASK_FILES, build_text_db
 from uniter.datasets.captions.caption import Caption
+from uniter.datasets.captions.files import lines_of
 from uniter.datasets.check import CheckReport, database_kind, examine_regions, examine_text
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError, shown
 from uniter.datasets.image_db import ImageDB, encode_record, kind_of, kind_of_child
@@ -344,7 +345,7 @@ def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _parts(keys: Sequence[str], by: str, alias: Callable[[int], tuple[str, ...]]) -> dict[str, list[str]]:
-    if by.isdigit():
+    if by.isascii() and by.isdigit() and len(by) <= 18:
         count = int(by)
         if not 1 <= count <= len(keys):
             raise BadInput(f"--by {count}: expected a number of parts from 1 to {len(keys):,}, the number of records")
@@ -355,13 +356,13 @@ def _parts(keys: Sequence[str], by: str, alias: Callable[[int], tuple[str, ...]]
     if not path.is_file():
         raise BadInput(f"--by {by}: expected a number of parts or a file that lists keys")
     part_of: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
+    for line in lines_of(path):
         key, _, part = line.partition("\t")
         if key.strip():
             part_of[key.strip()] = part.strip() or "listed"
     for part in set(part_of.values()):
-        if part in (".", "..") or "/" in part or "\\" in part:
-            raise BadInput(f"--by {by}: {part!r} is no name of a part")
+        if part in (".", "..") or any(character in part for character in "/\\\0") or len(part.encode(errors="replace")) > 200:
+            raise BadInput(f"--by {by}: {shown(part)} is no name of a part")
     parts: dict[str, list[str]] = {}
     found = 0
     for row, key in enumerate(keys):

@@ -114,7 +114,8 @@ def test_keys_and_tokenizers(captions: Path, tmp_path: Path) -> None:
     run(captions, tmp_path / "b.db", "--tokenizer", tmp_path / "a.db")
     assert TextDB(tmp_path / "b.db").meta["bert"] == learned.meta["bert"]
     assert TextDB(tmp_path / "b.db").record(3)["input_ids"] == learned.record(3)["input_ids"]
-    assert "expected train:SIZE" in run(captions, tmp_path / "c.db", "--tokenizer", "train:many", code=1).stderr
+    for size in ("many", "²", "9" * 5000):
+        assert "expected train:SIZE" in run(captions, tmp_path / "c.db", "--tokenizer", f"train:{size}", code=1).stderr
     assert "could not be had" in run(captions, tmp_path / "c.db", "--tokenizer", "no such name !", code=1).stderr
 
 

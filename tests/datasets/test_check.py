@@ -567,11 +567,20 @@ def test_splitting_by_lists(whole: Path, tmp_path: Path) -> None:
     assert split(whole, tmp_path / "a", by=str(tmp_path / "keys.txt"))["parts"] == {"listed": 2, "rest": IMAGES - 2}
     (tmp_path / "parts.tsv").write_text("".join(f"{key_of(number)}\t{'val' if number % 3 else 'train'}\n" for number in range(IMAGES)))
     assert split(whole, tmp_path / "b", by=str(tmp_path / "parts.tsv"))["parts"] == {"train": 20, "val": 40}
-    for text, words in (("nobody\n", "none of the 1 keys"), (f"{key_of(1)}\t../evil\n", "no name of a part")):
-        (tmp_path / "keys.txt").write_text(text)
+    key = key_of(1).encode()
+    for text, words in (
+        (b"nobody\n", "none of the 1 keys"),
+        (b"caf\xe9\n", "none of the 1 keys"),
+        (key + b"\t../evil\n", "no name of a part"),
+        (key + b"\ta\0b\n", "no name of a part"),
+        (key + b"\t" + b"x" * 300, "no name of a part"),
+    ):
+        (tmp_path / "keys.txt").write_bytes(text)
         with pytest.raises(BadInput, match=words):
             split(whole, tmp_path / "c", by=str(tmp_path / "keys.txt"))
-    for by in ("0", "1000", "nowhere.txt"):
+    (tmp_path / "crlf.txt").write_bytes(b"\xef\xbb\xbf" + key + b"\r\n")
+    assert split(whole, tmp_path / "d", by=str(tmp_path / "crlf.txt"))["parts"]["listed"] == 1
+    for by in ("0", "1000", "nowhere.txt", "²", "9" * 30):
         with pytest.raises(BadInput, match=f"--by {by}"):
             split(whole, tmp_path / "c", by=by)
 
