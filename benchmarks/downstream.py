@@ -285,9 +285,9 @@ def workers(count: int) -> Iterator[Callable[..., concurrent.futures.Future[Any]
     with concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
             yield pool.submit
-        except BaseException:  # told to stop: what runs goes on another time
+        except BaseException:  # told to stop: what is killed goes on another time
             for process in multiprocessing.active_children():
-                process.terminate()
+                process.kill()
             raise
 
 
