@@ -91,7 +91,8 @@ def key_rule(rule: str) -> KeyRule:
 def key_maker(rule: str) -> Callable[[str], str]:
     """The same for the names of images in other people's files: from a name or path with `/` to the key; errors as of `key_rule`."""
     make = key_rule(rule)
-    return lambda name: make(NameParts.of_file(str(PurePosixPath(name)), root=""))
+    # Most names hold no folder; only the others are worth a Path.
+    return lambda name: make(NameParts.of_file(name if name and "/" not in name else str(PurePosixPath(name)), root=""))
 
 
 def last_number(stem: str) -> int | None:
