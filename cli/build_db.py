@@ -17,6 +17,7 @@ from uniter.datasets import annotations
 from uniter.datasets.build_text import build_text_db
 from uniter.datasets.captions import CAPTIONS, Caption, detect
 from uniter.datasets.captions.img2dataset import shards_in
+from uniter.datasets.captions.visual_genome import image_tables
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db import match_image_key, open_image_dbs
 from uniter.datasets.keys import key_maker, last_number
@@ -110,6 +111,11 @@ def main(
     kind, read = _reader(task, format_name, paths[0])
     exclusion = Exclusion(lists) if lists else None
     read_split, part = _parts(kind, split, exclusion)
+    if kind == "vg" and exclusion is not None and exclusion.lists_coco and not all(image_tables(path, join) for path in paths):
+        raise BadInput(
+            "the --exclude lists are of COCO's images, and only image_data.json says which of Visual Genome's are these: "
+            f"put it beside {paths[0]}, or name it with --join"
+        )
     counts: Counter[str] = Counter()
 
     def source() -> Iterator[Caption]:

@@ -6,10 +6,11 @@ validation part of the pre-training data. Only their Flickr ids are, from SBU, w
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final
 
 from uniter.datasets.captions.caption import Caption
 from uniter.datasets.captions.files import first_character, json_events, json_items, lines_of, object_of
@@ -30,6 +31,7 @@ LISTS = (
 FORBIDDEN_COCO = ("refer_val_coco_iids", "refer_test_coco_iids", "flickr30k_coco_iids", "karpathy_test_iids")
 PARTS = ("train", "val")
 LOOKED_AT = 1_000_000  # JSON events
+_COCO_NAME: Final = re.compile(r"coco_(?:train|val|test)20[0-9]{2}_([0-9]{12})(?![0-9])", re.IGNORECASE)
 
 
 class Exclusion:
@@ -96,13 +98,18 @@ class Exclusion:
 
     def __call__(self, caption: Caption) -> bool:
         """Whether this text's image must not be seen."""
-        for kind, number in caption.origins:
+        for kind, number in _origins(caption):
             if number in self._kinds[kind] or number in self._plain:
                 return True
         if not self._plain:
             return False
         images = (caption.image,) if isinstance(caption.image, str) else caption.image
         return any(_plain_id(name) in self._plain for image in images for name in _names(image))
+
+    @property
+    def lists_coco(self) -> bool:
+        """Whether the lists are of COCO's ids, which Visual Genome's images have only in image_data.json."""
+        return bool(self._coco or self._validation)
 
     @property
     def knows_parts(self) -> bool:
@@ -112,6 +119,14 @@ class Exclusion:
     def part(self, caption: Caption) -> str:
         """ "val" for images of Karpathy's validation split, "train" for all others (facts 7.2)."""
         return "val" if any(kind == "coco" and number in self._validation for kind, number in caption.origins) else "train"
+
+
+def _origins(caption: Caption) -> Sequence[tuple[str, str]]:
+    """What the source says of the image, or else COCO's id if it has one of COCO's names."""
+    if caption.origins:
+        return caption.origins
+    images = (caption.image,) if isinstance(caption.image, str) else caption.image
+    return [("coco", str(int(found[1]))) for image in images if (found := _COCO_NAME.search(image)) is not None]
 
 
 def _names(image: str) -> tuple[str, ...]:

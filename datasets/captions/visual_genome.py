@@ -24,9 +24,8 @@ def read_visual_genome(
         raise BadInput(
             f"{path} is Visual Genome, which has no parts; --split train or val needs --exclude lists made from Karpathy's splits"
         )
-    beside = path.parent / "image_data.json"
     origins_of: dict[str, tuple[tuple[str, str], ...]] = {}
-    for table in join or ([beside] if beside.is_file() else []):
+    for table in image_tables(path, join):
         for row, value in enumerate(json_items(table, "item")):
             image = object_of(value, f"image {row} of {table}")
             number = image.get("image_id", image.get("id"))
@@ -51,3 +50,9 @@ def read_visual_genome(
             example = id_of(item.get("region_id", item.get("id")), row, row_prefix)
             yield Caption(example, f"{number}.jpg", text_of(item.get("phrase"), f"region {example} of {path}"), origins, fields)
             row += 1
+
+
+def image_tables(path: Path, join: Sequence[Path]) -> list[Path]:
+    """The files of image_data.json that go with a region_descriptions.json: those named, or the one beside it."""
+    beside = path.parent / "image_data.json"
+    return list(join) or ([beside] if beside.is_file() else [])

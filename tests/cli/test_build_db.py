@@ -150,6 +150,19 @@ def test_lists_and_parts(captions: Path, tmp_path: Path) -> None:
     assert "exclude" in run(captions, tmp_path / "val.db", "--exclude", lists, code=1).stderr
 
 
+def test_visual_genome_needs_to_be_told_which_images_are_cocos(tmp_path: Path) -> None:
+    """Half of Visual Genome is COCO: without image_data.json its test images would be trained on unnoticed."""
+    regions = [{"id": n, "regions": [{"region_id": n, "image_id": n, "phrase": "a dog"}]} for n in (7, 8)]
+    (tmp_path / "region_descriptions.json").write_text(json.dumps(regions))
+    (tmp_path / "excluded.json").write_text(json.dumps({"karpathy_test_iids": [2]}))
+    words = [tmp_path / "region_descriptions.json", tmp_path / "vg.db", "--exclude", tmp_path / "excluded.json"]
+    assert "or name it with --join" in run(*words, code=1).stderr
+    assert not (tmp_path / "vg.db").exists()
+    (tmp_path / "other.json").write_text(json.dumps([{"image_id": 7, "coco_id": 2}, {"image_id": 8, "coco_id": None}]))
+    report = summary(*words, "--join", tmp_path / "other.json")
+    assert (report["texts"]["kept"], report["texts"]["excluded"]) == (1, 1)
+
+
 def test_messages_and_exit_codes(captions: Path, tmp_path: Path) -> None:
     assert "unknown caption format 'cocoo'; did you mean 'coco'?" in run(captions, "--format", "cocoo", code=1).stderr
     assert "is not there" in run(tmp_path / "nowhere.json", code=1).stderr

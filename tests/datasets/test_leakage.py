@@ -158,6 +158,17 @@ def test_plain_lists(tmp_path: Path) -> None:
     assert left("") == ["1", "2", "3", "4"]
 
 
+def test_images_with_names_of_coco_are_known_in_every_source(world: Path) -> None:
+    """Somebody's own JSONL about COCO's images must not bring the test images back."""
+    (world / "excluded.json").write_text(json.dumps(lists_of(world)))
+    exclusion = Exclusion([world / "excluded.json"])
+    rows = [f"val2014/COCO_val2014_{KARPATHY_TEST:012d}.jpg", f"coco_train2014_{TRAIN:012d}.npz", f"coco_val2014_{FLICKR:012d}.npz"]
+    rows += [f"{KARPATHY_TEST}.jpg", f"COCO_val2014_{KARPATHY_TEST:012d}7.jpg"]
+    (world / "mine.jsonl").write_text("".join(json.dumps({"image": name, "caption": "a"}) + "\n" for name in rows))
+    texts = CAPTIONS["jsonl"](world / "mine.jsonl", split=None, join=(), counts=Counter())
+    assert [exclusion(caption) for caption in texts] == [True, False, True, False, False]
+
+
 def test_messages(world: Path) -> None:
     for name, content, message in (
         ("a.json", '{"a": [1]}', "holds none of refer_val_coco_iids"),
