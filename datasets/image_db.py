@@ -195,6 +195,10 @@ def _is_npz(value: bytes | memoryview) -> bool:
     return value[:4] == _NPZ_MAGIC
 
 
+def _present(record: RegionFeatures, fields: Sequence[str]) -> list[NDArray[Any]]:
+    return [array for name in fields if (array := getattr(record, name)) is not None]
+
+
 def count_boxes(conf: NDArray[Any], *, conf_th: float, min_bb: int, max_bb: int) -> int:
     """UNITER's rule of how many regions of an image are read: those with confidence strictly above `conf_th`, 10..100.
 
@@ -382,7 +386,10 @@ class _Published:
 
     def value(self, key: str) -> memoryview | None:
         row = self.keys.find(key)
-        return None if row < 0 else self.file.value(int(self._offsets[row]), int(self._sizes[row]))
+        return None if row < 0 else self.value_in_row(row)
+
+    def value_in_row(self, row: int) -> memoryview:
+        return self.file.value(int(self._offsets[row]), int(self._sizes[row]))
 
     @property
     def region_counts(self) -> NDArray[np.int32]:
@@ -394,7 +401,7 @@ class _Published:
     def _count(self, row: int) -> int:
         key = self.keys[row]
         try:
-            value = self.file.value(int(self._offsets[row]), int(self._sizes[row]))
+            value = self.value_in_row(row)
             if _is_npz(value):
                 stored = npz_rows(value, "norm_bb")
             else:
@@ -629,12 +636,15 @@ class ImageDB(Mapping[str, RegionFeatures]):
             BadInput: the record is damaged.
         """
         part, place = self._part_of(row)
-        if not isinstance(part, _Complete):
-            found = self.read(self.keys_list[row], fields=fields)
-            return [array for name in fields if (array := getattr(found, name)) is not None]
+        if isinstance(part, _Live):
+            return _present(self.read(self.keys_list[row], fields=fields), fields)
         try:
             value = part.value_in_row(place)
-            return [np.ndarray(shape, dtype, value, offset) for _, shape, dtype, offset in _plan_of(value, fields).arrays]
+            count = int(part.region_counts[place]) if isinstance(part, _Published) else None
+            if count is not None and _is_npz(value):
+                return _present(_decode(value, fields=fields, rows=count), fields)
+            arrays = [np.ndarray(shape, dtype, value, offset) for _, shape, dtype, offset in _plan_of(value, fields).arrays]
+            return arrays if count is None else [array[:count] for array in arrays]
         except BadInput as error:
             raise BadInput(f"{part.path}, image {self.keys_list[row]!r}: {error}; see `uniter-db check`") from None
 
