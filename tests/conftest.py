@@ -16,7 +16,9 @@ SHARED = HERE.parent.parent / "shared"
 # Generated tests that do not say how many: few, and the same ones, in the default run; HYPOTHESIS_PROFILE=many looks for faults.
 _QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("few", max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=_QUIET)
-settings.register_profile("many", max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "5000")), deadline=None, print_blob=True, suppress_health_check=_QUIET)
+settings.register_profile(
+    "many", max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "5000")), deadline=None, print_blob=True, suppress_health_check=_QUIET
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
