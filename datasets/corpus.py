@@ -148,6 +148,9 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
         # Each picture is looked up once, however many texts speak of it.
         places = np.fromiter((_place(images, key) for key in text.image_keys), np.int32, len(text.image_keys))
         pictures = places[text.image_numbers] if len(lengths) else np.empty((0, 1), dtype=np.int32)
+        if images.has_pairs and pictures.shape[1] == 2:  # VCR's second picture is the detected regions, under whatever key
+            detected = np.fromiter((_place(images, key, detected=True) for key in text.image_keys), np.int32, len(text.image_keys))
+            pictures[:, 1] = detected[text.image_numbers[:, 1]]
         keep = np.ones(len(lengths), dtype=np.bool_)
         for reason, wrong in (
             ("empty", lengths < 1),
@@ -184,10 +187,10 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
     )
 
 
-def _place(images: ImageDB, key: str) -> int:
+def _place(images: ImageDB, key: str, *, detected: bool = False) -> int:
     """The row of a picture, -1 where it is not there."""
     if key in images:
-        return images.index_of(key)
+        return images.index_of(key, detected=detected)
     # Published RefCOCO texts name the record of annotated boxes; the same picture's detected ones have a key of their own.
     detected = key.replace("visual_grounding_coco_gt_", "visual_grounding_det_coco_")
     return images.index_of(detected) if detected in images else -1

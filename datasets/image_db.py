@@ -12,7 +12,7 @@ Source: facts/uniter.md sections 1.2, 1.3 and 8 (rows 16, 17, 18, 20: mended, no
 import itertools
 import mmap
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -472,13 +472,16 @@ class ImageDB(Mapping[str, RegionFeatures]):
         self.path = path
         selection = {"conf_th": conf_th, "min_bb": min_bb, "max_bb": max_bb, "num_bb": num_bb}
         self._parts: list[_Part] = []
+        self._detected: list[bool] = []  # of each part, whether it is the second half of a pair
         for one in [path] if isinstance(path, str | Path) else list(path):
             halves = str(one).split(";") if ";" in str(one) and not Path(one).exists() else [str(one)]
             if len(halves) > 2:
                 raise BadInput(f"{one!r} names {len(halves)} databases; expected one, or two as 'gt;det'")
             if len(halves) == 2:  # ground truth is read whole, as UNITER does (100 rows at most)
                 self._parts += _open_parts(Path(halves[0]), allow_partial, readahead, {**selection, "conf_th": -1, "num_bb": 100})
+                self._detected += [False] * (len(self._parts) - len(self._detected))
             self._parts += _open_parts(Path(halves[-1]), allow_partial, readahead, selection)
+            self._detected += [len(halves) == 2] * (len(self._parts) - len(self._detected))
         self._finish_opening()
 
     def _finish_opening(self) -> None:
@@ -489,7 +492,7 @@ class ImageDB(Mapping[str, RegionFeatures]):
         self._widths: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_parts": self._parts}
+        return {"path": self.path, "_parts": self._parts, "_detected": self._detected}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -558,13 +561,23 @@ class ImageDB(Mapping[str, RegionFeatures]):
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and any(part.keys.find(key) >= 0 for part in self._parts)
 
-    def index_of(self, key: str) -> int:
+    @property
+    def has_pairs(self) -> bool:
+        """Whether it was opened as "gt;det"."""
+        return any(self._detected)
+
+    def index_of(self, key: str, *, detected: bool = False) -> int:
         """The place of a key in `keys_list`.
+
+        Args:
+            detected: of "gt;det", look in the second half first, where both halves may hold the key.
 
         Raises:
             MissingImage: it is not there.
         """
-        for start, part in zip(self._starts, self._parts, strict=False):
+        order: Iterable[int] = range(len(self._parts))
+        for which in sorted(order, key=lambda which: not self._detected[which]) if detected else order:
+            start, part = self._starts[which], self._parts[which]
             row = part.keys.find(key)
             if row >= 0:
                 return int(start) + row
@@ -605,19 +618,29 @@ class ImageDB(Mapping[str, RegionFeatures]):
         """
         # A live part a second time: a unit may have moved into data.mdb between our two looks.
         for part in (*self._parts, *(part for part in self._parts if isinstance(part, _Live))):
-            try:
-                value = part.value(key)
-                if value is not None:
-                    return _decode(value, fields=tuple(fields), rows=part.rows_of(key), soft_label_rows=soft_label_rows)
-            except BadInput as error:
-                raise BadInput(f"{part.path}, image {key!r}: {error}; see `uniter-db check`") from None
+            found = self._read_from(part, key, fields, soft_label_rows)
+            if found is not None:
+                return found
         raise MissingImage(f"image {key!r} is not in {self._name()}; was it extracted, and under this key?")
+
+    def _read_from(
+        self, part: _Part, key: str, fields: Sequence[str], soft_label_rows: NDArray[Any] | Sequence[int] | None = None
+    ) -> RegionFeatures | None:
+        try:
+            value = part.value(key)
+            if value is None:
+                return None
+            return _decode(value, fields=tuple(fields), rows=part.rows_of(key), soft_label_rows=soft_label_rows)
+        except BadInput as error:
+            raise BadInput(f"{part.path}, image {key!r}: {error}; see `uniter-db check`") from None
 
     def read_row(self, row: int, *, fields: Sequence[str] = DEFAULT_FIELDS) -> RegionFeatures:
         """`read` of the image in that row of `keys_list`, without looking its key up."""
         part, place = self._part_of(row)
         if not isinstance(part, _Complete):
-            return self.read(self.keys_list[row], fields=fields)
+            key = self.keys_list[row]
+            found = self._read_from(part, key, fields)
+            return self.read(key, fields=fields) if found is None else found
         try:
             return _decode(part.value_in_row(place), fields=tuple(fields), rows=None)
         except BadInput as error:

@@ -293,7 +293,7 @@ def check_both_kinds(corpus: Corpus) -> None:
         row = int(corpus.image_rows_NK[same][0, 0])
         raise BadInput(
             f"corpus {corpus.name!r}: {corpus.images.keys_list[row]!r} is both the annotated and the detected regions of a picture; "
-            "extract them under different keys (--key 'vcr_gt_train_{stem}.npz' and 'vcr_train_{stem}.npz')"
+            "name the databases as --images 'ANNOTATED;DETECTED'"
         )
 
 

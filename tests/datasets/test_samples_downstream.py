@@ -15,7 +15,6 @@ from uniter.datasets.collate import collate
 from uniter.datasets.corpus import Corpus, gather, open_corpus
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.regions import RegionFeatures
 from uniter.datasets.samples import (
     UNKNOWN,
     Example,
@@ -130,34 +129,12 @@ def test_regions_that_are_not_the_annotations_are_refused(uniter_data_golden: Pa
         phrase(_data_corpus(uniter_data_golden, "re_det"), 0, annotated=True)
 
 
-class Both:
-    """Annotated and detected regions under the same keys, as the golden set has them: rows of the one, then of the other."""
-
-    def __init__(self, annotated: ImageDB, detected: ImageDB) -> None:
-        self.databases, self.first = (annotated, detected), len(annotated)
-        self.keys_list = [*annotated.keys_list, *detected.keys_list]
-
-    def read_row(self, row: int, **chosen: Any) -> RegionFeatures:
-        return self.databases[int(row >= self.first)].read(self.keys_list[row], **chosen)
-
-    def read_arrays(self, row: int, fields: tuple[str, ...] = ("features", "norm_bb")) -> list[np.ndarray]:
-        regions = self.read_row(row, fields=fields)
-        return [getattr(regions, name) for name in fields]
-
-    @property
-    def region_counts(self) -> np.ndarray:
-        return np.concatenate([database.region_counts for database in self.databases])
-
-
 @pytest.fixture
 def questions(uniter_tasks_golden: Path) -> Corpus:
+    """Annotated and detected regions under the same keys, as the golden set has them."""
     toy = uniter_tasks_golden / "img_db" / "toy"
-    text = TextDB(uniter_tasks_golden / "txt_db" / "vcr_toy.db")
-    annotated, detected = ImageDB(next(toy.glob("feat_numbb*")), conf_th=-1, num_bb=100), ImageDB(toy)
-    corpus = gather([text], detected, "vcr", -1)
-    keys = [text.image_key(number) for number in range(len(text))]
-    rows = [[annotated.index_of(left), len(annotated) + detected.index_of(right)] for left, right in keys]
-    return dataclasses.replace(corpus, images=Both(annotated, detected), image_rows_NK=np.array(rows, dtype=np.int32))
+    annotated = next(toy.glob("feat_numbb*"))
+    return open_corpus("vcr", [uniter_tasks_golden / "txt_db" / "vcr_toy.db"], [f"{annotated};{toy}"], max_text_length=-1)
 
 
 def test_golden_choices(uniter_tasks_golden: Path, questions: Corpus) -> None:

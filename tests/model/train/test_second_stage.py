@@ -1,6 +1,7 @@
 """VCR's second stage: pre-training on question, right answer and right rationale with annotated and detected regions."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from uniter.cli.train import main
 from uniter.datasets.corpus import open_corpus
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db import ImageDB
 from uniter.model.checkpoints import export_published, find_weights, load_uniter, read_state
 from uniter.model.tasks import vocabulary_of
 from uniter.model.train.config import TrainSettings
@@ -218,3 +220,15 @@ def test_lengths_are_never_fewer_than_the_words_of_a_batch(world: dict[str, str]
     for number in range(len(corpus)):
         told = sum(map(len, Example(corpus, number, ()).told()))
         assert told <= corpus.text_lengths_N[number]
+
+
+def test_annotated_and_detected_regions_may_have_the_same_keys(made_up: Any, tmp_path: Path) -> None:
+    """Of "gt;det" the first half holds a picture's annotated regions and the second the detected ones, whatever their keys."""
+    plain = made_up.World(width=16, noise=0.1)
+    _, gt = plain.write(tmp_path, pictures=8, captions=1, regions=3)
+    _, det = plain.write(tmp_path / "det", pictures=8, captions=1, regions=5)
+    database = ImageDB(f"{gt};{det}")
+    first, second = database.index_of("scene_1_00002"), database.index_of("scene_1_00002", detected=True)
+    assert (len(database.read_row(first)), len(database.read_row(second))) == (3, 5)
+    assert database.region_counts[[first, second]].tolist() == [3, 5]
+    assert len(pickle.loads(pickle.dumps(database)).read_row(second)) == 5
