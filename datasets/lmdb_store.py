@@ -76,9 +76,13 @@ def _first_json(path: Path, value: Any) -> Any:
         # Processes in containers on several machines often have the same id.
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.first")
         write_json(temporary, value)
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(temporary, path)
-        temporary.unlink()
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            temporary.replace(path)
+        temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
     return read_json(path)
 
@@ -107,9 +111,12 @@ def read_failures(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     try:
-        return [orjson.loads(line) for line in lines if line.strip()]
+        rows = [orjson.loads(line) for line in lines if line.strip()]
     except orjson.JSONDecodeError as error:
         raise BadInput(f"{path} is damaged ({error})") from None
+    if not all(isinstance(row, dict) and isinstance(row.get("key"), str) for row in rows):
+        raise BadInput(f'{path} is damaged: expected {{"key", "path", "error"}} in each line')
+    return rows
 
 
 def read_box_ids(folder: Path) -> dict[str, list[Any]]:

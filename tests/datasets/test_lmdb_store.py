@@ -237,6 +237,15 @@ def test_other_settings_are_refused_in_words(unbroken: Path) -> None:
     assert not (unbroken / "data.mdb").exists()
 
 
+def test_a_file_system_without_hard_links_will_do(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert build(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(unbroken)
+
+
 def test_a_foreign_database_is_not_written_into(tmp_path: Path) -> None:
     lmdb.open(str(tmp_path / "foreign"), map_size=1 << 20).close()
     with pytest.raises(BadInput, match="made elsewhere"):
