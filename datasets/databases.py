@@ -295,7 +295,10 @@ def _raw_texts(path: Path) -> Callable[[str], bytes]:
     transaction = open_reader(path).begin(buffers=True)
 
     def read(example: str) -> bytes:
-        value = transaction.get(example.encode())
+        try:
+            value = transaction.get(example.encode("utf-8", "surrogatepass"))
+        except lmdb.Error as error:
+            raise BadInput(f"{path} is damaged at text {example!r} ({error}); see `uniter-db check`") from None
         if value is None:
             raise BadInput(f"{path}: text {example!r} is listed but not stored; see `uniter-db check`")
         return bytes(value)

@@ -62,6 +62,8 @@ def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
         BadInput: the file is damaged or of another kind.
     """
     damaged = BadInput(f"index file {path} is damaged or no index; remove it and run `uniter-db check --repair OUT` on the database")
+    if not path.is_file():
+        raise BadInput(f"index file {path} is missing; write a whole database with `uniter-db check --repair OUT`")
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")

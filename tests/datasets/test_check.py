@@ -1,5 +1,6 @@
 """Every fault of an LMDB database is found, said, and leaves the rest readable; nothing crashes the process."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lmdb
@@ -537,6 +539,56 @@ def test_side_files_of_tasks_are_merged_or_refused(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "both.db" / "refs.json").read_text()) == [{"a": 1}, {"a": 2}]
     with pytest.raises(SettingsDiffer, match="texts of other labels cannot be one database"):
         merge([dogs, with_files("cats.db", range(8, 12), {"cat": 0}, [])], tmp_path / "out.db")
+
+
+@pytest.fixture(scope="module")
+def databases(tmp_path_factory: pytest.TempPathFactory, uniter_data_golden: Path) -> Path:
+    """A small database of each kind."""
+    root = tmp_path_factory.mktemp("databases")
+    captions_db(root / "texts.db", range(30))
+    write(root / "regions.lmdb", range(6))
+    shutil.copytree(next(iter(sorted((uniter_data_golden / "txt_db").glob("pretrain*")))), root / "published.db")
+    shutil.copytree(uniter_data_golden / "img_db" / "scenes", root / "scenes")
+    return root
+
+
+@pytest.mark.parametrize("name", ["texts.db", "regions.lmdb", "published.db", "scenes"])
+@settings(max_examples=settings().max_examples // 4)
+@given(data=st.data())
+def test_fuzzed_databases_are_told_and_repaired_or_refused(
+    databases: Path, tmp_path_factory: pytest.TempPathFactory, fuzzing: ModuleType, name: str, data: st.DataObject
+) -> None:
+    """Any file of it damaged or gone: no other exception than ours, and what is repaired has no problems."""
+    root = tmp_path_factory.mktemp("fuzz")
+    copy, out = Path(shutil.copytree(databases / name, root / name)), root / "out"
+    for file in data.draw(st.lists(st.sampled_from(sorted(path for path in copy.rglob("*") if path.is_file())), min_size=1, max_size=2)):
+        content = file.read_bytes() if file.exists() else b""
+        what = data.draw(st.sampled_from(["damaged", "damaged", "json", "gone"]))
+        if what == "gone":
+            file.unlink(missing_ok=True)
+        elif what == "json" or file.suffix == ".json":
+            file.write_bytes(fuzzing.as_json(data.draw(fuzzing.VALUES)) if what == "json" else fuzzing.damaged(data, content))
+        else:
+            changed = bytearray(content)
+            for place in data.draw(st.lists(st.integers(0, max(0, len(content) - 1)), max_size=20)):
+                changed[place : place + 1] = bytes([data.draw(st.integers(0, 255))])
+            file.write_bytes(changed[: data.draw(st.integers(0, len(changed)))] if data.draw(st.booleans()) else changed)
+
+    def read() -> None:
+        database: TextDB | ImageDB = TextDB(copy) if name.endswith(".db") else ImageDB(copy)
+        for key in list(database)[:8]:
+            with contextlib.suppress(UniterError):
+                database[key]
+
+    def repaired() -> None:
+        repair(copy, out, CheckReport(""))
+        assert check_database(out).problems == {}
+
+    told = [lambda: check_database(copy), lambda: describe(copy), read, repaired]
+    for attempt in (*told, lambda: split(copy, out, by="2"), lambda: merge([copy], out)):
+        with contextlib.suppress(UniterError):
+            attempt()
+        shutil.rmtree(out, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- merging, splitting
