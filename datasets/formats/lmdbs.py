@@ -54,7 +54,7 @@ def write_uniter(
         raise BadInput(f"{folder} is there already; choose another folder, or --overwrite")
     path.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
-    with written_aside(folder) as temporary:
+    with written_aside(folder, folder=True) as temporary:
         temporary.mkdir()
         environment = lmdb.open(str(temporary), map_size=1 << 26, lock=False, max_spare_txns=0)
         try:

@@ -52,7 +52,7 @@ def write(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip
     """
     if path.is_dir() and any(file.is_file() and file.suffix != ".npz" and file.name != _NOTE for file in path.rglob("*")):
         raise BadInput(f"{path} holds other files than .npz; choose another folder, or remove it")
-    with written_aside(path) as folder:
+    with written_aside(path, folder=True) as folder:
         folder.mkdir(parents=True)
         write_json(folder / _NOTE, {"rows": "chosen", "meaning": "every row counts; do not select by confidence again"})
         for key, regions in items:

@@ -171,13 +171,21 @@ def refuse(key: str, regions: RegionFeatures, error: BadInput) -> None:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write a file or folder to; it takes the place of `path` at the end, and is removed if anything fails."""
+def written_aside(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A place beside `path` to write a file or folder to; it takes the place of `path` at the end, and is removed if anything fails.
+
+    Raises:
+        BadInput: there is a folder where a file is to be written, or a file where a folder is.
+    """
+    if path.exists() and path.is_dir() != folder:
+        raise BadInput(
+            f"{path} is a {'file' if folder else 'folder'}, and this format is a {'folder' if folder else 'file'}; choose another name"
+        )
     temporary = path.with_name(f"{path.name}.tmp")
     _remove(temporary)
     try:
         yield temporary
-        if path.is_dir():
+        if folder and path.is_dir():  # the callers have looked at what is in it
             shutil.rmtree(path)
         temporary.replace(path)
     except BaseException:
