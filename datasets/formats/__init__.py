@@ -225,7 +225,8 @@ def convert(
         raise BadInput(unknown_name("format", to, FORMATS))
     name = source_format or recognise(source)
     rule = selection or Selection()
-    if target.exists() and target.resolve() == source.resolve():
+    within = to == "npz" and source.resolve().is_relative_to(target.resolve())
+    if target.exists() and (within or target.resolve() == source.resolve()):
         raise BadInput(f"{target} is both source and target")
     sizes = ImageSizes(images) if images is not None else None
     seen = _Seen()

@@ -657,9 +657,11 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(written: dict[str, Path
     for to in FORMATS:
         for overwrite in (False, True):
             name = "photos" if to.endswith("tsv") or to.startswith("hdf5") else "photo.jpg"
-            with pytest.raises((UniterError, OSError), match="is a folder|is a file|is there already|exists|Not a directory"):
+            with pytest.raises((UniterError, OSError), match=r"is a folder|is a file|is there already|exists|Not a directory"):
                 convert(written["lmdb"], tmp_path / name, to=to, overwrite=overwrite)
     assert (tmp_path / "photos" / "a.jpg").exists() and (tmp_path / "photo.jpg").read_bytes() == b"dear"
+    with pytest.raises(BadInput, match="is both source and target"):
+        convert(tmp_path / "npz", tmp_path, to="npz", overwrite=True)
     (tmp_path / "npz" / "thesis.txt").write_text("dear")
     with pytest.raises(BadInput, match=r"holds other files than \.npz"):
         convert(written["lmdb"], tmp_path / "npz", to="npz", overwrite=True)
