@@ -264,7 +264,7 @@ def _karpathy_parts(paths: Sequence[Path]) -> dict[str, set[int]]:
             found = True
             image = object_of(value, f"image {row} of {path}")
             part = "train" if image.get("split") == "restval" else image.get("split")
-            if part not in parts:
+            if not isinstance(part, str) or part not in parts:
                 raise BadInput(f"image {row} of {path} is of the split {shown(part)}; expected train, restval, val or test")
             parts[part].add(_integer(image.get("cocoid"), f"the cocoid of image {row} of {path}"))
         if not found:

@@ -186,6 +186,9 @@ def test_messages(world: Path) -> None:
     (world / "bad.json").write_text('{"images": [{"split": "dev", "cocoid": 1}]}')
     with pytest.raises(BadInput, match="is of the split 'dev'; expected train, restval, val or test"):
         exclusion_lists(karpathy=[world / "bad.json"])
+    (world / "bad.json").write_text('{"images": [{"split": [], "cocoid": 1}]}')
+    with pytest.raises(BadInput, match=r"is of the split \[\]; expected train"):
+        exclusion_lists(karpathy=[world / "bad.json"])
     with pytest.raises(BadInput, match="does not say which part it is"):
         exclusion_lists(karpathy=[world / "flickr.txt"])
     (world / "refs.json").write_text('[{"split": "val"}]')
