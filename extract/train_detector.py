@@ -559,7 +559,7 @@ def train_detector(
     network = build_network(cfg, classes=len(labelled.class_names), attributes=attribute_count, seed=seed)
     if from_weights:
         _start_from(network, Path(from_weights))
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth less time on a CPU, the same values but for rounding
+    network.to(memory_format=torch.channels_last)  # a fifth less time on a CPU, the same values but for rounding
     optimizer = _optimizer(network, schedule, learning_rate)
     preparation = ShortestEdgePreparation(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
     started = time.monotonic()
