@@ -192,5 +192,5 @@ def _place(images: ImageDB, key: str, *, detected: bool = False) -> int:
     if key in images:
         return images.index_of(key, detected=detected)
     # Published RefCOCO texts name the record of annotated boxes; the same picture's detected ones have a key of their own.
-    detected = key.replace("visual_grounding_coco_gt_", "visual_grounding_det_coco_")
-    return images.index_of(detected) if detected in images else -1
+    other = key.replace("visual_grounding_coco_gt_", "visual_grounding_det_coco_")
+    return images.index_of(other) if other in images else -1
