@@ -5,7 +5,7 @@ import pickle
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniter.datasets.annotations import ANNOTATIONS
@@ -77,6 +77,7 @@ def pieces():
 
 
 @pytest.mark.parametrize("name", FILES)
+@settings(max_examples=settings().max_examples // 3)  # each builds a database
 @given(data=st.data())
 def test_fuzzed_annotations_are_examples_or_an_error_of_ours(tmp_path_factory, fuzzing, pieces, name, data):
     task, document, lines, companions = FILES[name]
@@ -96,6 +97,7 @@ def test_fuzzed_annotations_are_examples_or_an_error_of_ours(tmp_path_factory, f
     read_and_build(task, folder, join, pieces)
 
 
+@settings(max_examples=settings().max_examples // 3)  # each builds a database
 @given(data=st.data())
 def test_fuzzed_pickles_of_refs_are_examples_or_an_error_of_ours(tmp_path_factory, fuzzing, pieces, data):
     folder = tmp_path_factory.mktemp("fuzz")
