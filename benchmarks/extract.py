@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 import skimage
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
@@ -206,14 +207,16 @@ def host_work(detector: Detectron2Detector, folder: Path) -> dict[str, float]:
     cv2.imwrite(str(path), cv2.resize(np.asarray(image), (640, 480)), [cv2.IMWRITE_JPEG_QUALITY, 95])
     rng = np.random.default_rng(0)
     corner, side = rng.uniform(0, 400, (300, 2)), rng.uniform(20, 250, (300, 2))
-    boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
+    spread = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
+    # All in one place, so that they strike each other out, with hardly a preference: only a look at every class finds 100.
+    together = (np.array([100, 100, 300, 300]) + rng.uniform(-2, 2, (300, 4))).astype(np.float32)
     features = rng.random((300, 2048), dtype=np.float32)
 
-    def regions(sharpness: float) -> RawRegions:
+    def regions(boxes: NDArray[np.float32], sharpness: float) -> RawRegions:
         scores = np.exp(rng.normal(size=(300, 1601)) * sharpness)
         return RawRegions(boxes, features, (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32))
 
-    easy, hard = regions(2.6), regions(0.3)
+    easy, hard = regions(spread, 2.6), regions(together, 0.3)
     kept = select_regions(easy, size=(480, 640))
 
     def decode_resize_write() -> None:
