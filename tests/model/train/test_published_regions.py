@@ -1,17 +1,26 @@
 """Which rows of published region databases fine-tuning, evaluating and predicting read where nobody says: RefCOCO's all, others 0.2."""
 
+import csv
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 import pytest
+import torch
 import yaml
 
+from uniter.datasets.collate import collate
+from uniter.datasets.corpus import open_corpus
 from uniter.datasets.image_db import ImageDB, encode_record
+from uniter.datasets.samples import Example, Masking
+from uniter.model import UniterConfig
+from uniter.model.tasks import DOWNSTREAM
 from uniter.model.train.config import TrainSettings
-from uniter.model.train.finetuning import evaluate_finetuned, finetune, predict
+from uniter.model.train.finetuning import evaluate_finetuned, extras, finetune, predict
 from uniter.model.train.runs import regions_to_read
 
 Make = Callable[..., TrainSettings]
@@ -68,3 +77,44 @@ def test_the_first_selection_that_is_there_is_taken(world: dict[str, Path]) -> N
     assert regions_to_read([str(world["whole"])], few, all_rows) == few
     assert len(ImageDB(world["whole"], **all_rows)["scene_1_00000"]) == BOXES
     assert len(ImageDB(world["whole"])["scene_1_00000"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "regions"), [("refcoco", "re_gt"), ("refcoco-two-layers", "re_det"), ("refcoco-rank", "re_gt"), ("vcr", "both")]
+)
+def test_golden_databases_and_published_checkpoints_of_given_regions(
+    name: str, regions: str, uniter_tasks_golden: Path, uniter_data_golden: Path, tmp_path: Path
+) -> None:
+    """A `.pt` of tensors only, as UNITER's trainers wrote them, evaluated and asked on databases as UNITER read them."""
+    if name == "vcr":
+        toy, texts = uniter_tasks_golden / "img_db" / "toy", uniter_tasks_golden / "txt_db" / "vcr_toy.db"
+        images = f"{next(toy.glob('feat_numbb*'))};{toy}"
+    else:
+        entries = json.loads((uniter_data_golden / "expected.json").read_text())["txt_db"]
+        texts = uniter_data_golden / next(entry["path"] for key, entry in entries.items() if key.startswith("refcoco"))
+        images = str(uniter_data_golden / "img_db" / regions)
+    corpus = open_corpus(name, [texts], [images], max_text_length=-1)
+    row = DOWNSTREAM[name].of_data(DOWNSTREAM[name], corpus)
+    sizes = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2, "intermediate_size": 64, "initializer_range": 0.3}
+    config = UniterConfig.preset("tiny", vocab_size=corpus.texts[0].v_range[1], image_feature_size=corpus.images.feature_width, **sizes)
+    torch.manual_seed(0)
+    model = extras(row).model(config, **extras(row).sizes).eval()
+    published = tmp_path / "model_step_8000.pt"
+    torch.save({"model_state": model.state_dict()}, published)
+    asked = {"text": [str(corpus.texts[0].path)], "images": [images], "device": "cpu"}
+    figures = evaluate_finetuned(name, str(published), **asked)
+    predict(name, str(published), tmp_path / "answers", **asked)
+    sample, examples = extras(row).predicted or row.sample, range(len(corpus))
+    shown = [Example(corpus, number, tuple(corpus.image_rows_NK[number].tolist())) for number in examples]
+    outputs = [row.head(model, collate([sample(one, random.Random(0), Masking())])) for one in shown]
+    said = [extras(row).answer(one)[0] for one in outputs]
+    assert figures["examples"] == len(corpus) == len(said)
+    if name == "vcr":
+        rows = {line["annot_id"]: list(map(float, list(line.values())[1:])) for line in csv.DictReader((tmp_path / "answers").open())}
+        for one, scores in zip(shown, said, strict=True):
+            assert rows[one.id] == pytest.approx(scores, abs=1e-5)
+        right = [np.argmax(scores[:4]) == one.corpus.record(one.number)["qa_target"] for one, scores in zip(shown, said, strict=True)]
+        assert figures["qa"] == pytest.approx(np.mean(right))
+    else:
+        pointed = {str(line["sent_id"]): line["region"] for line in json.loads((tmp_path / "answers").read_text())}
+        assert [pointed[one.id] for one in shown] == said
