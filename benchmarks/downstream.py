@@ -15,8 +15,9 @@ figures are also in OUT/measured.json; `2>log.txt` keeps the commands' logs apar
 that counts: nothing but pre-training differs. Another seed is another such model, and another order of examples for both; the
 pre-trained model is one. Both get the same settings and as many updates.
 
-`--regions known` leaves the detector out and makes each thing of a scene a region whose feature is a vector of its shape plus one of
-its colour plus noise.
+`--regions known` makes each thing of a scene a region whose feature is a vector of its shape plus one of its colour plus noise.
+`--regions detector` begins at the pixels, with a detector trained on the first world and its regions; then pre-training wants more
+updates than it chooses.
 """
 
 import argparse
@@ -330,7 +331,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]
     parser.add_argument("--pictures", type=int, default=1200, help="of pre-training's world (default: 1200)")
     parser.add_argument("--few", type=int, default=200, help="annotated pictures of the tasks' world (default: 200)")
     parser.add_argument("--held-out", type=int, default=200, help="more pictures of each world, on which is measured (default: 200)")
-    parser.add_argument("--regions", default="detector", choices=["detector", "known"], help="see above (default: detector)")
+    parser.add_argument("--regions", default="known", choices=["known", "detector"], help="see above (default: known)")
     parser.add_argument("--pretrain-steps", type=int, help="updates of pre-training (default: chosen by the amount of data)")
     parser.add_argument("--steps", type=int, default=300, help="updates of each fine-tuning (default: 300)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of fine-tuning, e.g. batch_tokens=512")
