@@ -107,7 +107,10 @@ def remove_old(run: Path, *, keep: int) -> None:
             path.rename(folder / f"{_LEAVING}{path.name}-{os.getpid()}")
     for path in folder.iterdir():
         if path.name.startswith((_ASIDE, _LEAVING)):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def resume(run: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, read_model: Callable[[Path], None]) -> Progressed | None:
@@ -199,7 +202,7 @@ def _sync(path: Path) -> None:
 
 def _point(link: Path, name: str) -> None:
     """Let `link` name its sibling `name`, in one step."""
-    aside = link.with_name(f".{link.name}-{os.getpid()}")
+    aside = link.with_name(f"{_ASIDE}{link.name}-{os.getpid()}")
     aside.unlink(missing_ok=True)
     aside.symlink_to(name)
     aside.replace(link)
