@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.tokenizer import VOCABULARY_FILE, Tokenizer
+from uniter.datasets.text_db import read_json_object
+from uniter.datasets.tokenizer import TOKENIZER_FILE, VOCABULARY_FILE, Tokenizer
 from uniter.model.heads import UniterForPretraining
 from uniter.model.uniter import UniterConfig
 
@@ -100,6 +101,10 @@ def _from_hub(name: str) -> Path:
         for file in FOLDER_WEIGHTS:
             found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
             if found is not None:
+                # A vocabulary without the other file does not tell whether letters are lowered. `export_hub` writes both.
+                lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+                if cached_file(name, TOKENIZER_FILE, **lenient) is not None:
+                    cached_file(name, VOCABULARY_FILE, **lenient)
                 return Path(found)
     # OSError for most troubles; what lies below (its HTTP client) has classes of its own.
     except Exception as error:
@@ -196,11 +201,9 @@ def infer_config(state: Mapping[str, Tensor], *, beside: Path | None = None) -> 
         BadInput: the word embeddings or the encoder are missing, or the number of heads cannot be known.
     """
     values: dict[str, Any] = {}
-    if beside is not None:
-        for candidate in (beside.with_suffix(".json"), beside.parent / CONFIG_FILE):
-            if candidate.is_file():
-                values = UniterConfig.from_json(candidate).to_dict()
-                break
+    path = None if beside is None else configuration_beside(beside)
+    if path is not None:
+        values = UniterConfig.from_json(path).to_dict()
     sizes: dict[str, int] = {}
     for name, field, dimension in (
         ("uniter.embeddings.word_embeddings.weight", "vocab_size", 0),
@@ -230,18 +233,20 @@ def infer_config(state: Mapping[str, Tensor], *, beside: Path | None = None) -> 
     return UniterConfig(**{**values, **sizes})
 
 
+def configuration_beside(weights: Path) -> Path | None:
+    """The configuration of a weights file: its own name ending in `.json`, else its folder's `config.json`."""
+    return next((path for path in (weights.with_suffix(".json"), weights.parent / CONFIG_FILE) if path.is_file()), None)
+
+
 def told_beside(weights: str | Path) -> dict[str, Any]:
-    """What the configuration beside a weights file tells besides sizes: the task, the names of its answers. Empty where nothing does."""
-    weights = Path(weights)
-    path = next((path for path in (weights.with_suffix(".json"), weights.parent / CONFIG_FILE) if path.is_file()), None)
-    if path is None:
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read the model configuration {path}: {error}") from error
+    """What the configuration beside a weights file tells besides sizes: the task, the names of its answers. Empty where nothing does.
+
+    Raises:
+        BadInput: the configuration is damaged.
+    """
+    path = configuration_beside(Path(weights))
     sizes = {field.name for field in dataclasses.fields(UniterConfig)}
-    return {name: value for name, value in values.items() if name not in sizes} if isinstance(values, dict) else {}
+    return {} if path is None else {name: value for name, value in read_json_object(path).items() if name not in sizes}
 
 
 def tokenizer_beside(weights: str | Path) -> Tokenizer | None:

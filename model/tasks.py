@@ -280,6 +280,11 @@ def tells_choices(text: TextDB) -> bool:
     return len(text) > 0 and "input_ids_as" in text.record(0)
 
 
+def special_tokens(corpus: Corpus) -> int:
+    """[CLS] and [SEP]s of a text that is read; VCR's question, answer and rationale have a [SEP] each."""
+    return 2 * SPECIAL_TOKENS if any(map(tells_choices, corpus.texts)) else SPECIAL_TOKENS
+
+
 def vocabulary_of(corpus: Corpus) -> int:
     """The word pieces that a model of these texts needs, VCR's object tags counted."""
     # Ours say which words they added; published VCR databases do not, but always have UNITER's 81.

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,8 +43,7 @@ from uniter.model.checkpoints import (
 from uniter.model.downstream import DownstreamModel, UniterForReferring, UniterForRetrieval, UniterForVqa
 from uniter.model.heads import UniterForPretraining
 from uniter.model.looking import attention_to_regions
-from uniter.model.train.config import CONFIG_FILE as RUN_CONFIG_FILE
-from uniter.model.train.config import read_settings
+from uniter.model.train.config import run_of
 from uniter.model.uniter import UniterConfig, UniterModel
 
 Photograph = str | os.PathLike[str] | NDArray[np.uint8]
@@ -492,11 +490,10 @@ def _built(kind: type[DownstreamModel] | type[UniterForPretraining], state: Stat
 
 def _texts_of_run(weights: Path) -> list[Path]:
     """The text databases of the run whose checkpoint this is, as far as they are found: as they were named, or beside the run."""
-    run = weights.parent.parent.parent
-    path = run / RUN_CONFIG_FILE
-    if weights.parent.parent.name != "checkpoints" or not path.is_file():
+    found = run_of(weights)
+    if found is None:
         return []
-    settings = read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+    run, settings = found
     named = [text for corpus in settings.corpora for text in corpus.text]
     return [place for text in named for place in (Path(text), run.parent / text) if place.is_dir()]
 

@@ -286,6 +286,15 @@ def write_config(path: Path, settings: TrainSettings) -> None:
     aside.replace(path)
 
 
+def run_of(weights: Path) -> tuple[Path, TrainSettings] | None:
+    """The run directory whose checkpoint a weights file is, and the run's settings; None where it is no run's."""
+    run = weights.parent.parent.parent
+    path = run / CONFIG_FILE
+    if weights.parent.parent.name != "checkpoints" or not path.is_file():
+        return None
+    return run, read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+
+
 def differences(old: TrainSettings, new: TrainSettings) -> list[str]:
     """What a repeated command says otherwise than the run: "key: old -> new", without what may change."""
     before, after = dict(_flat(old.model_dump(mode="json", by_alias=True))), dict(_flat(new.model_dump(mode="json", by_alias=True)))

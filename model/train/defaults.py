@@ -5,7 +5,7 @@ the same numbers again.
 """
 
 from uniter.datasets.text_db import read_json_object
-from uniter.model.checkpoints import find_weights
+from uniter.model.checkpoints import configuration_beside, find_weights
 from uniter.model.tasks import Finetuning
 from uniter.model.train.config import TrainSettings
 from uniter.model.train.distributed import Processes
@@ -63,8 +63,8 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
 
 def size_of(start: str) -> str:
     """The preset whose numbers suit a checkpoint: "tiny" where the configuration beside it says that it is narrow, else "base"."""
-    config = find_weights(start).parent / "config.json"
-    width = read_json_object(config).get("hidden_size") if config.is_file() else None
+    config = configuration_beside(find_weights(start))
+    width = None if config is None else read_json_object(config).get("hidden_size")
     return "tiny" if isinstance(width, int) and width < PRESETS["base"]["hidden_size"] // 2 else "base"
 
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import nn
 
-from uniter.datasets.corpus import SPECIAL_TOKENS, Corpus, open_corpus
+from uniter.datasets.corpus import Corpus, open_corpus
 from uniter.datasets.errors import BadInput, SettingsDiffer
 from uniter.datasets.image_db import open_image_dbs
 from uniter.datasets.loader import Assembler, Mixture, Part
@@ -27,9 +27,9 @@ from uniter.datasets.samples import Masking
 from uniter.datasets.tokenizer import ON_BOARD, VOCABULARY_FILE, Tokenizer
 from uniter.model.attention import AttentionKernel
 from uniter.model.checkpoints import find_weights, read_model, tokenizer_beside, write_model
-from uniter.model.tasks import Task, vocabulary_of
+from uniter.model.tasks import Task, special_tokens, vocabulary_of
 from uniter.model.train import state
-from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, differences, read_settings, write_config
+from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, differences, read_settings, run_of, write_config
 from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.log import RunLog
 from uniter.model.train.loop import Learner, Recipe, train
@@ -99,12 +99,6 @@ def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> 
     settings = asked if earlier is None else _as_before(asked, earlier, run)
     data = kind.open_data(settings)
     settings = kind.complete(settings, *data.size(), everyone)
-    if everyone.writes:
-        run.mkdir(parents=True, exist_ok=True)
-        if earlier is None:
-            write_config(run / CONFIG_FILE, settings)
-    everyone.wait_for_all()
-
     tokenizer = tokenizer_of_texts([*data.training.values(), *data.validation.values()], start=settings.from_)
     model = kind.build_model(settings, data).to(everyone.device)
     _set_attention(model, settings.attention, everyone.device)
@@ -121,6 +115,11 @@ def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> 
         betas=settings.optimizer.betas,
         eps=settings.optimizer.epsilon,
     )
+    if everyone.writes and earlier is None:
+        # Not before all is known to fit: what was refused leaves no run in the way of the mended command.
+        run.mkdir(parents=True, exist_ok=True)
+        write_config(run / CONFIG_FILE, settings)
+    everyone.wait_for_all()
     progressed = state.resume(run, model=model, optimizer=optimizer, read_model=lambda folder: read_model(folder, model))
     accumulation = settings.accumulation or 1
     if progressed is None:
@@ -191,6 +190,8 @@ def with_validation(wanted: CorpusSettings, corpus: Corpus, settings: TrainSetti
             )
         count = settings.validation_pictures or min(max(pictures // 20, 2), 1000)
         corpus, held_out = corpus.hold_out(min(count, pictures - 2), seed=settings.seed)
+        if not len(corpus):
+            raise BadInput(f"corpus {wanted.name!r}: all texts are about the pictures to hold out; give validation_text or more pictures")
     return corpus, held_out.sample_of(settings.validation_examples, seed=settings.seed)
 
 
@@ -212,20 +213,23 @@ def _that_fit(data: Data, model: nn.Module) -> Data:
     """The data without validation texts that are longer than the model's positions.
 
     Raises:
-        BadInput: a text to train on is; better now than in the middle of the run.
+        BadInput: a text to train on is, or all validation texts are; better now than in the middle of the run.
     """
     config = getattr(model, "config", None)
     assert isinstance(config, UniterConfig)
-    most = config.max_position_embeddings - SPECIAL_TOKENS
-    longest = max(int(corpus.text_lengths_N.max()) for corpus in data.training.values())
-    if longest > most:
-        raise BadInput(
-            f"a text of {longest} word pieces does not fit the model's {config.max_position_embeddings} positions; "
-            f"set max_text_length to {most} or less, which leaves longer ones out"
-        )
+    positions = config.max_position_embeddings
+    for corpus in data.training.values():
+        longest, most = int(corpus.text_lengths_N.max()), positions - special_tokens(corpus)
+        if longest > most:
+            raise BadInput(
+                f"a text of {longest} word pieces does not fit the model's {positions} positions; "
+                f"set max_text_length to {most} or less, which leaves longer ones out"
+            )
     validation = {}
     for name, corpus in data.validation.items():
-        fitting = np.flatnonzero(corpus.text_lengths_N <= most)
+        fitting = np.flatnonzero(corpus.text_lengths_N <= positions - special_tokens(corpus))
+        if not len(fitting):
+            raise BadInput(f"corpus {name!r}: all validation texts are longer than the model's {positions} positions; give shorter ones")
         if len(fitting) < len(corpus):
             logger.warning(
                 "corpus %s: %d validation texts are longer than the model's positions and left out", name, len(corpus) - len(fitting)
@@ -276,11 +280,9 @@ def regions_to_read(images: Sequence[str], *preferred: Mapping[str, Any]) -> dic
 
 
 def regions_of_run(start: str) -> list[dict[str, Any]]:
-    """The rows that a run was trained with; none where `start` is no run."""
-    path = Path(start) / CONFIG_FILE
-    if not path.is_file():
-        return []
-    return [read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path)).regions.model_dump()]
+    """The rows that a run was trained with; none where `start` is no run, nor one of its checkpoints."""
+    found = run_of(find_weights(start))
+    return [] if found is None else [found[1].regions.model_dump()]
 
 
 def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:
@@ -316,7 +318,8 @@ def _earlier_settings(run: Path) -> TrainSettings | None:
     path = run / CONFIG_FILE
     if path.is_file():
         return read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
-    if run.is_dir() and any(run.iterdir()):
+    # A command that was killed while it wrote its settings has not begun a run.
+    if run.is_dir() and any(path.name != f".{CONFIG_FILE}.incoming" for path in run.iterdir()):
         raise BadInput(f"{run} is not empty and no run of uniter-train (it holds no {CONFIG_FILE}); give another --out")
     return None
 

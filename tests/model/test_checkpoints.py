@@ -211,7 +211,11 @@ def test_hub_id_is_fetched_with_its_configuration(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.utils.hub, "cached_file", from_folder)
     assert same_bits(load_uniter("somebody/model"), model)
-    assert asked == [("somebody/model", file) for file in ("config.json", "model.safetensors", "pytorch_model.bin")]
+    weights = ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer_config.json"]
+    assert asked == [("somebody/model", file) for file in weights]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    find_weights("somebody/model")
+    assert asked[len(weights) :] == [("somebody/model", file) for file in (*weights, "vocab.txt")]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

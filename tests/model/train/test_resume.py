@@ -1,5 +1,6 @@
 """Resume is a law: a run that was stopped, killed or pre-empted and repeated equals one that never was, to the bit."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 
 from uniter.datasets.errors import BadInput, SettingsDiffer
 from uniter.model.train import loop, state
-from uniter.model.train.config import TrainSettings, write_config
+from uniter.model.train.config import CONFIG_FILE, TrainSettings, write_config
 from uniter.model.train.log import read_log
 from uniter.model.train.pretraining import pretrain
+from uniter.model.train.runs import _earlier_settings
 
 CLOCK = {"seconds", "tokens_per_second", "data_wait_share"}
 Make = Callable[..., TrainSettings]
@@ -118,6 +120,29 @@ def test_sigterm_writes_a_checkpoint_and_exits(small: Make, tmp_path: Path) -> N
     assert f"stopped by SIGTERM after update {steps} of 400" in said
     last = log_of(run)[-1]
     assert last["step"] == steps
+
+
+def test_what_killed_processes_left_is_removed(small: Make, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for name in ("step-1", ".incoming-2-77", ".leaving-step-0-77"):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "model.safetensors").touch()
+    with contextlib.suppress(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        state._point(checkpoints / "latest", "step-1")
+    assert len(list(checkpoints.iterdir())) == 4
+    state.remove_old(tmp_path, keep=2)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-1"] and list((checkpoints / "step-1").iterdir())
+    # The very first thing that a run writes.
+    with contextlib.suppress(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        (tmp_path / "run").mkdir()
+        write_config(tmp_path / "run" / CONFIG_FILE, small())
+    assert list((tmp_path / "run").iterdir()) and _earlier_settings(tmp_path / "run") is None
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow

@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 
+from uniter.datasets.corpus import open_corpus
 from uniter.datasets.errors import BadInput
 from uniter.datasets.tokenizer import Tokenizer
+from uniter.model import UniterConfig, UniterForPretraining
 from uniter.model.checkpoints import tokenizer_beside
 from uniter.model.train.config import TrainSettings
+from uniter.model.train.defaults import size_of
 from uniter.model.train.log import read_log
 from uniter.model.train.pretraining import evaluate_run, export_run, pretrain
+from uniter.model.train.runs import Data, _that_fit, regions_of_run
 
 Make = Callable[..., TrainSettings]
 
@@ -25,10 +29,13 @@ def other_words(tmp_path_factory: pytest.TempPathFactory, made_up: Any) -> tuple
     return made_up.World(width=16).write(tmp_path_factory.mktemp("other words"), pictures=20, seed=2, tokenizer=turned)
 
 
-def test_the_vocabulary_of_the_texts_goes_into_checkpoints_and_exports(small: Make, tmp_path: Path, made_up: Any) -> None:
+def test_vocabulary_size_and_regions_are_told_by_checkpoints_and_exports(small: Make, tmp_path: Path, made_up: Any) -> None:
     pretrain(small(steps=2, validate_every=2), tmp_path / "run")
     export_run(str(tmp_path / "run"), "hub", tmp_path / "hub")
     assert export_run(str(tmp_path / "run"), "published", tmp_path / "toy.pt")["vocabulary"] == made_up.vocabulary().name
+    run, checkpoint = (regions_of_run(str(tmp_path / place)) for place in ("run", "run/checkpoints/step-2"))
+    assert run == checkpoint and run[0]["num_bb"] == 36 and regions_of_run(str(tmp_path / "toy.pt")) == []
+    assert size_of(str(tmp_path / "toy.pt")) == size_of(str(tmp_path / "run")) == "tiny"
     for weights in ("run/checkpoints/latest/model.safetensors", "hub/model.safetensors", "toy.pt"):
         found = tokenizer_beside(tmp_path / weights)
         assert found is not None and found.vocabulary == made_up.vocabulary().vocabulary
@@ -60,8 +67,14 @@ def test_texts_longer_than_the_positions_are_said_before_the_run(
         pretrain(small(model=sizes), tmp_path / "long")
     texts, images = databases
     corpus = {"name": "toy", "text": [str(texts)], "images": [str(images)], "validation_text": [str(texts)]}
-    pretrain(small(model=sizes, corpora=[corpus], max_text_length=8, steps=1, validate_every=1), tmp_path / "short")
+    # What was refused is no run: the same folder takes the mended command.
+    pretrain(small(model=sizes, corpora=[corpus], max_text_length=8, steps=1, validate_every=1), tmp_path / "long")
     assert "validation texts are longer than the model's positions and left out" in caplog.text
+    with pytest.raises(BadInput, match="all validation texts are longer than the model's 4 positions; give shorter ones"):
+        _that_fit(
+            Data({}, {"toy": open_corpus("toy", [texts], [images])}, {}),
+            UniterForPretraining(UniterConfig.preset("tiny", max_position_embeddings=4)),
+        )
 
 
 def test_the_kernel_of_attention_is_a_setting(small: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
