@@ -173,7 +173,16 @@ def _plain_url(spec: str) -> str:
 
 
 def _is_hub_id(spec: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", spec) is not None and not Path(spec).exists() and not Path(spec).parent.is_dir()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", spec) or Path(spec).exists() or Path(spec).parent.is_dir():
+        return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(spec)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _address(spec: str) -> str | None:

@@ -456,9 +456,10 @@ def test_when_no_known_source_answers_each_is_named_with_what_to_do(server: tupl
     assert load_known_weights((*sources, f"{address}/good.safetensors"), detector="butd").source.endswith("good.safetensors")
 
 
-def test_a_path_that_is_not_there_says_what_could_stand_there() -> None:
+@pytest.mark.parametrize("path", ["/nowhere/weights.pkl", "modèles/poids.pkl", "my--models/weights.pkl"])
+def test_a_path_that_is_not_there_says_what_could_stand_there(path: str) -> None:
     with pytest.raises(UniterError, match=r"no such file; expected a weight file, a URL, a hub id"):
-        load_weights("/nowhere/weights.pkl", shapes={})
+        load_weights(path, shapes={})
 
 
 def test_a_hub_id_that_does_not_answer_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
