@@ -196,8 +196,10 @@ def keep_freed_memory() -> None:
     takes up to a tenth of the time. Other C libraries stay as they are.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            library.mallopt(setting, 1 << 30)
+        trim_threshold, mmap_threshold = -1, -3
+        # Before 2.35, glibc refuses more than 32 MiB; were the other one set alone, it would stay at its first 128 KiB.
+        if library.mallopt(mmap_threshold, 1 << 30) or library.mallopt(mmap_threshold, 1 << 25):
+            library.mallopt(trim_threshold, 1 << 30)
 
 
 def probabilities(logits: Tensor) -> Tensor:
