@@ -229,7 +229,7 @@ class Crew:
             log.warning("a worker was lost (%s); unit %d is given to another", type(error).__name__, number)
             self._ray.kill(worker)
             if last:
-                reason = next(iter(reversed(str(error).strip().splitlines())), type(error).__name__)  # what a worker raised stands there
+                reason = next(reversed(str(error).strip().splitlines()), type(error).__name__)  # what a worker raised stands there
                 raise UniterError(f"unit {number} took {TRIES_PER_UNIT} workers down, lastly: {reason}") from error
             return None
         self._idle.append(worker)

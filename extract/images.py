@@ -193,8 +193,9 @@ class TarImages:
         together = np.concatenate(digests)
         if not len(together):
             raise BadInput(f"{self._tars[0]}{' and the other shards' if len(self._tars) > 1 else ''}: no images inside")
-        pairs = lambda: ((item.key, item.path) for n in range(self.units) for item in self.unit(n))  # noqa: E731
-        _refuse_equal_keys(together, pairs, otherwise="'{parent}/{stem}'")
+        _refuse_equal_keys(
+            together, lambda: ((item.key, item.path) for n in range(self.units) for item in self.unit(n)), otherwise="'{parent}/{stem}'"
+        )
         self.images = len(together)
         self.keys_sha256 = sha.hexdigest()
         self._counts = [len(keys) for keys in digests]
