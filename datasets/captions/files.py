@@ -96,6 +96,7 @@ class _Checked:
     pairs (\\ud83d alone), which Python's json writes and yajl refuses, become U+FFFD.
     """
 
+    _IN_ESCAPES: Final = b'\\/"0123456789ABCDEFabcdefnrtu'
     _BESIDE: Final = bytes(set(range(256)) - set(b'"[]{}'))
     _ESCAPES: Final = re.compile(
         rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[dD][89a-fA-F][0-9a-fA-F]{2}|.)", re.DOTALL
@@ -104,14 +105,18 @@ class _Checked:
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self._stream, self._path = stream, path
+        self._held = b""
         self._depth, self._in_string = 0, False
 
     def read(self, size: int = -1) -> bytes:
-        block = self._stream.read(size)
-        for _ in range(16):  # no escape, nor pair of them, may be cut in two
-            if b"\\" not in block[-12:]:
-                break
-            block += self._stream.read(1 << 12)
+        fresh = self._stream.read(size)
+        block = self._held + fresh
+        # No escape, nor pair of them, may be cut in two: what could be a part of one waits for what follows it.
+        while fresh and not block.rstrip(self._IN_ESCAPES) and len(block) < LONGEST_LINE:
+            fresh = self._stream.read(size)
+            block += fresh
+        end = len(block.rstrip(self._IN_ESCAPES)) if fresh else 0
+        block, self._held = (block[:end], block[end:]) if end else (block, b"")
         marks = block
         if b"\\" in block:
             if b"\\ud" in block or b"\\uD" in block:

@@ -163,6 +163,17 @@ def test_halves_of_surrogate_pairs_become_replacement_characters(tmp_path: Path)
         assert caption.image == "a\ufffd.jpg"
 
 
+def test_texts_of_escapes_alone_stay_whole(tmp_path: Path) -> None:
+    """Chinese as json.dumps writes it has no place for a hundred thousands of bytes where a block could not cut an escape."""
+    texts = ["红色的圆" * 30_000, "😀" * 50_000, '"' * 100_001, *('\\" {[' * n for n in range(1, 400))]
+    document = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": [{"id": n, "image_id": 1, "caption": text} for n, text in enumerate(texts)],
+    }
+    path = written(tmp_path / "c.json", json.dumps(document).encode())
+    assert [caption.text for caption in read(path)[0]] == texts
+
+
 def test_json_nested_without_end_is_refused_at_once(tmp_path: Path) -> None:
     """ijson keeps the path of each level: 100,000 levels took 25 GB."""
     for text in ("[" * 200_000, '{"a":' * 100_000, '{"images": [], "annotations": ' + '[{"a": ' * 50_000):
