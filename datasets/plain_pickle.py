@@ -52,8 +52,8 @@ class _Array:
         self.array = np.frombuffer(_raw(content), dtype=kind.type).reshape(shape, order="F" if column_order else "C").copy()
 
 
-def _raw(content: Any) -> bytes | bytearray:
-    if not isinstance(content, str | bytes | bytearray):
+def _raw(content: Any) -> bytes:
+    if not isinstance(content, str | bytes):
         raise pickle.UnpicklingError(f"it holds an array made of a {type(content).__name__}")
     return content.encode("latin1") if isinstance(content, str) else content
 
@@ -78,12 +78,13 @@ _STAND_INS: Final[dict[tuple[str, str], Callable[..., Any]]] = {
 }
 
 
-# The instructions that plain data and arrays are written with. What makes objects by other ways is none of them.
+# The instructions that plain data and arrays are written with. What makes objects by other ways is none of them, nor is BYTEARRAY8, which
+# clears as much memory as eleven bytes ask for.
 _INSTRUCTIONS: Final = (
     *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
     *("NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "EMPTY_LIST", "APPEND", "APPENDS", "LIST"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_LIST", "APPEND", "APPENDS", "LIST"),
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "EMPTY_SET", "GLOBAL", "STACK_GLOBAL", "REDUCE"),
 )
 
@@ -180,7 +181,7 @@ class _Plainly:
     def __call__(self, value: Any) -> tuple[Any, int]:
         if value is None or isinstance(value, int | float):
             return value, 1
-        if isinstance(value, str | bytes | bytearray):
+        if isinstance(value, str | bytes):
             return value, 1 + len(value)
         if isinstance(value, set | frozenset):
             return value, sum(self(member)[1] for member in value)

@@ -149,6 +149,19 @@ def test_a_memo_of_a_thousand_million_places_takes_no_memory(tmp_path):
             tracemalloc.stop()
 
 
+def test_bytes_that_only_claim_to_be_many_take_no_memory(tmp_path):
+    """BYTEARRAY8, a length, and nothing: the unpickler clears what the length says."""
+    path = tmp_path / "refs.p"
+    path.write_bytes(b"\x80\x05\x96" + (1 << 30).to_bytes(8, "little") + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match="is no pickle of plain lists and maps"):
+            load_plain_pickle(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("innermost", [["x"], "x" * 100, np.zeros(20)])
 def test_files_that_unfold_without_measure_are_refused(read, instances, tmp_path, innermost):
     value = innermost
@@ -182,8 +195,6 @@ def test_plain_data_is_read_as_it_was_written(tmp_path, protocol):
     }
     if protocol >= 4:  # before, a set is written with the name of its class
         value |= {"sets": [set(), {1, "a"}, frozenset({2})]}
-    if protocol >= 5:
-        value |= {"bytes": bytearray(b"z" * 300)}
     (tmp_path / "plain.p").write_bytes(pickle.dumps(value, protocol))
     assert load_plain_pickle(tmp_path / "plain.p") == value
 
