@@ -30,7 +30,7 @@ import orjson
 from numpy.typing import NDArray
 
 from uniter.datasets.captions.caption import Caption
-from uniter.datasets.cards import CARD_FILE, text_card
+from uniter.datasets.cards import CARD_FILE, has_foreign_readme, text_card
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.index_file import hash_key, save_arrays
 from uniter.datasets.keys import key_maker
@@ -55,7 +55,6 @@ OURS = (
     "txt2img.json",
     "img2txts.json",
     "vocab.txt",
-    CARD_FILE,
     INDEX,
 )
 TASK_FILES = (
@@ -202,7 +201,8 @@ def _build(
         "report": report.as_dict(),
         "software": f"uniter-toolkit {version('uniter-toolkit')}",
     }
-    (folder / CARD_FILE).write_text(text_card(header), encoding="utf-8")
+    if not has_foreign_readme(folder):
+        (folder / CARD_FILE).write_text(text_card(header), encoding="utf-8")
     write_json(folder / "header.json", header)
     return report
 
@@ -280,6 +280,8 @@ def _clear(folder: Path) -> None:
     sync_folder(folder)
     for name in (*OURS, *TASK_FILES):
         (folder / name).unlink(missing_ok=True)
+    if not has_foreign_readme(folder):
+        (folder / CARD_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / "building", ignore_errors=True)
     _drop_unfinished(folder)
 

@@ -4,9 +4,22 @@ A card follows from the database's header alone: the same database has the same 
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 CARD_FILE = "README.md"
+_BEGINNING = "---\ntags:\n- uniter\n"
+
+
+def has_foreign_readme(folder: Path) -> bool:
+    """Whether the README.md in a folder is no card: then it is somebody's own, and neither replaced nor removed."""
+    try:
+        with (folder / CARD_FILE).open(encoding="utf-8") as file:
+            return file.read(len(_BEGINNING)) != _BEGINNING
+    except FileNotFoundError:
+        return False
+    except (OSError, UnicodeDecodeError):
+        return True
 
 
 def region_card(header: Mapping[str, Any]) -> str:
@@ -65,9 +78,9 @@ def text_card(header: Mapping[str, Any]) -> str:
 
 
 def _card(title: str, tags: Iterable[str], opening: list[str], rows: Mapping[str, Any], code: str, limits: str) -> str:
-    lines = ["---", "tags:", "- uniter", *(f"- {tag}" for tag in tags), "---", "", f"# {title}", "", *opening, "| | |", "|---|---|"]
+    lines = [*(f"- {tag}" for tag in tags), "---", "", f"# {title}", "", *opening, "| | |", "|---|---|"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value not in (None, "")]
-    return "\n".join([*lines, "", "```python", code, "```", "", "## Limits", "", limits, ""])
+    return _BEGINNING + "\n".join([*lines, "", "```python", code, "```", "", "## Limits", "", limits, ""])
 
 
 def _cell(value: Any) -> str:

@@ -35,7 +35,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from uniter.datasets.cards import CARD_FILE, region_card
+from uniter.datasets.cards import CARD_FILE, has_foreign_readme, region_card
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.index_file import KeyList, key_columns, map_arrays, save_arrays
 from uniter.datasets.lmdb_pages import Fault, PageFile, check_data_file
@@ -328,8 +328,10 @@ class UnitStore:
         """
         (self.path / _OVERWRITING).touch()
         sync_folder(self.path)
-        for name in ("header.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS, CARD_FILE):
+        for name in ("header.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS):
             (self.path / name).unlink(missing_ok=True)
+        if not has_foreign_readme(self.path):
+            (self.path / CARD_FILE).unlink(missing_ok=True)
         for name in ("units", "units.tmp"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / "settings.json").unlink(missing_ok=True)
@@ -580,7 +582,8 @@ class UnitStore:
             "units": units,
             **header,
         }
-        _write_bytes(self.path / CARD_FILE, region_card(told).encode())
+        if not has_foreign_readme(self.path):
+            _write_bytes(self.path / CARD_FILE, region_card(told).encode())
         write_json(self.path / "header.json", told)
 
     def _sweep(self) -> None:

@@ -6,7 +6,11 @@ from typing import Any
 
 import yaml
 
+from uniter.datasets.build_text import build_text_db
+from uniter.datasets.captions.caption import Caption
 from uniter.datasets.cards import CARD_FILE, region_card, text_card
+from uniter.datasets.lmdb_store import UnitStore
+from uniter.datasets.tokenizer import Tokenizer
 
 
 def test_databases_write_their_cards(tmp_path: Path, made_up: Any) -> None:
@@ -20,6 +24,34 @@ def test_databases_write_their_cards(tmp_path: Path, made_up: Any) -> None:
         assert str(tmp_path) not in card
     again = made_up.World(width=16).write(tmp_path / "two", pictures=10)
     assert [(path / CARD_FILE).read_text() for path in again] == [words, regions]
+
+
+def test_a_readme_of_somebody_else_stays(tmp_path: Path) -> None:
+    for name, build in (("regions", built_regions), ("texts", built_texts)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / CARD_FILE).write_text("# My thesis\n")
+        build(folder)
+        assert (folder / CARD_FILE).read_text() == "# My thesis\n"
+        (folder / CARD_FILE).unlink()
+        build(folder)
+        card = (folder / CARD_FILE).read_text()
+        (folder / CARD_FILE).write_text(card + "stale\n")
+        build(folder)
+        assert (folder / CARD_FILE).read_text() == card
+
+
+def built_regions(out: Path) -> None:
+    store = UnitStore(out, settings={}, overwrite=True)
+    with store.unit(0) as writer:
+        assert writer is not None
+        writer.put("a", b"record", regions=1)
+        writer.complete()
+    assert store.finish(units=1, header={})
+
+
+def built_texts(out: Path) -> None:
+    build_text_db([Caption("1", "a.jpg", "A dog .")], out, tokenizer=Tokenizer.load(), overwrite=True)
 
 
 def test_cards_say_what_headers_say() -> None:
