@@ -331,7 +331,7 @@ def _places(path: Path) -> dict[bytes, int] | None:
     columns = map_arrays(path / INDEX)
     try:
         with PageFile(path / "data.mdb", whole=False) as pages:
-            if "offsets" not in columns or columns["data_file"].tolist() != list(pages.identity):
+            if not {"offsets", "data_file"} <= columns.keys() or columns["data_file"].tolist() != list(pages.identity):
                 return None
     except (UniterError, OSError):
         return None
@@ -352,7 +352,7 @@ def _header(path: Path, indexed: int, report: CheckReport) -> None:
             report.problem("side file", str(error))
             continue
         if name == "header.json" and stated.get("images") not in (None, indexed):
-            report.problem("side file", f"{path / name} counts {stated['images']:,} images but the index {indexed:,}")
+            report.problem("side file", f"{path / name} counts {shown(stated['images'])} images but the index {indexed:,}")
 
 
 def _listed(value: bytes, report: CheckReport) -> list[str] | None:

@@ -5,7 +5,9 @@ through `build_text_db`, so that the result is one of ours again: with its index
 images were kept out. Published text databases are written in UNITER's layout (an LMDB and JSON side files).
 """
 
+import contextlib
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +27,6 @@ from uniter.datasets.image_db import ImageDB, encode_record, kind_of, kind_of_ch
 from uniter.datasets.lmdb_store import (
     UnitStore,
     difference_in_words,
-    open_reader,
     put_all,
     read_box_ids,
     read_failures,
@@ -38,6 +39,7 @@ from uniter.datasets.text_db import LENGTHS, TextDB, decode_text_record
 from uniter.datasets.tokenizer import Tokenizer
 
 _UNIT: Final = 512
+_REPAIR: Final = "uniter-db check --repair"
 _COUNTS: Final = ("format_version", "kind", "images", "regions", "failures", "units")
 Record = tuple[str, bytes, int]
 """A region record on its way: key, value, number of regions."""
@@ -54,12 +56,22 @@ def describe(path: Path) -> dict[str, Any]:
     """
     kind = database_kind(path)
     told: dict[str, Any] = {"path": str(path), "kind": kind, "complete": not kind.startswith("unfinished")}
-    told["bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    told["bytes"] = _bytes_below(path)
     try:
         told |= _describe_text(path) if kind.endswith("text") else _describe_regions(path, kind)
     except (UniterError, OSError, ValueError, KeyError, TypeError, lmdb.Error) as error:
         told["error"] = f"{error}; see `uniter-db check`"
     return told
+
+
+def _bytes_below(path: Path) -> int:
+    """The sizes of all files together; what is moved or removed meanwhile, by a command that is writing there, may be left out."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(folder, name).stat().st_size
+    return total
 
 
 def _describe_regions(path: Path, kind: str) -> dict[str, Any]:
@@ -269,11 +281,10 @@ def _merge_texts(sources: Sequence[Path], out: Path, *, overwrite: bool) -> dict
 
     def each_once() -> Iterator[_Text]:
         for number, database in enumerate(databases):
-            stored = _raw_texts(sources[number])
             for example in database.ids:
                 earlier = next((before for before in range(number) if example in databases[before]), None)
                 if earlier is None:
-                    yield example, stored(example)
+                    yield example, database.raw_record(example)
                 elif databases[earlier][example] != database[example]:
                     raise BadInput(
                         f"text {example!r} is in {sources[earlier]} and in {sources[number]} and differs; give the texts other ids"
@@ -288,22 +299,6 @@ def _folders_of(source: Path) -> list[Path]:
     if database_kind(source) != "folder of regions" or kind_of(source) == "split":
         return [source]
     return sorted(child for child in source.iterdir() if kind_of_child(child))
-
-
-def _raw_texts(path: Path) -> Callable[[str], bytes]:
-    """Reads a text record's bytes as stored."""
-    transaction = open_reader(path).begin(buffers=True)
-
-    def read(example: str) -> bytes:
-        try:
-            value = transaction.get(example.encode("utf-8", "surrogatepass"))
-        except lmdb.Error as error:
-            raise BadInput(f"{path} is damaged at text {example!r} ({error}); see `uniter-db check`") from None
-        if value is None:
-            raise BadInput(f"{path}: text {example!r} is listed but not stored; see `uniter-db check`")
-        return bytes(value)
-
-    return read
 
 
 # ------------------------------------------------------------------------------------------------------------------ splitting
@@ -322,7 +317,6 @@ def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[
     text = database_kind(source).endswith("text")
     if text:
         texts = TextDB(source)
-        stored = _raw_texts(source)
         parts = _parts(texts.ids, by, lambda row: _as_tuple(texts.image_key(row)))
     else:
         images = ImageDB(source)
@@ -332,7 +326,7 @@ def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[
         box_ids = _box_ids_of(_folders_of(source))
     for name, chosen in parts.items():
         if text:
-            records = ((key, stored(key)) for key in chosen)
+            records = ((key, texts.raw_record(key)) for key in chosen)
             _write_texts(out / name, records, [source], made_by="uniter-db split", part=f"{name} of {len(parts)}", overwrite=overwrite)
         else:
             settings = {"made_by": "uniter-db split", "source": source.name, "part": name, "images": len(chosen)}
@@ -375,7 +369,9 @@ def _parts(keys: Sequence[str], by: str, alias: Callable[[int], tuple[str, ...]]
         parts.setdefault(part or "rest", []).append(key)
     if not found:
         raise BadInput(
-            f"none of the {len(part_of):,} keys of {by} is in the database; its keys look like {keys[0]!r}" if len(keys) else "empty"
+            f"none of the {len(part_of):,} keys of {by} is in the database; its keys look like {keys[0]!r}"
+            if len(keys)
+            else "the database is empty; there is nothing to split"
         )
     return parts
 
@@ -391,16 +387,17 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
     """
     if out.resolve() == source.resolve():
         raise BadInput(f"--repair {out}: expected another folder than the damaged one")
-    if (out / "header.json").exists() and not overwrite:
+    begun = (out / "settings.json").exists()
+    if not overwrite and ((out / "header.json").exists() or (begun and _stated(out).get("made_by") != _REPAIR)):
         raise BadInput(f"--repair {out}: a database is there already; choose another folder, or --overwrite")
-    if (out / "settings.json").exists():
+    if begun:
         overwrite = True  # killed before: looked through anew, the source may have changed
     if database_kind(source).endswith("text"):
         if not (source / "data.mdb").exists():
             raise BadInput(f"{source} holds no data.mdb; there is nothing to repair")
         good = ((key, value) for key, value, _ in examine_text(source, report))
         try:
-            texts = _write_texts(out, good, [source], made_by="uniter-db check --repair", overwrite=overwrite)
+            texts = _write_texts(out, good, [source], made_by=_REPAIR, overwrite=overwrite)
         except BadInput:
             if report.good:
                 raise
@@ -432,7 +429,7 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
                 widths.setdefault("label_classes", 0 if regions.soft_labels is None else regions.soft_labels.shape[1])
                 yield key, encode_record(regions, key=key) if published else value, len(regions)
 
-    settings = {"made_by": "uniter-db check --repair", "source": source.name}
+    settings = {"made_by": _REPAIR, "source": source.name}
     header["repaired_from"] = source.name
     images = _write_regions(
         out, good_records(), settings=settings, header=lambda: {**header, **widths}, failures=failed, box_ids=box_ids,
@@ -526,8 +523,10 @@ def _side_files(sources: Sequence[Path]) -> dict[str, Any]:
 
 def _write_published_texts(out: Path, texts: Iterable[_Text], sources: Sequence[Path], *, overwrite: bool) -> int:
     """Write a text database in UNITER's layout; what meta.json and RefCOCO's side files say is taken from the sources."""
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise BadInput(f"{out} is there already; choose another folder, or --overwrite")
+    if out.exists() and any(out.iterdir()) and not (overwrite and (out / "data.mdb").is_file()):
+        raise BadInput(f"{out} is there already; choose another folder" + ("" if overwrite else ", or --overwrite"))
+    if any(source.resolve().is_relative_to(out.resolve()) for source in sources):
+        raise BadInput(f"{out} holds the source, and would be replaced; choose another folder")
     temporary, old = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.old.tmp")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.array_codec import ArrayPlace, find_arrays, find_layout, guess_layout, npz_rows, pack_arrays, unpack_npz
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.datasets.index_file import KeyList, key_columns, map_arrays
+from uniter.datasets.index_file import KEY_COLUMNS, KeyList, key_columns, map_arrays
 from uniter.datasets.lmdb_pages import Fault, PageFile, check_data_file
 from uniter.datasets.lmdb_store import INDEX, read_json, value_places
 from uniter.datasets.regions import RegionFeatures
@@ -328,11 +328,14 @@ class _Complete:
     def _load(self) -> None:
         columns = map_arrays(self.path / INDEX)
         with PageFile(self.path / "data.mdb") as pages:
-            current = "data_file" in columns and columns["data_file"].tolist() == list(pages.identity)
+            current = {"data_file", "offsets", "sizes"} <= columns.keys() and columns["data_file"].tolist() == list(pages.identity)
             if current:  # and the first places, too: a copy could have the same identity by chance
                 first = list(itertools.islice(pages.records(look_at_values=False), 8))
                 stated = columns["offsets"][: len(first)].tolist()
                 current = all(isinstance(found, Fault) or found.offset == place for found, place in zip(first, stated, strict=False))
+        missing = {*KEY_COLUMNS, "region_counts"} - columns.keys()
+        if missing:
+            raise BadInput(f"{self.path / INDEX} has no column {min(missing)}; run `uniter-db check --repair OUT` on the database")
         self.keys = KeyList(columns)
         if not current:  # the file was rewritten since, e.g. by `mdb_copy -c`: the places are looked up anew
             columns = {**columns, **value_places(self.path / "data.mdb", [self.keys.raw(row) for row in range(len(self.keys))])}

@@ -20,6 +20,7 @@ from uniter.datasets.errors import BadInput
 _CODES = {"U8": "|u1", "I16": "<i2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _CODE_OF = {np.dtype(spelling): code for code, spelling in _CODES.items()}
 _MAX_HEADER_BYTES = 1 << 20
+KEY_COLUMNS = ("key_bytes", "key_ends", "hashes", "hash_rows")
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], *, note: Mapping[str, str] | None = None) -> None:
@@ -120,6 +121,13 @@ def key_columns(keys: Sequence[bytes]) -> dict[str, NDArray[Any]]:
     }
 
 
+def _text(key: bytes) -> str:
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        raise BadInput(f"an index file holds the key {key[:80]!r}, which is no UTF-8; run `uniter-db check --repair OUT` on it") from None
+
+
 class KeyList(Sequence[str]):
     """Keys as a sequence of str on top of mapped arrays: no Python object per key is kept.
 
@@ -146,7 +154,7 @@ class KeyList(Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
             return [self[index] for index in range(*row.indices(len(self)))]
-        return self.raw(row).decode()
+        return _text(self.raw(row))
 
     def raw(self, row: int) -> bytes:
         """The key of a row as it stands in the database."""
@@ -160,7 +168,7 @@ class KeyList(Sequence[str]):
         begin = 0
         for start in range(0, len(self), 65536):
             for end in self._ends[start : start + 65536].tolist():
-                yield self._bytes[begin:end].tobytes().decode()
+                yield _text(self._bytes[begin:end].tobytes())
                 begin = end
 
     def __contains__(self, key: object) -> bool:

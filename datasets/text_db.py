@@ -21,13 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.datasets.index_file import KeyList, map_arrays
+from uniter.datasets.index_file import KEY_COLUMNS, KeyList, map_arrays
 from uniter.datasets.lmdb_store import INDEX, open_reader
 
 TEXT_FORMAT = 1
 LARGEST_RECORD = 64 << 20  # bytes; a longer one is an attack or damage
 LENGTHS = ("id2len", "id2len_qar", "id2len_qa")  # VCR has two of them, and "qa,qar" training goes by the longer
-KEY_COLUMNS = ("key_bytes", "key_ends", "hashes", "hash_rows")
 
 
 class MissingExample(UniterError, KeyError):
@@ -198,6 +197,17 @@ class TextDB(Mapping[str, dict[str, Any]]):
         if value is None:
             raise MissingExample(f"text database {self.path} has no example {ids[index]!r}, which its index names; rebuild it")
         return decode_text_record(value, example=key)
+
+    def raw_record(self, example: str) -> bytes:
+        """A record's bytes as stored.
+
+        Raises:
+            MissingExample: there is none of that id.
+        """
+        value = self._get(example.encode("utf-8", "surrogatepass"))
+        if value is None:
+            raise MissingExample(f"text database {self.path} has no example {example!r}; see `uniter-db check` if it is listed")
+        return bytes(value)
 
     def index_of(self, example: str) -> int:
         """The number of an example.

@@ -1,5 +1,6 @@
 """Reading and writing the two LMDB formats: UNITER's published layout and this project's region database."""
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ def write_ours(
     while batch := list(itertools.islice(iterator, UNIT_RECORDS)):
         writer = store.unit(units)
         units += 1
-        with writer if writer is not None else _Nothing() as unit:
+        with writer or contextlib.nullcontext() as unit:
             for key, regions in batch:
                 digest = hash_key(key.encode(errors="surrogatepass"))
                 twice = digest in seen
@@ -144,13 +145,3 @@ def write_ours(
     if not store.finish(units=units, header={**widths, **header()}):
         raise BadInput(f"{path} is being written by another process; wait for it, or choose another folder")
     return store.failures()
-
-
-class _Nothing:
-    """Stands where a unit is finished already."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None

@@ -235,6 +235,37 @@ def test_a_database_copied_by_lmdb_itself_is_read(whole: Path, tmp_path: Path) -
     assert not check_database(copy).problems
 
 
+@pytest.mark.parametrize("kind", ["regions", "text"])
+def test_keys_of_an_index_that_are_no_text(damaged: Path, tmp_path: Path, kind: str) -> None:
+    path = damaged if kind == "regions" else captions_db(tmp_path / "texts.db", range(9))
+    columns = {name: array.copy() for name, array in map_arrays(path / INDEX).items()}
+    columns["key_bytes" if kind == "regions" else "ids.key_bytes"][0] = 0xFF
+    save_arrays(path / INDEX, columns)
+    with pytest.raises(BadInput, match="which is no UTF-8"):
+        list(ImageDB(path) if kind == "regions" else TextDB(path))
+    assert check_database(path).problems
+
+
+def test_an_index_without_a_column_is_refused_in_a_sentence(damaged: Path) -> None:
+    columns = dict(map_arrays(damaged / INDEX))
+    for name in ("region_counts", "hashes"):
+        save_arrays(damaged / INDEX, {other: array for other, array in columns.items() if other != name})
+        with pytest.raises(BadInput, match=f"has no column {name}"):
+            ImageDB(damaged)
+
+
+def test_repair_leaves_what_another_command_has_begun(damaged: Path, tmp_path: Path) -> None:
+    store = UnitStore(tmp_path / "out", settings={"made": "up"})
+    with store.unit(0) as writer:
+        assert writer is not None
+        writer.put("a", encode_record(record_of(1)), regions=4)
+        writer.commit()
+    with pytest.raises(BadInput, match="a database is there already"):
+        repair(damaged, tmp_path / "out", CheckReport(""))
+    assert "a" in ImageDB(tmp_path / "out", allow_partial=True)
+    assert repair(damaged, tmp_path / "out", CheckReport(""), overwrite=True)["images"] == IMAGES
+
+
 def test_leftover_lock_files_are_noted(damaged: Path) -> None:
     (damaged / "lock.mdb").write_bytes(b"\0" * 8192)
     report = check_database(damaged)
