@@ -181,6 +181,7 @@ def written_aside(path: Path, *, folder: bool = False) -> Iterator[Path]:
         raise BadInput(
             f"{path} is a {'file' if folder else 'folder'}, and this format is a {'folder' if folder else 'file'}; choose another name"
         )
+    path = path.resolve()  # what a link leads to is replaced, not the link
     temporary = path.with_name(f"{path.name}.tmp")
     _remove(temporary)
     try:

@@ -703,6 +703,21 @@ def test_merging_what_does_not_belong_together(whole: Path, tmp_path: Path, unit
     assert not (tmp_path / "out" / "header.json").exists()
 
 
+def test_golden_published_texts_replace_nothing_but_a_database(uniter_data_golden: Path, tmp_path: Path) -> None:
+    texts = next(iter(sorted((uniter_data_golden / "txt_db").glob("pretrain*"))))
+    source = Path(shutil.copytree(texts, tmp_path / "all" / "texts.db"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"dear")
+    with pytest.raises(BadInput, match=r"photos is there already; choose another folder$"):
+        merge([source], tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"dear"
+    (tmp_path / "all" / "data.mdb").write_bytes(b"")
+    with pytest.raises(BadInput, match="holds the source"):
+        merge([source], tmp_path / "all", overwrite=True)
+    for _ in range(2):
+        assert merge([source], tmp_path / "again.db", overwrite=True)["texts"] == len(TextDB(source))
+
+
 def test_merging_overlapping_databases(whole: Path, tmp_path: Path) -> None:
     overlapping = write(tmp_path / "overlapping", range(50, 70))
     told = merge([whole, overlapping], tmp_path / "out")

@@ -662,6 +662,10 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(written: dict[str, Path
     assert (tmp_path / "photos" / "a.jpg").exists() and (tmp_path / "photo.jpg").read_bytes() == b"dear"
     with pytest.raises(BadInput, match="is both source and target"):
         convert(tmp_path / "npz", tmp_path, to="npz", overwrite=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    convert(written["lmdb"], tmp_path / "link", to="npz")
+    assert (tmp_path / "link").is_symlink() and any((tmp_path / "elsewhere").glob("*.npz"))
     (tmp_path / "npz" / "thesis.txt").write_text("dear")
     with pytest.raises(BadInput, match=r"holds other files than \.npz"):
         convert(written["lmdb"], tmp_path / "npz", to="npz", overwrite=True)
