@@ -26,7 +26,7 @@ from uniter.datasets.lmdb_pages import Fault, PageFile, Place, check_data_file
 from uniter.datasets.lmdb_store import INDEX, read_json
 from uniter.datasets.progress import Progress
 from uniter.datasets.regions import RegionFeatures
-from uniter.datasets.text_db import TextDB, decode_text_record
+from uniter.datasets.text_db import MissingExample, TextDB, decode_text_record
 
 _SHOWN: Final = 20
 _SIDE_FILES: Final = ("id2len.json", "id2len_qa.json", "id2len_qar.json", "txt2img.json", "img2txts.json")
@@ -480,6 +480,8 @@ def _text_side_files(path: Path, report: CheckReport) -> None:
                     break
         except BadInput as error:
             report.problem("side file", str(error))
+        except (MissingExample, IndexError) as error:
+            report.problem("index", f"{path / INDEX} is damaged: its columns refer to rows that are not there ({error})")
 
 
 def _vocabulary_end(path: Path) -> int | None:

@@ -246,6 +246,17 @@ def test_keys_of_an_index_that_are_no_text(damaged: Path, tmp_path: Path, kind: 
     assert check_database(path).problems
 
 
+@pytest.mark.parametrize("column", ["image_numbers", "image_examples", "image_keys.hashes"])
+def test_an_index_of_texts_that_refers_to_nothing_is_told(tmp_path: Path, column: str) -> None:
+    path = captions_db(tmp_path / "texts.db", range(9))
+    columns = {name: array.copy() for name, array in map_arrays(path / INDEX).items()}
+    columns[column][1] = 1 << 30
+    save_arrays(path / INDEX, columns)
+    assert set(check_database(path).problems) == {"index"}
+    repair(path, tmp_path / "good.db", CheckReport(""))
+    assert not check_database(tmp_path / "good.db").problems
+
+
 def test_an_index_without_a_column_is_refused_in_a_sentence(damaged: Path) -> None:
     columns = dict(map_arrays(damaged / INDEX))
     for name in ("region_counts", "hashes"):
