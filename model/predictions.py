@@ -21,20 +21,26 @@ from uniter.model import metrics
 Predictions = Mapping[str, Any]
 
 
-def answer_table(corpus: Corpus) -> dict[str, int] | None:
-    """The answers of a corpus' texts and their numbers (`ans2label.json`); None where the databases say nothing of them."""
-    tables = []
-    for text in corpus.texts:
-        path = text.path / "ans2label.json"
-        if path.is_file():
-            tables.append(read_json_object(path))
+def answer_table(*corpora: Corpus) -> dict[str, int] | None:
+    """The answers of the corpora's texts and their numbers (`ans2label.json`); None where the databases say nothing of them.
+
+    Raises:
+        BadInput: two databases number answers differently, or one not from 0 on.
+    """
+    paths = [text.path / "ans2label.json" for corpus in corpora for text in corpus.texts]
+    tables = {path: read_json_object(path) for path in paths if path.is_file()}
     if not tables:
         return None
-    if any(table != tables[0] for table in tables):
-        raise BadInput(f"corpus {corpus.name!r}: its text databases number their answers differently; build them with one list of answers")
-    if sorted(tables[0].values()) != list(range(len(tables[0]))):
-        raise BadInput(f"corpus {corpus.name!r}: ans2label.json does not number its answers 0 to {len(tables[0]) - 1}")
-    return tables[0]
+    (first, known), *others = tables.items()
+    for path, table in others:
+        if table != known:
+            raise BadInput(
+                f"{path} numbers its {len(table):,} answers otherwise than {first} its {len(known):,}; "
+                f"build both texts with one list of answers: uniter-build-db --join {first}"
+            )
+    if sorted(known.values()) != list(range(len(known))):
+        raise BadInput(f"{first} does not number its answers 0 to {len(known) - 1}")
+    return known
 
 
 def nlvr2_figures(corpus: Corpus, predictions: Predictions) -> dict[str, float]:

@@ -73,6 +73,7 @@ def kind_of(name: str) -> Kind:
             corpus = open_corpus(wanted.name, wanted.text, wanted.images, max_text_length=settings.max_text_length, image_options=options)
             check_pictures(corpus, row, name)
             training[wanted.name], validation[wanted.name] = with_validation(wanted, corpus, settings, options)
+        answer_table(*training.values(), *validation.values())  # raises where they number answers differently
         return Data(training, validation, {corpus: {name: 1.0} for corpus in training})
 
     def parts(corpora: dict[str, Corpus], row: Task = row) -> list[tuple[Task, Part]]:
@@ -317,6 +318,12 @@ def _open(
     model = extras(row).model.from_checkpoint(start_from).to(everyone.device)
     check_fit(model.config, corpus, source=start_from)
     tokenizer_of_texts([corpus], start=start_from)
+    of_model, of_texts = told_beside(find_weights(start_from)).get("answers"), answer_table(corpus)
+    if of_model and of_texts and of_model != sorted(of_texts, key=lambda answer: of_texts[answer]):
+        raise BadInput(
+            f"{start_from} numbers its {len(of_model):,} answers otherwise than the texts their {len(of_texts):,}; build the texts with "
+            "the list of those it was trained on: uniter-build-db --join ans2label.json"
+        )
     sizes = type(model).sizes(model.state_dict())
     task = row.of_data(row, corpus)
     wanted = extras(task).sizes

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -436,6 +437,19 @@ def test_it_generalises(name: str, made_up: Any, small: Make, tmp_path: Path) ->
     )
     figures = finetune(settings, tmp_path / "run")["validation"][f"{name}_toy"]
     assert figures["accuracy"] > {"vqa": 0.6, "nlvr2": 0.75}[name]
+
+
+def test_answers_that_are_numbered_otherwise_are_refused(world: dict[str, Path], pretrained: Path, small: Make, tmp_path: Path) -> None:
+    other = shutil.copytree(world["vqa"], tmp_path / "other.db")
+    answers = list(json.loads((other / "ans2label.json").read_text()))
+    (other / "ans2label.json").write_text(json.dumps({answer: number for number, answer in enumerate(reversed(answers))}))
+    images, start = [str(world["images"])], {"from": str(pretrained)}
+    corpus = {"text": [str(world["vqa"])], "images": images}
+    with pytest.raises(BadInput, match=r"other.db/ans2label.json numbers its \d+ answers otherwise than .*ans2label.json its \d+; build"):
+        finetune(small(task="vqa", corpora=[{**corpus, "validation_text": [str(other)]}], model={}, **start), tmp_path / "run")
+    finetune(small(task="vqa", corpora=[corpus], model={}, steps=1, validate_every=1, **start), tmp_path / "run")
+    with pytest.raises(BadInput, match=r"run numbers its \d+ answers otherwise than the texts their \d+; build the texts with"):
+        evaluate_finetuned("vqa", str(tmp_path / "run"), text=[str(other)], images=images, device="cpu")
 
 
 def test_texts_of_another_task_are_refused(world: dict[str, Path], pretrained: Path, small: Make, tmp_path: Path) -> None:
