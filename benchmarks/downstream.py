@@ -17,7 +17,7 @@ pre-trained model is one. Both get the same settings and as many updates.
 
 `--regions known` makes each thing of a scene a region whose feature is a vector of its shape plus one of its colour plus noise.
 `--regions detector` begins at the pixels, with a detector trained on the first world and its regions; then pre-training wants more
-updates than it chooses.
+updates (`--pretrain-steps`).
 """
 
 import argparse
@@ -332,7 +332,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]
     parser.add_argument("--few", type=int, default=200, help="annotated pictures of the tasks' world (default: 200)")
     parser.add_argument("--held-out", type=int, default=200, help="more pictures of each world, on which is measured (default: 200)")
     parser.add_argument("--regions", default="known", choices=["known", "detector"], help="see above (default: known)")
-    parser.add_argument("--pretrain-steps", type=int, help="updates of pre-training (default: chosen by the amount of data)")
+    parser.add_argument("--pretrain-steps", type=int, default=4000, help="updates of pre-training (default: 4000)")
     parser.add_argument("--steps", type=int, default=300, help="updates of each fine-tuning (default: 300)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of fine-tuning, e.g. batch_tokens=512")
     parser.add_argument("--model-set", action="append", default=[], metavar="KEY=VALUE", help="a size of the model, e.g. hidden_size=32")
@@ -355,7 +355,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]
     settings = ["batch_tokens=1024", f"validate_every={arguments.steps}", "checkpoint_every=100", "keep=1", *arguments.set]
     settings = [word for setting in settings for word in ("--set", setting)]
     pretraining = ["uniter-train", "pretrain", "--text", captions, "--images", images, "--model", "tiny", *device, *quiet, *sizes]
-    steps = ["--steps", arguments.pretrain_steps] if arguments.pretrain_steps else []
+    steps = ["--steps", arguments.pretrain_steps]
     untaught = ["--steps", 1, "--set", "optimizer.learning_rate=1e-12", "--set", "validation_examples=10"]
 
     def fine(row: str, origin: str, seed: int) -> Fine:
