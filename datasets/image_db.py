@@ -326,16 +326,13 @@ class _Complete:
         self._load()
 
     def _load(self) -> None:
-        columns = map_arrays(self.path / INDEX)
+        columns = map_arrays(self.path / INDEX, needed=(*KEY_COLUMNS, "region_counts"))
         with PageFile(self.path / "data.mdb") as pages:
             current = {"data_file", "offsets", "sizes"} <= columns.keys() and columns["data_file"].tolist() == list(pages.identity)
             if current:  # and the first places, too: a copy could have the same identity by chance
                 first = list(itertools.islice(pages.records(look_at_values=False), 8))
                 stated = columns["offsets"][: len(first)].tolist()
                 current = all(isinstance(found, Fault) or found.offset == place for found, place in zip(first, stated, strict=False))
-        missing = {*KEY_COLUMNS, "region_counts"} - columns.keys()
-        if missing:
-            raise BadInput(f"{self.path / INDEX} has no column {min(missing)}; run `uniter-db check --repair OUT` on the database")
         self.keys = KeyList(columns)
         if not current:  # the file was rewritten since, e.g. by `mdb_copy -c`: the places are looked up anew
             columns = {**columns, **value_places(self.path / "data.mdb", [self.keys.raw(row) for row in range(len(self.keys))])}

@@ -8,7 +8,7 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -56,11 +56,11 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], *, note: Mapping
     temporary.replace(path)
 
 
-def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
+def map_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[Any]]:
     """The arrays of a file that `save_arrays` wrote, mapped read-only (pages are shared by all processes).
 
     Raises:
-        BadInput: the file is damaged or of another kind.
+        BadInput: the file is damaged or of another kind, or one of the needed arrays is not in it.
     """
     damaged = BadInput(f"index file {path} is damaged or no index; remove it and run `uniter-db check --repair OUT` on the database")
     if not path.is_file():
@@ -101,6 +101,8 @@ def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
         arrays[name] = (
             np.ndarray(tuple(shape), dtype=dtype, buffer=whole, offset=data_start + begin) if count else np.zeros(tuple(shape), dtype=dtype)
         )
+    if missing := set(needed) - arrays.keys():
+        raise BadInput(f"index file {path} has no column {min(missing)}; write a whole database with `uniter-db check --repair OUT`")
     return arrays
 
 

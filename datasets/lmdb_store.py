@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.cards import CARD_FILE, has_foreign_readme, region_card
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
-from uniter.datasets.index_file import KeyList, key_columns, map_arrays, save_arrays
+from uniter.datasets.index_file import KEY_COLUMNS, KeyList, key_columns, map_arrays, save_arrays
 from uniter.datasets.lmdb_pages import Fault, PageFile, check_data_file
 
 FORMAT_VERSION = 1
@@ -434,9 +434,16 @@ class UnitStore:
         rows = read_failures(self.path / "failures.jsonl")
         if not rows:
             return
-        columns = map_arrays(self.path / INDEX)
+        columns = map_arrays(self.path / INDEX, needed=(*KEY_COLUMNS, "region_counts", "checksums", "units", "failure_units"))
         keys, units = KeyList(columns), columns["units"]
         failed_units = columns["failure_units"]
+        if len(failed_units) != len(rows):
+            raise BadInput(
+                f"{self.path}/failures.jsonl has {len(rows)} rows but the index knows of {len(failed_units)} failures; was it edited? "
+                "Use --overwrite to begin anew"
+            )
+        if not len(keys) == len(units) == len(columns["region_counts"]) == len(columns["checksums"]):
+            raise BadInput(f"{self.path / INDEX} has columns of different lengths; run `uniter-db check --repair OUT` on the database")
         remade = self.path / "units.tmp"
         shutil.rmtree(remade, ignore_errors=True)
         order = np.argsort(units, kind="stable")

@@ -383,6 +383,21 @@ def test_forgetting_failures_of_an_unfinished_database(tmp_path: Path) -> None:
     assert open_reader(out).stat()["entries"] == UNITS * IMAGES
 
 
+@pytest.mark.parametrize("column", [None, "units", "checksums"])
+def test_failures_that_do_not_fit_the_index_are_not_forgotten(unbroken: Path, column: str | None) -> None:
+    if column is None:
+        rows = (unbroken / "failures.jsonl").read_bytes().splitlines(keepends=True)
+        (unbroken / "failures.jsonl").write_bytes(b"".join(rows[1:]))
+    else:
+        columns = dict(map_arrays(unbroken / INDEX))
+        save_arrays(unbroken / INDEX, {name: array for name, array in columns.items() if name != column})
+    before = contents(unbroken)
+    store = UnitStore(unbroken, settings={"detector": "made up", "batch": BATCH})
+    with pytest.raises(BadInput, match="was it edited" if column is None else f"has no column {column}"):
+        store.forget_failures()
+    assert contents(unbroken) == before
+
+
 def test_nothing_to_forget_leaves_a_complete_database_alone(tmp_path: Path) -> None:
     build(tmp_path / "out", fail=False)
     before = contents(tmp_path / "out")
