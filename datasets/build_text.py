@@ -185,7 +185,7 @@ def _build(
     spool.close()
     counts = {**spool.counts(), **(source_counts or {})}
     if not spool.kept:
-        raise BadInput(_nothing_left(counts, with_images, folder))
+        raise BadInput(_nothing_left(counts, with_images, folder, spool.first_without_image))
     _merge(folder, spool)
     image_count, coverage = _write_index(work, folder, spool)
     counts["duplicate"] = spool.duplicates()
@@ -222,13 +222,14 @@ def _length_of_input_ids(record: Mapping[str, Any]) -> int:
     return len(record["input_ids"])
 
 
-def _nothing_left(counts: Mapping[str, int], with_images: bool, folder: Path) -> str:
+def _nothing_left(counts: Mapping[str, int], with_images: bool, folder: Path, image: str | None) -> str:
     if not counts["read"]:
         return "the source holds no captions; is it the right file, and the right --split?"
     if with_images and counts["without_image"]:
         return (
             f"of {counts['read']:,} texts, none is about an image of the region databases ({counts['without_image']:,} without an image, "
-            f"{counts['excluded']:,} excluded, {counts['empty']:,} empty); do --images and the captions belong together?"
+            f"{counts['excluded']:,} excluded, {counts['empty']:,} empty); do --images and the captions belong together? "
+            f"The first wants {image!r}; `uniter-db info` shows how the keys of --images look"
         )
     return f"of {counts['read']:,} texts none is left ({counts['without_image']:,} without an image, {counts['excluded']:,} excluded, " + (
         f"{counts['empty']:,} empty); nothing was written to {folder}"
@@ -312,6 +313,7 @@ class _Spool:
         self._work, self._tokenizer, self._excluded = work, tokenizer, excluded
         self._match, self._make_key, self._length_of = match, make_key, dict(lengths)
         self.read = self.kept = self.empty = self.long = self.too_long = self.special = self.without_image = self.left_out = 0
+        self.first_without_image: str | None = None
         self.runs: list[Path] = []
         self.record_bytes = 0  # what the LMDB will need at least
         self._run: list[tuple[bytes, bytes, int]] = []
@@ -386,6 +388,7 @@ class _Spool:
                 one_image = keys_of[number]
                 if one_image is None:
                     self.without_image += 1
+                    self.first_without_image = self.first_without_image or name
                     continue
                 image, width = one_image, 1
                 numbers.append(number)
@@ -395,6 +398,7 @@ class _Spool:
                 width = len(name)
                 if not name or len(image) < width:
                     self.without_image += 1
+                    self.first_without_image = self.first_without_image or ", ".join(name)
                     continue
                 numbers.extend(several)
             if width != self.width:

@@ -248,7 +248,7 @@ def test_messages_of_a_build(bert: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="the source holds no captions"):
         build_text_db([], tmp_path / "none", tokenizer=bert)
     with pytest.raises(
-        BadInput, match=r"of 1 texts, none is about an image of the region databases .* do --images and the captions belong"
+        BadInput, match=r"of 1 texts, none is about an image of .* do --images and the captions belong together\? The first wants 'a\.jpg'"
     ):
         build_text_db(one, tmp_path / "uncovered", tokenizer=bert, images=lambda name: None)
     with pytest.raises(BadInput, match="has 600 bytes, expected 1 to 511"):
