@@ -281,7 +281,7 @@ def regions_to_read(images: Sequence[str], *preferred: Mapping[str, Any]) -> dic
 
 def regions_of_run(start: str) -> list[dict[str, Any]]:
     """The rows that a run was trained with; none where `start` is no run, nor one of its checkpoints."""
-    found = run_of(find_weights(start))
+    found = run_of(find_weights(start)) if Path(start).exists() else None  # what is not here may be on the hub: no run
     return [] if found is None else [found[1].regions.model_dump()]
 
 
