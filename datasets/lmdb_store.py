@@ -152,6 +152,12 @@ def difference_in_words(stored: Any, asked: Any, name: str = "") -> list[str]:
     return [] if stored == asked else [f"{name or 'value'} was {_short(stored)}, now {_short(asked)}"]
 
 
+def first_phrases(phrases: Sequence[str], most: int = 4) -> str:
+    """Differences as one message can say them: another detector alone changes twenty settings."""
+    more = len(phrases) - most
+    return "; ".join(phrases[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -315,7 +321,7 @@ class UnitStore:
         phrases = difference_in_words(stored, asked)
         if phrases:
             raise SettingsDiffer(
-                f"{self.path} was begun with other settings ({'; '.join(phrases)}): use the same ones, another folder, or --overwrite"
+                f"{self.path} was begun with other settings ({first_phrases(phrases)}): use the same ones, another folder, or --overwrite"
             )
         self._recover()
         if not self.is_complete():
@@ -750,6 +756,7 @@ __all__ = [
     "check_data_file",
     "checked_key",
     "difference_in_words",
+    "first_phrases",
     "open_reader",
     "read_failures",
     "read_json",

@@ -25,6 +25,7 @@ from uniter.datasets.lmdb_store import (
     UnitStore,
     check_data_file,
     difference_in_words,
+    first_phrases,
     open_reader,
     put_all,
     read_failures,
@@ -255,6 +256,7 @@ def test_a_foreign_database_is_not_written_into(tmp_path: Path) -> None:
 def test_difference_in_words() -> None:
     assert difference_in_words({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}}) == ["a.b was 1, now 3", "c was 2, now absent"]
     assert difference_in_words({"a": [1]}, {"a": [1]}) == []
+    assert first_phrases(["a", "b", "c", "d"]) == "a; b; c; d" and first_phrases(["a", "b", "c", "d", "e", "f"]) == "a; b; c; d; and 2 more"
 
 
 @pytest.mark.parametrize(
