@@ -64,7 +64,7 @@ def detect(path: Path) -> str:
         raise BadInput(
             f"{path} is no caption file that is known here (it begins {start[:40].decode('utf-8', 'replace')!r}); "
             "expected COCO, Karpathy, Visual Genome, Conceptual "
-            "Captions, SBU, img2dataset, JSONL or CSV: name it with --format if it is one"
+            "Captions, SBU, img2dataset, or JSONL or CSV with the columns `image` and `caption`: name it with --format if it is one"
         )
     return found
 

@@ -119,6 +119,7 @@ def _captions(
         raise BadInput(f"{path} names its images itself; leave --join away")
     wanted = set(split.split(",")) if split is not None else None
     seen: set[str] = set()
+    split_column = False
     for number, (where, row) in enumerate(rows):
         image_column, caption_column = column_named(row, IMAGE_COLUMNS), column_named(row, CAPTION_COLUMNS)
         if image_column is None or caption_column is None:
@@ -126,6 +127,7 @@ def _captions(
             there = ", ".join(map(str, list(row)[:8]))
             raise BadInput(f"{where} has no {missing} column (it has: {there[:400]}); expected `image` and `caption`")
         if wanted is not None:
+            split_column |= "split" in row
             part = str(row.get("split"))
             seen.add(part)
             if part not in wanted:
@@ -140,5 +142,7 @@ def _captions(
         for place, text in enumerate(captions):
             yield Caption(f"{example}-{place}" if len(captions) > 1 else example, str(image), text_of(text, where))
     for part in sorted((wanted or set()) - seen):
+        if seen and not split_column:
+            raise BadInput(f"{path} has no `split` column; leave --split away, or add the column")
         known = ", ".join(map(shown, sorted(seen)[:40])) or "nothing"
         raise BadInput(f"{path} has no part {shown(part)} in its `split` column (it has: {known})")

@@ -454,6 +454,8 @@ def test_jsonl(tmp_path: Path) -> None:
     assert [caption.id for caption in texts] == ["x-0", "x-1", "2"] and counts == {"texts_of_other_parts": 1}
     with pytest.raises(BadInput, match="has no part 'test' in its `split` column"):
         read(path, split="test")
+    with pytest.raises(BadInput, match="has no `split` column; leave --split away"):
+        read(written(tmp_path / "whole.jsonl", '{"image": "a.jpg", "caption": "one"}'), split="test")
     one = written(tmp_path / "one.jsonl", '{"image": "a.jpg", "captions": ["one", "two"]}')
     assert detect(one) == "jsonl" and [caption.text for caption in read(one)[0]] == ["one", "two"]
     for content, message in (
