@@ -254,7 +254,14 @@ def check_share(shard: tuple[int, int], *, overwrite: bool, retry_failed: bool) 
 def open_store(
     out: str | os.PathLike[str], listed: ImageList, detector: Detector, work: Work, *, key: str | None, overwrite: bool, retry_failed: bool
 ) -> UnitStore:
-    """Begin or continue the database; SettingsDiffer where it was begun with other settings, or for other images."""
+    """Begin or continue the database.
+
+    Raises:
+        SettingsDiffer: it was begun with other settings, or for other images.
+        BadInput: `out` is a folder of other things, for instance the photographs themselves.
+    """
+    if not overwrite:
+        _refuse_foreign_folder(Path(out))
     settings = run_settings(listed, detector, work, key=key)
     try:
         store = UnitStore(Path(out), settings=settings, overwrite=overwrite)
@@ -268,6 +275,16 @@ def open_store(
     if retry_failed:
         log.info("%d units hold images that failed and are tried again", len(store.forget_failures()))
     return store
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    """A database among somebody's photographs is a mistake; what lies there of a run that begins at this moment is none."""
+    if not out.is_dir():
+        return
+    ours = ("settings.json", "header.json", "data.mdb", "overwriting", "units", "README.md", ".")
+    foreign = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(ours))
+    if foreign and not any((out / name).exists() for name in ours[:4]):
+        raise BadInput(f"{out} holds files that are no region database (such as {foreign[0]}); choose another OUT, or pass --overwrite")
 
 
 @contextlib.contextmanager

@@ -117,6 +117,16 @@ def test_other_images_are_refused(make_photos: Photos, fake: ModuleType, tmp_pat
         extract_images(photos, tmp_path / "out", detector=fake.FakeDetector(), max_boxes=5)
 
 
+def test_a_folder_of_other_things_is_no_place_for_a_database(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
+    photos = make_photos(2)
+    before = sorted(photos.iterdir())
+    with pytest.raises(BadInput, match=r"holds files that are no region database \(such as .*choose another OUT, or pass --overwrite"):
+        extract_images(photos, photos, detector=fake.FakeDetector())
+    assert sorted(photos.iterdir()) == before
+    assert extract_images(photos, photos, detector=fake.FakeDetector(), overwrite=True).images == 2
+    assert set(before) < set(photos.iterdir())
+
+
 def test_added_images_are_extracted_aside_and_merged(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
     photos = make_photos(4)
     lists = {name: tmp_path / f"{name}.txt" for name in ("first", "added")}
