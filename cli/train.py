@@ -67,6 +67,7 @@ def run_options(function: Command) -> Command:
 @click.option("--val-text", "validation_text", multiple=True, metavar="DB", help="Validate on these texts [default: held-out pictures].")
 @click.option("--val-images", "validation_images", multiple=True, metavar="DB", help="Their region databases [default: --images].")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The run directory; the same command again resumes.")
+@click.option("--tasks", metavar="TASK[:RATIO],...", help="Of mlm, mrfr, mrc, mrc-kl and itm [default: itm:2,mlm:2,mrfr,mrc-kl].")
 @run_options
 @click.option("--explain", is_flag=True, help="Print every setting with its default and meaning, and stop.")
 @common_options
@@ -76,6 +77,7 @@ def pretrain(
     validation_text: tuple[str, ...],
     validation_images: tuple[str, ...],
     out: Path | None,
+    tasks: str | None,
     config: str | None,
     assignments: tuple[str, ...],
     size: str | None,
@@ -112,6 +114,7 @@ def pretrain(
         images=list(images),
         validation_text=list(validation_text),
         validation_images=list(validation_images),
+        tasks=tasks,
     )
     if out is None:
         raise click.UsageError("Missing option '--out': where shall the run's checkpoints and log go?")

@@ -71,7 +71,7 @@ def world(out: Path) -> dict[str, Any]:
     for part in ("train", "val"):
         run("uniter-build-db", scenes / f"captions_{part}.json", out / f"{part}.db", "--images", out / "world.lmdb")
     run("uniter-train", "pretrain", "--text", out / "train.db", "--images", out / "world.lmdb",
-        "--model", "tiny", "--out", out / "run")  # fmt: skip
+        "--model", "tiny", "--tasks", "itm,mlm,mrfr,mrc-kl", "--out", out / "run")  # fmt: skip
     run("uniter-view", out / "world.lmdb", "--images", scenes / "images", "--text", out / "val.db", "--out", out / "world-report")
     run("uniter-view", out / "run", "--out", out / "run-report")
     words = json.loads((scenes / "world.json").read_text(encoding="utf-8"))["world"]

@@ -337,6 +337,7 @@ def gather_settings(
     images: Sequence[str] = (),
     validation_text: Sequence[str] = (),
     validation_images: Sequence[str] = (),
+    tasks: str | None = None,
 ) -> TrainSettings:
     """The settings of a command: the file's, overruled by the command's options, overruled by its assignments.
 
@@ -346,6 +347,7 @@ def gather_settings(
         assignments: of `--set`.
         options: dotted key -> value.
         text, images, validation_text, validation_images: one corpus of these databases instead of the file's.
+        tasks: of every corpus, such as "mlm,itm" (equally often) or "mlm:2,itm:1".
 
     Raises:
         BadInput: one sentence about the first thing that is wrong.
@@ -370,6 +372,10 @@ def gather_settings(
             raise BadInput("--val-images says where the pictures of --val-text are; give --val-text too")
         for corpus in values.get("corpora", []):
             corpus |= {"validation_text": list(validation_text), "validation_images": list(validation_images)}
+    if tasks is not None:
+        ratios = _task_ratios(tasks)
+        for corpus in values.get("corpora", []):
+            corpus["tasks"] = ratios
     if not values.get("corpora"):
         raise BadInput("nothing to train on: give --text captions.db --images out.lmdb, or settings with corpora (--config)")
     for key, value in (options or {}).items():
@@ -381,3 +387,15 @@ def gather_settings(
     for assignment in assignments:
         assign(values, assignment)
     return read_settings(values, source=config or "the command")
+
+
+def _task_ratios(tasks: str) -> dict[str, float]:
+    """Task -> how often it is drawn, from "mlm:2,itm"; 1 where nothing is said."""
+    ratios: dict[str, float] = {}
+    for part in tasks.split(","):
+        name, _, ratio = part.strip().partition(":")
+        try:
+            ratios[name] = float(ratio or 1)
+        except ValueError:
+            raise BadInput(f"--tasks {tasks!r}: {ratio!r} is no number; expected tasks like mlm,itm or mlm:2,itm:1") from None
+    return ratios

@@ -18,7 +18,7 @@ DROPOUTS = {"tiny": 0.0, "base": 0.1, "large": 0.1}
 # Small steps and many: what a small model needs to find out which words go with which regions is updates, not examples.
 BATCH_TOKENS = {(True, False): 768, (True, True): 2048, (False, False): 2048, (False, True): 10240}  # (tiny, on a GPU)
 ENOUGH_FOR_BASE = 100_000
-# With 30 passes one of two seeds had hardly begun to learn masked regions on the made-up world; with 42 both had.
+# 30 passes were too few for a tiny model to learn masked regions whatever the seed.
 PASSES, FINETUNING_PASSES = 42, 30
 FEWEST_STEPS, MOST_STEPS = 5600, 200_000
 

@@ -296,3 +296,14 @@ def test_published_files_of_referring_expressions_and_choices() -> None:
     ours = read_published(choices, roots=ROOTS, source="train-vcr-base-4gpu.json", task="vcr")
     assert (ours["batch_tokens"], ours["max_text_length"]) == (16000, 220)
     assert ours["corpora"][0]["images"] == ["/data/img/vcr_gt_train;/data/img/vcr_train"]
+
+
+def test_tasks_and_their_ratios_on_the_command_line() -> None:
+    def tasks(text: str | None) -> object:
+        return gather_settings(None, text=["a.db"], images=["a.lmdb"], tasks=text).corpora[0].tasks
+
+    assert tasks(None) is None
+    assert tasks("mlm, itm") == {"mlm": 1.0, "itm": 1.0}
+    assert tasks("mlm:2,mrc-kl:0.5") == {"mlm": 2.0, "mrc-kl": 0.5}
+    with pytest.raises(BadInput, match="--tasks 'mlm:often': 'often' is no number"):
+        tasks("mlm:often")
