@@ -58,6 +58,14 @@ def extras(task: Task) -> Finetuning:
     return task.finetuning
 
 
+def _refuse_captions(corpus: Corpus, name: str) -> None:
+    """Captions have nothing to learn but which picture they are about; training on their missing targets would go through."""
+    for text in corpus.texts:
+        stated = (text.header or {}).get("settings", {}).get("task")
+        if stated == "captions" and not name.startswith("retrieval"):
+            raise BadInput(f"{text.path} holds captions; fine-tuning {name} needs texts that uniter-build-db --task made of annotations")
+
+
 def kind_of(name: str) -> Kind:
     """How a down-stream task is run."""
     name = task_name(name, DOWNSTREAM)
@@ -72,6 +80,7 @@ def kind_of(name: str) -> Kind:
                 raise BadInput(f"corpora: {wanted.name!r} names tasks, which only pre-training mixes; fine-tuning {name} trains {name}")
             corpus = open_corpus(wanted.name, wanted.text, wanted.images, max_text_length=settings.max_text_length, image_options=options)
             check_pictures(corpus, row, name)
+            _refuse_captions(corpus, name)
             training[wanted.name], validation[wanted.name] = with_validation(wanted, corpus, settings, options)
         answer_table(*training.values(), *validation.values())  # raises where they number answers differently
         return Data(training, validation, {corpus: {name: 1.0} for corpus in training})

@@ -463,6 +463,13 @@ def test_texts_of_another_task_are_refused(world: dict[str, Path], pretrained: P
         finetune(settings("vqaa", "vqa"), tmp_path / "b")
     with pytest.raises(BadInput, match="use uniter-train finetune vqa"):
         pretrain(settings("vqa", "vqa"), tmp_path / "c")
+    captions = shutil.copytree(world["captions"], tmp_path / "captions.db")
+    header = json.loads((captions / "header.json").read_text())
+    (captions / "header.json").write_text(json.dumps(header | {"settings": {"task": "captions"}}))
+    corpora = [{"text": [str(captions)], "images": [str(world["images"])]}]
+    replaced = small(task="vqa", corpora=corpora, model={}, **{"from": str(pretrained)})
+    with pytest.raises(BadInput, match=r"captions\.db holds captions; fine-tuning vqa needs texts that uniter-build-db --task made"):
+        finetune(replaced, tmp_path / "d")
 
 
 # What UNITER's fine-tuning files say: those of all tasks, then each file's own (facts 5.6). Without val_* a part is held out.
