@@ -367,15 +367,17 @@ def gather_settings(
         corpora = values.get("corpora") or [{}]
         kept = {key: value for key, value in corpora[0].items() if key == "tasks"} if isinstance(corpora[0], dict) else {}
         values["corpora"] = [{**kept, "text": list(text), "images": list(images)}]
+    overruled: dict[str, Any] = {}
     if validation_text or validation_images:
         if not validation_text:
             raise BadInput("--val-images says where the pictures of --val-text are; give --val-text too")
-        for corpus in values.get("corpora", []):
-            corpus |= {"validation_text": list(validation_text), "validation_images": list(validation_images)}
+        overruled |= {"validation_text": list(validation_text), "validation_images": list(validation_images)}
     if tasks is not None:
-        ratios = _task_ratios(tasks)
-        for corpus in values.get("corpora", []):
-            corpus["tasks"] = ratios
+        overruled["tasks"] = _task_ratios(tasks)
+    corpora = values.get("corpora")
+    for corpus in corpora if isinstance(corpora, list) else []:
+        if isinstance(corpus, dict):  # anything else is refused in words below
+            corpus |= overruled
     if not values.get("corpora"):
         raise BadInput("nothing to train on: give --text captions.db --images out.lmdb, or settings with corpora (--config)")
     for key, value in (options or {}).items():

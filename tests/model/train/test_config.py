@@ -307,3 +307,11 @@ def test_tasks_and_their_ratios_on_the_command_line() -> None:
     assert tasks("mlm:2,mrc-kl:0.5") == {"mlm": 2.0, "mrc-kl": 0.5}
     with pytest.raises(BadInput, match="--tasks 'mlm:often': 'often' is no number"):
         tasks("mlm:often")
+
+
+def test_corpora_of_another_kind_are_refused_whatever_the_command_adds(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    for odd in ("corpora: [captions.db]", "corpora: captions.db"):
+        path.write_text(odd, encoding="utf-8")
+        with pytest.raises(BadInput, match="corpora"):
+            gather_settings(str(path), validation_text=["val.db"], tasks="mlm")
