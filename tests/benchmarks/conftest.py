@@ -2,11 +2,12 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
@@ -24,3 +25,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A script chooses the number of threads of its process, which is this one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

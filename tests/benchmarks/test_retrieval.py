@@ -1,24 +1,15 @@
 """The retrieval benchmark runs, and its opponent computes the same scores."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 
 from uniter.model import UniterConfig
 
 SIZES = {"hidden": 32, "layers": 2, "texts": 12, "pictures": 12, "batch": 8, "count": 2, "repeats": 1, "threads": 1, "clock": "processor"}
 TINY = [f"--{name}={value}" for name, value in SIZES.items()]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """The script chooses the number of threads of its process, which is this one."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_it_prints_its_table(script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:

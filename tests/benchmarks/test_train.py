@@ -1,22 +1,13 @@
 """The benchmarks of training and of its memory run; the first one's opponent computes the same losses (it checks that itself)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-import torch
 
 from uniter.model import UniterConfig, UniterForPretraining
 
 TINY = ["--model=tiny", "--layers=2", "--examples=4", "--repeats=1", "--threads=1", "--clock=processor", "--no-bf16"]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """The script chooses the number of threads of its process, which is this one."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_it_prints_its_table(script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
