@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from uniter.datasets.build_text import build_text_db
-from uniter.datasets.captions.caption import Caption
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.text_db.building.build import build_text_db
+from uniter.datasets.text_db.caption import Caption
+from uniter.datasets.text_db.tokenizer import Tokenizer
 
 CAPTIONS_OF_AN_IMAGE = 5
 OPEN = """

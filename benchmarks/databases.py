@@ -27,18 +27,20 @@ import msgpack
 import numpy as np
 import torch
 
-from uniter.datasets.array_codec import find_arrays
-from uniter.datasets.batching import budget_batches, fill, joined, published_batches
-from uniter.datasets.build_text import build_text_db
-from uniter.datasets.captions.caption import Caption
-from uniter.datasets.corpus import Corpus, open_corpus
-from uniter.datasets.image_db import encode_record
-from uniter.datasets.lmdb_store import UnitStore, open_reader
-from uniter.datasets.loader import Assembler, Part, Plan
-from uniter.datasets.masking import mask_regions
-from uniter.datasets.regions import RegionFeatures
-from uniter.datasets.samples import masked_regions_with_classes, masked_text
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.batches.corpus import Corpus, open_corpus
+from uniter.datasets.batches.loader import Assembler
+from uniter.datasets.batches.masking import mask_regions
+from uniter.datasets.batches.order import budget_batches, fill, joined, published_batches
+from uniter.datasets.batches.plans import Part, Plan
+from uniter.datasets.batches.pretraining import masked_regions_with_classes, masked_text
+from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.image_db.writing.units import UnitStore
+from uniter.datasets.storage.array_codec import find_arrays
+from uniter.datasets.storage.lmdb_files import open_reader
+from uniter.datasets.text_db.building.build import build_text_db
+from uniter.datasets.text_db.caption import Caption
+from uniter.datasets.text_db.tokenizer import Tokenizer
 
 AIMS = {"mlm": (8_000, 2), "mrc-kl": (4_000, 8)}  # pairs a second, times the original's loop
 MEAN_REGIONS, WIDTH, CLASSES, BATCH = 66, 2048, 1601, 96

@@ -41,9 +41,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from uniter.datasets.image_db import encode_record
-from uniter.datasets.lmdb_store import UnitStore, read_json, write_json
-from uniter.datasets.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.image_db.writing.units import UnitStore
+from uniter.datasets.storage.files import read_json, write_json
 
 COMMANDS = {
     "uniter-scenes": "uniter.cli.scenes",

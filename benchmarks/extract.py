@@ -32,14 +32,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
-from uniter.datasets.image_db import ImageDB, encode_record
-from uniter.extract import network
-from uniter.extract.butd import butd_config
-from uniter.extract.detectron import Detectron2Detector
-from uniter.extract.pipeline import extract_images
-from uniter.extract.preparation import CaffePreparation
-from uniter.extract.select import RawRegions, select_regions
-from uniter.extract.weights import caffe_anchors, load_weights
+from uniter.datasets.image_db import ImageDB
+from uniter.datasets.image_db.records import encode_record
+from uniter.extract.detector import network
+from uniter.extract.detector.butd import butd_config, caffe_anchors
+from uniter.extract.detector.detectron import Detectron2Detector
+from uniter.extract.detector.preparation import CaffePreparation
+from uniter.extract.detector.protocol import RawRegions
+from uniter.extract.run.extraction import extract_images
+from uniter.extract.select import select_regions
+from uniter.extract.weights.load import load_weights
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png")
 # (channels in, channels out, kernel, how often) of the RoI head's convolutions at 14 x 14.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniter.datasets.collate import PackedBatch
+from uniter.datasets.batches.collate import PackedBatch
 from uniter.model import UniterConfig, UniterForPretraining
 from uniter.model.losses import masked_words
 from uniter.model.uniter import set_dropout

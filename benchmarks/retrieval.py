@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from uniter.datasets.collate import collate
-from uniter.datasets.samples import Sample, TokenSequence
+from uniter.datasets.batches.collate import collate
+from uniter.datasets.batches.example import Sample, TokenSequence
 from uniter.model import UniterConfig
-from uniter.model.downstream import UniterForRetrieval
+from uniter.model.heads.downstream import UniterForRetrieval
 from uniter.model.uniter import PRESETS
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

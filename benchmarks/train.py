@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniter.datasets.collate import PackedBatch
+from uniter.datasets.batches.collate import PackedBatch
 from uniter.model import UniterConfig, UniterForPretraining, losses
-from uniter.model.heads import Outputs
+from uniter.model.heads.pretraining import Outputs
 from uniter.model.train.optim import AdamW, clear_gradients, clip_gradients, parameter_groups
 from uniter.model.transport import transport_distances
 from uniter.model.uniter import PRESETS

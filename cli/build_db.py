@@ -13,17 +13,18 @@ from typing import Any
 import click
 
 from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
-from uniter.datasets import annotations
-from uniter.datasets.build_text import build_text_db
-from uniter.datasets.captions import CAPTIONS, Caption, detect
-from uniter.datasets.captions.img2dataset import shards_in
-from uniter.datasets.captions.visual_genome import image_tables
 from uniter.datasets.errors import BadInput, unknown_name
-from uniter.datasets.image_db import match_image_key, open_image_dbs
-from uniter.datasets.keys import key_maker, last_number
-from uniter.datasets.leakage import PARTS, Exclusion, exclusion_lists, forbidden_coco, kind_of_annotations
-from uniter.datasets.lmdb_store import write_json
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.image_db.database import match_image_key, open_image_dbs
+from uniter.datasets.image_db.keys import key_maker, last_number
+from uniter.datasets.storage.files import write_json
+from uniter.datasets.text_db.annotations import table as annotations
+from uniter.datasets.text_db.building.build import build_text_db
+from uniter.datasets.text_db.caption import Caption
+from uniter.datasets.text_db.captions.img2dataset import shards_in
+from uniter.datasets.text_db.captions.table import CAPTIONS, detect
+from uniter.datasets.text_db.captions.visual_genome import image_tables
+from uniter.datasets.text_db.exclusions import PARTS, Exclusion, exclusion_lists, forbidden_coco, kind_of_annotations
+from uniter.datasets.text_db.tokenizer import Tokenizer
 
 HASHED_WHOLE = 1 << 30  # bytes; of larger files the size, the first and the last part tell them apart
 HASHED_PART = 1 << 26

@@ -9,11 +9,18 @@ from typing import Any
 import click
 
 from uniter.cli.common import FAILED, SKIPPED_UNDER_STRICT, common_options, print_summary, version
-from uniter.datasets.check import CheckReport, check_coverage, check_database, database_kind
-from uniter.datasets.databases import describe, merge, repair, split
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.datasets.formats import FORMATS, Selection, convert
-from uniter.datasets.image_db import open_image_dbs
+from uniter.datasets.image_db.database import open_image_dbs
+from uniter.datasets.image_db.formats.records import Selection
+from uniter.datasets.image_db.formats.table import FORMATS
+from uniter.datasets.maintenance.check import check_coverage, check_database
+from uniter.datasets.maintenance.check_report import CheckReport
+from uniter.datasets.maintenance.convert import convert
+from uniter.datasets.maintenance.describe import describe
+from uniter.datasets.maintenance.kinds import database_kind
+from uniter.datasets.maintenance.merge import merge
+from uniter.datasets.maintenance.repair import repair
+from uniter.datasets.maintenance.split import split
 from uniter.datasets.text_db import TextDB
 
 HELP = {"help_option_names": ["-h", "--help"]}

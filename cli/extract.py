@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
-from uniter.extract.images import MAX_PIXELS
+from uniter.extract.images.decoding import MAX_PIXELS
 
 log = logging.getLogger(__name__)
 
@@ -119,11 +119,12 @@ def main(
 
     Transparent pixels are laid on white; colour profiles are left alone, as cv2.imread does; images are turned as EXIF says.
     """
-    from uniter.extract.detector import build_detector
-    from uniter.extract.given_boxes import GivenBoxes
-    from uniter.extract.images import list_images
+    from uniter.extract.detector.detectron import build_detector
+    from uniter.extract.images.given_boxes import GivenBoxes
+    from uniter.extract.images.listing import list_images
     from uniter.extract.install import require_detectron2
-    from uniter.extract.pipeline import extract_listed, share_from_environment
+    from uniter.extract.run.extraction import extract_listed
+    from uniter.extract.run.shares import share_from_environment
 
     require_detectron2()
     if min_boxes is not None and max_boxes is not None and min_boxes > max_boxes:
@@ -158,7 +159,7 @@ def main(
     }
     with stop_on_signals() as stop:
         if ray_address is not None:
-            from uniter.extract.cluster import extract_on_ray
+            from uniter.extract.run.cluster import extract_on_ray
 
             summary = extract_on_ray(listed, out, build=build, address=ray_address, stop=stop, **chosen)
         else:

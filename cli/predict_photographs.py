@@ -15,7 +15,8 @@ from uniter.cli.common import common_options, print_summary
 from uniter.datasets.errors import BadInput
 
 if TYPE_CHECKING:
-    from uniter.model.understanding import Seen, Understanding
+    from uniter.model.understanding.asking import Understanding
+    from uniter.model.understanding.results import Seen
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _ask(
 ) -> None:
     from uniter.extract.install import require_detectron2
     from uniter.extract.on_demand import RegionExtractor, default_cache
-    from uniter.model.understanding import Understanding
+    from uniter.model.understanding.asking import Understanding
 
     if cache is not None and no_cache:
         raise click.UsageError("--cache and --no-cache contradict each other")
@@ -174,7 +175,7 @@ def _ask(
 
 def _photographs(images: Sequence[str]) -> list[str]:
     """Files as they are named, folders with all of their images."""
-    from uniter.extract.images import list_images
+    from uniter.extract.images.listing import list_images
 
     found: list[str] = []
     for name in images:
@@ -205,7 +206,7 @@ def _draw(asked: "Understanding", results: Sequence["Seen"], out: Path, *, sever
 
 
 def _report(question: str, results: Sequence["Seen"], out: Path | None, *, as_json: bool) -> None:
-    from uniter.model.understanding import Ranking, in_words
+    from uniter.model.understanding.results import Ranking, in_words
 
     if as_json:
         summary: dict[str, Any] = {"question": question, "answers": [_described(result) for result in results]}
@@ -223,7 +224,7 @@ def _report(question: str, results: Sequence["Seen"], out: Path | None, *, as_js
 
 def _described(result: "Seen") -> dict[str, Any]:
     """A result as JSON."""
-    from uniter.model.understanding import Answer, Grounding, Match, Ranking
+    from uniter.model.understanding.results import Answer, Grounding, Match, Ranking
 
     described: dict[str, Any] = {"image": str(result.image), "text": result.text, "from": result.source}
     match result:

@@ -6,8 +6,9 @@ from typing import Any
 import click
 
 from uniter.cli.common import common_options, print_summary
-from uniter.datasets.scene_tasks import write_tasks
-from uniter.datasets.scenes import WORLDS, load_world, write_world
+from uniter.datasets.made_up.files import write_world
+from uniter.datasets.made_up.tasks.table import write_tasks
+from uniter.datasets.made_up.world import WORLDS, load_world
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

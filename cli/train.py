@@ -100,7 +100,8 @@ def pretrain(
       uniter-train pretrain --text captions.db --images out.lmdb --out run/
       uniter-train pretrain --config pretrain-alldata-base-8gpu.json --root /txt=txt --root /img=img --out run/
     """
-    from uniter.model.train.config import explain_settings, gather_settings
+    from uniter.model.settings.gather import gather_settings
+    from uniter.model.settings.settings import explain_settings
 
     if explain:
         click.echo(explain_settings())
@@ -157,8 +158,8 @@ def finetune(
       uniter-build-db v2_OpenEnded_train_questions.json vqa_train.db --task vqa --join v2_train_annotations.json --images out.lmdb
       uniter-train finetune vqa --from run/ --text vqa_train.db --images out.lmdb --out vqa/
     """
-    from uniter.model.tasks import DOWNSTREAM, task_name
-    from uniter.model.train.config import gather_settings
+    from uniter.model.settings.gather import gather_settings
+    from uniter.model.tasks.table import DOWNSTREAM, task_name
     from uniter.model.train.finetuning import finetune as run_finetuning
 
     name = task_name(task, DOWNSTREAM)
@@ -242,15 +243,15 @@ def evaluate(
         "precision": precision,
     }
     if task == "pretrain":
-        from uniter.model.train.pretraining import evaluate_run
+        from uniter.model.evaluation.pretrained import evaluate_run
 
         if scores is not None:
             raise click.UsageError("--scores keeps the pairs of `evaluate retrieval`; leave it out here")
         chosen = [word.strip() for word in (words or "").split(",") if word.strip()]
         figures = evaluate_run(start, candidates=candidates, words=chosen, **measuring)
     else:
-        from uniter.model.tasks import DOWNSTREAM, SYNONYMS
-        from uniter.model.train.finetuning import evaluate_finetuned
+        from uniter.model.evaluation.finetuned import evaluate_finetuned
+        from uniter.model.tasks.table import DOWNSTREAM, SYNONYMS
 
         task = SYNONYMS.get(task, task)
         if task not in DOWNSTREAM:
@@ -288,8 +289,8 @@ def predict(
     Example:
       uniter-train predict vqa --from vqa/ --text vqa_test.db --images test.lmdb --out submission.json
     """
-    from uniter.model.tasks import DOWNSTREAM, task_name
-    from uniter.model.train.finetuning import predict as run_prediction
+    from uniter.model.evaluation.finetuned import predict as run_prediction
+    from uniter.model.tasks.table import DOWNSTREAM, task_name
 
     summary = run_prediction(
         task_name(task, DOWNSTREAM),
@@ -320,7 +321,7 @@ def export(start: str, layout: str, out: Path, as_json: bool) -> None:
       uniter-train export --from run/ --to published uniter.pt
       uniter-train export --from run/ --to hub my-uniter/
     """
-    from uniter.model.train.pretraining import export_run
+    from uniter.model.checkpoints.export import export_run
 
     print_summary(export_run(start, layout, out), as_json=as_json, title=f"exported to {out}")
 

@@ -60,7 +60,7 @@ def detector_command(assignments: tuple[str, ...], strict: bool, as_json: bool, 
                 raise click.UsageError(f"--set {name}={value}: expected a number of updates, 1 or more")
             options[name] = value
     require_detectron2()
-    from uniter.extract.train_detector import train_detector
+    from uniter.extract.training.loop import train_detector
 
     summary = train_detector(overrides=overrides, **options)
     print_summary(summary, as_json=as_json, title=f"a detector in {options['out']}")

@@ -10,9 +10,10 @@ import click
 from uniter.cli.common import common_options, print_summary
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.report import LookedAt, write_region_report, write_runs_report
 from uniter.datasets.text_db import TextDB
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.text_db.tokenizer import Tokenizer
+from uniter.datasets.view.region_report import write_region_report
+from uniter.datasets.view.run_report import LookedAt, write_runs_report
 
 EXAMPLES = """\b
 Examples:
@@ -63,7 +64,7 @@ def main(
     runs = [source for source in sources if (Path(source) / "log.jsonl").is_file()]
     others = [source for source in sources if source not in runs]
     if runs:
-        from uniter.model.train.log import read_log
+        from uniter.datasets.storage.run_log import read_log
 
         if others and (len(runs) > 1 or not texts):
             raise click.UsageError(f"with {others[0]}, give one run and --text: its words are looked at over those regions")
@@ -96,9 +97,9 @@ def _short_names(runs: Sequence[str]) -> list[str]:
 
 def _looks(run: Path, regions: ImageDB, texts: Sequence[Path], pairs: int, keys: Sequence[str]) -> Iterator[LookedAt]:
     """Evenly spaced texts of the first database (or those about `keys`) as the run's last checkpoint sees them with their pictures."""
-    from uniter.datasets.samples import TokenSequence
+    from uniter.datasets.batches.example import TokenSequence
     from uniter.model import load_uniter
-    from uniter.model.looking import look
+    from uniter.model.understanding.looking import look
 
     model = load_uniter(run)
     database = TextDB(texts[0])

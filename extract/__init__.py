@@ -6,20 +6,21 @@ The names below are imported when they are first used: `import uniter.extract` n
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uniter.extract.detector import Detector, build_detector
-    from uniter.extract.detectron import Detectron2Detector
+    from uniter.extract.detector.detectron import Detectron2Detector, build_detector
+    from uniter.extract.detector.protocol import Detector
     from uniter.extract.on_demand import RegionExtractor
-    from uniter.extract.pipeline import ExtractSummary, extract_images
+    from uniter.extract.run.extraction import extract_images
+    from uniter.extract.run.summary import ExtractSummary
 
 __all__ = ["Detector", "Detectron2Detector", "ExtractSummary", "RegionExtractor", "build_detector", "extract_images"]
 
 _HOMES = {
-    "Detector": "detector",
-    "Detectron2Detector": "detectron",
-    "ExtractSummary": "pipeline",
+    "Detector": "detector.protocol",
+    "Detectron2Detector": "detector.detectron",
+    "ExtractSummary": "run.summary",
     "RegionExtractor": "on_demand",
-    "build_detector": "detector",
-    "extract_images": "pipeline",
+    "build_detector": "detector.detectron",
+    "extract_images": "run.extraction",
 }
 
 

@@ -10,7 +10,6 @@ A Detectron2 that can be imported already (conda-forge, a source build) is left 
 
 import base64
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import os
@@ -28,11 +27,19 @@ from pathlib import Path, PurePosixPath
 from uniter.datasets.errors import BadInput, UniterError
 
 SOURCE_PROJECT, SOURCE_VERSION = "pb1-detectron2", "0.6"
+
+
 SOURCE_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
+
+
 WHEEL_VERSION = "0.6+uniter.1"
+
+
 REMEDY = "uniter-extract --install-detectron2"
 
+
 LARGEST_FILE, LARGEST_TOTAL = 16 * 2**20, 128 * 2**20  # bytes; the real package holds 4 MB
+
 
 # What the package's Python imports, without the pins that hold it back (black==21.4b2, iopath<0.1.10) and without what only
 # its exporters and its lazy configuration's command line use (future, pydot, hydra-core, black).
@@ -55,6 +62,7 @@ REQUIREMENTS = (
     "yacs>=0.1.8",
 )
 
+
 # Names that NumPy and Pillow have removed, with what they meant; they apply to every Python file of the package.
 REMOVED_NAMES: tuple[tuple[str, str], ...] = (
     (r"\bnp\.(int|float|bool|object|str|complex)\b", r"\1"),
@@ -62,6 +70,7 @@ REMOVED_NAMES: tuple[tuple[str, str], ...] = (
     (r"\bImage\.CUBIC\b", "Image.BICUBIC"),
     (r"\bImage\.ANTIALIAS\b", "Image.LANCZOS"),
 )
+
 
 # (file, text as released, text that runs today). A text that is not found means that the package is not the one we know.
 REPLACEMENTS: tuple[tuple[str, str, str], ...] = (
@@ -78,6 +87,7 @@ REPLACEMENTS: tuple[tuple[str, str, str], ...] = (
         'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
     ),
 )
+
 
 # Stands in for the compiled extension: importing it works (evaluation does so unconditionally), asking it for an operator says
 # what is missing. An AttributeError, so that hasattr() and `from detectron2._C import name` answer as Python expects.
@@ -104,6 +114,7 @@ def __getattr__(name):
         "install Detectron2 from conda-forge or build it from its sources"
     )
 '''
+
 
 # pip prepares metadata of every source package it downloads, which would run the package's setup.py. This stands in for the
 # build backend while it does (first on PYTHONPATH, without build isolation), so that pip runs our four lines instead.

@@ -16,16 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.datasets.image_db import decode_record
-from uniter.datasets.region_cache import RegionCache
-from uniter.datasets.regions import RegionFeatures
-from uniter.extract.detector import Detector, PreparedImage, build_detector
-from uniter.extract.images import MAX_PIXELS, ImageItem, decode_image, read_bytes
-from uniter.extract.pipeline import Tally, device_of, fitting_workers, in_words, plan_work, run_batch, selection_settings
-from uniter.extract.weights import cache_folder
+from uniter.datasets.image_db.records import decode_record
+from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.extract.detector.detectron import build_detector
+from uniter.extract.detector.protocol import Detector, PreparedImage
+from uniter.extract.images.decoding import MAX_PIXELS, decode_image
+from uniter.extract.images.items import ImageItem, read_bytes
+from uniter.extract.region_cache import RegionCache
+from uniter.extract.run.options import device_of, fitting_workers, plan_work, selection_settings
+from uniter.extract.run.units import Tally, in_words, run_batch
+from uniter.extract.weights.cache import cache_folder
 
 Photograph = str | os.PathLike[str] | NDArray[np.uint8]
+
+
 """A file, or the upright picture as (H, W, 3) uint8 BGR."""
+
 
 READ_AT_ONCE = 32  # photographs that are held in memory while it is looked up which of them are known
 

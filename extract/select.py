@@ -4,34 +4,19 @@ The confidence of a region is not its best class probability: it is the best amo
 region survives, and 0 for a region suppressed everywhere. Column 0 of the probabilities is the background.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-from uniter.datasets.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
+from uniter.extract.detector.protocol import Float32Array, RawRegions
 
-Float32Array = NDArray[np.float32]
 CLASS_NMS_THRESHOLD = 0.3
+
+
 SELECTION_RULE = "caffe: class-wise NMS at 0.3 with +1 areas; by confidence, counted after the float16 cast, strictly above the threshold"
+
+
 GIVEN_RULE = "given: all, in the caller's order; the confidence is the best class probability"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RawRegions:
-    """What a detector says about the P boxes it pooled from, before any is left out; the detector's order.
-
-    Attributes:
-        boxes: (P, 4) float32, pixels of the upright image, x0 y0 x1 y1: the region the feature was pooled from.
-        features: (P, D) float32, what the box predictor sees.
-        probabilities: (P, C + 1) float32, background FIRST.
-        attributes: (P, A + 1) float32 with "no attribute" first; None unless asked for.
-    """
-
-    boxes: Float32Array
-    features: Float32Array
-    probabilities: Float32Array
-    attributes: Float32Array | None = None
 
 
 def select_regions(

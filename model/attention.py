@@ -22,6 +22,7 @@ from torch import Tensor
 # Said once a process about every kind of nested tensor, also about the one that is used here and recommended there.
 warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage", category=UserWarning)
 
+
 AttentionKernel = Literal["auto", "grouped", "jagged", "varlen"]
 
 

@@ -16,10 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniter.datasets.masking import NOT_PREDICTED
+from uniter.datasets.batches.masking import NOT_PREDICTED
 
 Terms = dict[str, Tensor]
+
+
 Targets = Mapping[str, Tensor]
+
+
 # "elements": the mean over everything (MRFR and MRC-KL: over places AND features or classes, as published).
 # "rows": the mean over the first dimension of each row's sum (VQA: sum over answers, mean over examples).
 # "sum": the plain sum (RefCOCO).

@@ -11,12 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uniter.datasets.annotations.answers import normalise_answer, strip_punctuation
-from uniter.datasets.candidates import IOU_THRESHOLD, inclusive_iou
+from uniter.datasets.batches.candidates import IOU_THRESHOLD, inclusive_iou
+from uniter.datasets.batches.masking import NOT_PREDICTED
 from uniter.datasets.errors import BadInput
+from uniter.datasets.text_db.annotations.answers import normalise_answer, strip_punctuation
+from uniter.model import losses
+from uniter.model.heads.pretraining import Outputs
+from uniter.model.losses import Targets
 
 FloatArray = NDArray[np.floating]
+
+
 IntArray = NDArray[np.integer]
+
+
 DEPTHS = (1, 5, 10)
 
 
@@ -202,3 +210,29 @@ def vcr_figures(answer_scores: FloatArray, rationale_scores: FloatArray, answers
         "qar": float(right_rationales.mean()),
         "q2ar": float((right_answers & right_rationales).mean()),
     }
+
+
+def word_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    words_T = targets["words"]
+    return {"accuracy": (outputs["scores"].argmax(dim=1) == words_T[words_T != NOT_PREDICTED]).float()}
+
+
+def feature_error(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    return {"mse": losses.masked_features(outputs, targets)["squared_error"].mean(dim=1)}
+
+
+def class_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    return {"accuracy": (outputs["scores"].argmax(dim=1) == losses.best_foreground_class(targets["soft_labels"])).float()}
+
+
+def distribution_distance(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    """The divergence of each region summed over classes (nats), and whether the best class, background included, is the same."""
+    soft_labels_SC = targets["soft_labels"]
+    return {
+        "kl": losses.masked_distributions(outputs, targets)["kl"].sum(dim=1),
+        "accuracy": (outputs["scores"].argmax(dim=1) == soft_labels_SC.argmax(dim=1)).float(),
+    }
+
+
+def pair_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    return {"accuracy": (outputs["scores"].argmax(dim=1) == targets["matched"]).float()}

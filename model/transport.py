@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPSILON = 1e-5
+
+
 PADDED = 1e4
 
 

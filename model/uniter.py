@@ -19,13 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniter.datasets.collate import PackedBatch
+from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.model.attention import AttentionKernel, Layout, attend, attention_probabilities, choose_kernel, lay_out
 from uniter.model.linear import Linear
 
 NORM_EPSILON = 1e-12
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
+
+
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},

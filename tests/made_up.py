@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from uniter.datasets.annotations import ANNOTATIONS
-from uniter.datasets.build_text import build_text_db
-from uniter.datasets.captions.caption import Caption
-from uniter.datasets.image_db import ImageDB, encode_record
-from uniter.datasets.lmdb_store import UnitStore
-from uniter.datasets.regions import RegionFeatures, normalised_boxes
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.image_db import ImageDB
+from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.image_db.writing.units import UnitStore
+from uniter.datasets.text_db.annotations.table import ANNOTATIONS
+from uniter.datasets.text_db.building.build import build_text_db
+from uniter.datasets.text_db.caption import Caption
+from uniter.datasets.text_db.tokenizer import Tokenizer
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "orange", "purple")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")

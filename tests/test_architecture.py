@@ -1,8 +1,12 @@
 """The arrows of the house: which room may import which, and where the heavy libraries may be named."""
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("extract", "datasets", "model", "cli")
@@ -12,11 +16,54 @@ MAY_IMPORT = {
     "model": {"model", "datasets"},
     "cli": {"cli", "extract", "datasets", "model"},
 }
+# Folder -> the folders it may import besides its own, of its room and of `datasets/`; every file may import those right in `datasets/`
+# (errors, progress) and `datasets/vocabulary`. `cli/` may import all. Another arrow is a decision: draw it here, and say why.
+_RECORDS = {"datasets/storage", "datasets/image_db"}
+_TEXTS = {"datasets/storage", "datasets/text_db"}
+_ON_DISK = _RECORDS | _TEXTS
+_NETWORK = {"model", "model/heads", "datasets/batches"}
+FOLDERS = {
+    "datasets": set(),
+    "datasets/vocabulary": set(),
+    "datasets/storage": set(),
+    "datasets/image_db": {"datasets/storage"},
+    "datasets/image_db/writing": _RECORDS,
+    "datasets/image_db/formats": {*_RECORDS, "datasets/image_db/writing"},
+    "datasets/text_db": {"datasets/storage", "datasets/text_db/captions"},  # exclusions know SBU's names of photographs
+    "datasets/text_db/captions": _TEXTS,
+    "datasets/text_db/annotations": {*_TEXTS, "datasets/text_db/captions"},
+    "datasets/text_db/building": {*_TEXTS, "datasets/image_db"},  # texts are matched with images by key
+    "datasets/batches": {"datasets/image_db", "datasets/text_db", "datasets/text_db/annotations"},
+    "datasets/maintenance": {
+        *_ON_DISK,
+        "datasets/image_db/formats",
+        "datasets/image_db/writing",
+        "datasets/text_db/annotations",
+        "datasets/text_db/building",
+    },
+    "datasets/view": {"datasets/image_db", "datasets/image_db/writing", "datasets/storage"},
+    "datasets/made_up": {"datasets/storage"},
+    "datasets/made_up/tasks": {"datasets/storage", "datasets/made_up"},
+    "extract/images": {*_RECORDS},
+    "extract/weights": {"datasets/storage"},
+    "extract/detector": {"extract", "extract/weights", "datasets/storage"},  # `extract` holds install and select
+    "extract/run": {*_RECORDS, "datasets/image_db/writing", "extract", "extract/detector", "extract/images"},
+    "extract/training": {"datasets/storage", "extract/detector", "extract/images", "extract/weights"},
+    "extract": {*_RECORDS, "extract/detector", "extract/images", "extract/run", "extract/weights"},
+    "model": {"datasets/batches", "datasets/text_db/annotations", "model/heads"},
+    "model/heads": {"datasets/batches", "datasets/text_db/annotations", "model"},
+    "model/tasks": {*_NETWORK, "datasets/storage", "datasets/text_db/annotations"},
+    "model/settings": {"datasets/batches", "datasets/storage", "model", "model/tasks"},
+    "model/checkpoints": {*_TEXTS, "model", "model/heads", "model/settings"},
+    "model/train": {*_NETWORK, *_ON_DISK, "datasets/text_db/annotations", "model/checkpoints", "model/settings", "model/tasks"},
+    "model/evaluation": {*_NETWORK, *_TEXTS, "model/checkpoints", "model/tasks", "model/train"},
+    "model/understanding": {*_NETWORK, "datasets/image_db", "datasets/text_db", "datasets/view", "model/checkpoints"},
+}
 # library -> the paths (folders or files, from the root) inside which it may be imported
 ONLY_IN = {
     "detectron2": ("extract/",),
-    "ray": ("extract/cluster.py",),
-    "torch.distributed": ("model/train/",),
+    "ray": ("extract/run/cluster.py",),
+    "torch.distributed": ("model/train/", "extract/training/"),
 }
 
 
@@ -30,6 +77,16 @@ def imports(path: Path) -> Iterator[str]:
             assert node.module is not None
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.fixture(scope="module")
+def house() -> ModuleType:
+    """benchmarks/house.py, which counts folders, arrows and circles."""
+    description = importlib.util.spec_from_file_location("house", ROOT / "benchmarks" / "house.py")
+    assert description is not None and description.loader is not None
+    module = importlib.util.module_from_spec(description)
+    description.loader.exec_module(module)
+    return module
 
 
 def sources() -> list[Path]:
@@ -52,6 +109,28 @@ def test_rooms_import_only_in_the_direction_of_the_arrows() -> None:
                 owner = "Hugging Face's" if parts[0] == "datasets" else "nobody's"
                 wrong.append(f"{path.relative_to(ROOT)} imports {module}, which is {owner}; ours is uniter.{module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_folders_import_only_what_the_table_allows(house: ModuleType) -> None:
+    anyone = {"datasets", "datasets/vocabulary"}
+    wrong = [
+        f"{folder} imports {other}"
+        for folder, others in house.folder_arrows(ROOT).items()
+        if folder != "cli"
+        for other in sorted(others - anyone - FOLDERS.get(folder, set()))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_names_folders_that_exist() -> None:
+    on_disk = {path.parent.relative_to(ROOT).as_posix() for path in sources()} - {"cli", "model/settings/configs"}
+    assert set(FOLDERS) == on_disk
+    assert {folder for others in FOLDERS.values() for folder in others} <= on_disk
+
+
+def test_no_files_import_each_other_in_a_circle(house: ModuleType) -> None:
+    assert house.circles(house.import_graph(ROOT)) == []
+    assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
 def test_heavy_libraries_are_imported_only_in_their_place() -> None:

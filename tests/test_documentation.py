@@ -54,7 +54,8 @@ def test_commands_in_the_pages_have_the_options_they_are_given(page: Path) -> No
 
 
 def test_the_page_of_settings_lists_every_setting() -> None:
-    from uniter.model.train.config import explain_settings, shipped_configs
+    from uniter.model.settings.files import shipped_configs
+    from uniter.model.settings.settings import explain_settings
 
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert f"```yaml\n{explain_settings()}\n```" in page, "copy what `uniter-train pretrain --explain` prints into docs/settings.md"

@@ -20,7 +20,7 @@ from uniter.cli.build_db import main as build_db
 from uniter.cli.extract import main as extract
 from uniter.cli.scenes import main as scenes
 from uniter.cli.train import main as train
-from uniter.datasets.candidates import inclusive_iou
+from uniter.datasets.batches.candidates import inclusive_iou
 from uniter.datasets.image_db import ImageDB
 
 TINY = ("--set", "tensorboard=false", "--set", "batch_tokens=400", "--set", "accumulation=1", "--device", "cpu", "--json")

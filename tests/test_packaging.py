@@ -77,7 +77,7 @@ def test_hugging_face_datasets_is_not_shadowed(tmp_path: Path) -> None:
     stand_in = tmp_path / "site" / "datasets"
     stand_in.mkdir(parents=True)
     (stand_in / "__init__.py").write_text("WHO = 'hugging face'\n")
-    code = f"import sys; sys.path.append({str(stand_in.parent)!r}); import datasets, uniter.datasets.regions; print(datasets.WHO)"
+    code = f"import sys; sys.path.append({str(stand_in.parent)!r}); import datasets, uniter.datasets.image_db.regions; print(datasets.WHO)"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "hugging face"
 

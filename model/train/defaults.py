@@ -4,22 +4,33 @@ The choices are functions of the amount of data, the size of the model and the d
 the same numbers again.
 """
 
-from uniter.datasets.text_db import read_json_object
-from uniter.model.checkpoints import configuration_beside, find_weights
-from uniter.model.tasks import Finetuning
-from uniter.model.train.config import TrainSettings
+from uniter.datasets.storage.files import read_json_object
+from uniter.model.checkpoints.beside import configuration_beside
+from uniter.model.checkpoints.read import find_weights
+from uniter.model.settings.settings import TrainSettings
+from uniter.model.tasks.task import Finetuning
 from uniter.model.train.distributed import Processes
 from uniter.model.uniter import PRESETS
 
 # By model size: peak learning rate and dropout. Published for base and large; tiny is trained from random numbers
 # on little data, where a higher rate and no dropout were found best.
 LEARNING_RATES = {"tiny": 5e-4, "base": 5e-5, "large": 5e-5}
+
+
 DROPOUTS = {"tiny": 0.0, "base": 0.1, "large": 0.1}
+
+
 # Small steps and many: what a small model needs to find out which words go with which regions is updates, not examples.
 BATCH_TOKENS = {(True, False): 768, (True, True): 2048, (False, False): 2048, (False, True): 10240}  # (tiny, on a GPU)
+
+
 ENOUGH_FOR_BASE = 100_000
+
+
 # 30 passes were too few for a tiny model to learn masked regions whatever the seed.
 PASSES, FINETUNING_PASSES = 42, 30
+
+
 FEWEST_STEPS, MOST_STEPS = 5600, 200_000
 
 

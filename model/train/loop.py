@@ -19,18 +19,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uniter.datasets.batching import generator
-from uniter.datasets.collate import PackedBatch
+from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.loader import Assembler, MicroBatch, load
+from uniter.datasets.batches.order import generator
+from uniter.datasets.batches.plans import Mixture, Part, Plan
 from uniter.datasets.errors import UniterError
-from uniter.datasets.loader import Assembler, MicroBatch, Mixture, Part, Plan, load
 from uniter.datasets.progress import Progress
+from uniter.datasets.storage.run_log import RunLog
 from uniter.model import losses
-from uniter.model.tasks import Task
+from uniter.model.tasks.task import Task
 from uniter.model.train import state
 from uniter.model.train.distributed import Processes
-from uniter.model.train.evaluate import validate
-from uniter.model.train.log import RunLog
 from uniter.model.train.optim import clear_gradients, clip_gradients, learning_rate, set_learning_rate
+from uniter.model.train.scoring import validate
 
 logger = logging.getLogger(__name__)
 

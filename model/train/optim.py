@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 GradientConvention = Literal["none", "zero"]
+
+
 NO_DECAY = ("bias", "LayerNorm.bias", "LayerNorm.weight")
+
+
 LEAST_RATE = 1e-8
 
 
@@ -137,6 +141,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 _Updated = tuple[Tensor, Tensor, Tensor, Tensor]  # parameter, gradient, mean of gradients, mean of their squares
+
+
 # The elements that are updated together. The scratch memory is as large; and on the CPU everything of a piece stays in the
 # cache between the operations, which makes the whole update 2.6 times as fast as one over whole tensors.
 _CPU_PIECE, _DEVICE_PIECE = 1 << 18, 1 << 24

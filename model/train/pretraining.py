@@ -9,53 +9,32 @@ are trained, and they contain the others.
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 
-from uniter.datasets.annotations.vcr import TAG_WORDS
-from uniter.datasets.corpus import Corpus, open_corpus
+from uniter.datasets.batches.corpus import Corpus, open_corpus, vocabulary_of
+from uniter.datasets.batches.example import Example
+from uniter.datasets.batches.plans import Mixture, Part
 from uniter.datasets.errors import BadInput
-from uniter.datasets.loader import Mixture, Part
-from uniter.datasets.samples import Example
-from uniter.datasets.tokenizer import Tokenizer
-from uniter.model.checkpoints import (
-    Weights,
-    export_hub,
-    export_published,
-    find_weights,
-    infer_config,
-    load_state,
-    load_uniter,
-    model_card,
-    read_state,
-)
-from uniter.model.downstream import VCR_TOKEN_TYPES, second_stage
-from uniter.model.heads import UniterForPretraining
-from uniter.model.tasks import (
-    LONGEST_CHOICE,
-    PRETRAINING,
-    Task,
-    check_both_kinds,
-    check_soft_labels,
-    default_tasks,
-    pretraining_task,
-    task_name,
-    tells_choices,
-    vocabulary_of,
-)
-from uniter.model.train import state
-from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, read_settings
+from uniter.datasets.text_db.annotations.vcr import TAG_WORDS
+from uniter.model.checkpoints.beside import infer_config
+from uniter.model.checkpoints.grow import load_state, second_stage
+from uniter.model.checkpoints.read import find_weights, read_state
+from uniter.model.heads.downstream import VCR_TOKEN_TYPES
+from uniter.model.heads.pretraining import UniterForPretraining
+from uniter.model.settings.settings import CorpusSettings, TrainSettings
+from uniter.model.tasks.rows import LONGEST_CHOICE
+from uniter.model.tasks.table import PRETRAINING, check_soft_labels, default_tasks, pretraining_task, task_name
+from uniter.model.tasks.task import Task
 from uniter.model.train.defaults import complete
-from uniter.model.train.distributed import processes
-from uniter.model.train.evaluate import evaluate_pretraining
-from uniter.model.train.log import read_log
-from uniter.model.train.runs import Data, Kind, check_fit, regions_of_run, regions_to_read, start, tokenizer_of_texts, with_validation
+from uniter.model.train.fit import check_shown, check_vocabulary, is_second_stage
+from uniter.model.train.kind import Data, Kind, with_validation
+from uniter.model.train.runs import start
 from uniter.model.uniter import UniterConfig, set_dropout
 
 logger = logging.getLogger(__name__)
@@ -92,22 +71,6 @@ def open_data(settings: TrainSettings) -> Data:
     if len(set(widths.values())) > 1:
         raise BadInput(f"the corpora's region features differ in width ({widths}); extract all with one detector")
     return Data(training, validation, tasks)
-
-
-def check_shown(corpus: Corpus) -> None:
-    """Raise BadInput unless the texts are about one picture each, or VCR's with its two kinds of regions."""
-    if is_second_stage(corpus):
-        check_both_kinds(corpus)
-    elif corpus.image_rows_NK.shape[1] != 1:
-        raise BadInput(
-            f"corpus {corpus.name!r}: its texts are about {corpus.image_rows_NK.shape[1]} pictures each; pre-training takes texts about "
-            "one picture, or VCR's with --images 'gt;det'"
-        )
-
-
-def is_second_stage(corpus: Corpus) -> bool:
-    """Whether pre-training on it is VCR's second stage."""
-    return corpus.image_rows_NK.shape[1] == 2 and all(tells_choices(text) for text in corpus.texts)
 
 
 def _tasks_of(wanted: CorpusSettings, corpus: Corpus) -> dict[str, float]:
@@ -172,15 +135,6 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model.train()
-
-
-def check_vocabulary(config: UniterConfig, vocabulary: int, *, tags: int = 0) -> None:
-    """Raise BadInput unless the texts' word pieces are the model's, `tags` more at most."""
-    if config.vocab_size + tags < vocabulary:
-        more = f" and can take {tags} object tags more" if tags else ""
-        raise BadInput(
-            f"the texts were built with {vocabulary:,} word pieces, but the model has {config.vocab_size:,}{more}; use its tokenizer"
-        )
 
 
 @torch.no_grad()
@@ -267,99 +221,3 @@ PRETRAINING_KIND = Kind(
     build_mixture=build_mixture,
     validation_parts=validation_parts,
 )
-
-
-def evaluate_run(
-    start: str,
-    *,
-    text: Sequence[str],
-    images: Sequence[str],
-    candidates: int = 50,
-    words: Sequence[str] = (),
-    seed: int = 42,
-    batch_tokens: int = 8192,
-    max_text_length: int = -1,
-    workers: int = 0,
-    device: str | None = None,
-    precision: str = "fp32",
-) -> dict[str, Any]:
-    """The figures of `evaluate.evaluate_pretraining` of a run or checkpoint on databases, grouped: {"mlm": {"accuracy": ...}, ...}.
-
-    Args:
-        start: a run directory, a checkpoint file or folder, or a hub id.
-        text, images: held-out databases.
-        words: words whose accuracy is reported besides, split into the texts' word pieces.
-
-    Raises:
-        BadInput: databases and model do not fit.
-    """
-    regions = regions_to_read(images, *regions_of_run(start))
-    corpus = open_corpus("data", text, images, max_text_length=max_text_length, image_options=regions)
-    check_shown(corpus)
-    pieces: list[int] = []
-    if words:
-        name = corpus.texts[0].tokenizer_name
-        local = corpus.texts[0].path / "vocab.txt"
-        if not local.is_file() and name is None:
-            raise BadInput(f"text database {corpus.texts[0].path} does not say its tokeniser, so --words cannot be split; leave it out")
-        tokenizer = Tokenizer.load(local if local.is_file() else str(name))
-        pieces = [piece for ids in tokenizer.encode_batch(list(words)) for piece in ids if piece != tokenizer.unk_id]
-    with processes(device) as everyone:
-        model = load_uniter(start).to(everyone.device)
-        check_fit(model.config, corpus, source=start)
-        tokenizer_of_texts([corpus], start=start)
-        figures = evaluate_pretraining(
-            model,
-            corpus,
-            processes=everyone,
-            budget=batch_tokens,
-            seed=seed,
-            candidates=candidates,
-            words=pieces,
-            precision=precision,
-            workers=workers,
-        )
-    return _grouped(figures)
-
-
-def _grouped(figures: Mapping[str, float]) -> dict[str, Any]:
-    """{"mlm.accuracy": x} -> {"mlm": {"accuracy": x}}."""
-    groups: dict[str, Any] = {}
-    for name, value in figures.items():
-        group, dot, rest = name.partition(".")
-        if dot:
-            groups.setdefault(group, {})[rest] = value
-        else:
-            groups[name] = value
-    return groups
-
-
-def export_run(start: str, layout: str, out: Path) -> dict[str, Any]:
-    """Write a model, fine-tuned ones with their heads, as `published` (one flat .pt) or `hub` (a folder); returns the summary."""
-    weights = Weights.read(start)
-    if weights.tokenizer is None:
-        logger.warning("%s does not tell its vocabulary, so none is written; put the vocab.txt of its texts beside the weights", start)
-    if layout == "published":
-        export_published(weights, out)
-    else:
-        export_hub(weights, out, card=_card(weights, start))
-    vocabulary = None if weights.tokenizer is None else weights.tokenizer.name
-    return {"from": start, "layout": layout, "parameters": weights.parameters(), "vocabulary": vocabulary}
-
-
-def _card(weights: Weights, start: str) -> str:
-    """The model card, with what the run's log knows where `start` is a run."""
-    run = Path(start)
-    if not (run / CONFIG_FILE).is_file():
-        return model_card(weights)
-    settings = read_settings(yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")), source=str(run / CONFIG_FILE))
-    lines = [line for line in read_log(run) if line["kind"] == "validation"]
-    results = {name: value for name, value in lines[-1].items() if isinstance(value, float) and "loss_" not in name} if lines else {}
-    texts = ", ".join(Path(text).name for corpus in settings.corpora for text in corpus.text)
-    steps = state.checkpoint_steps(run)
-    return model_card(
-        weights,
-        name=run.resolve().name,
-        trained_on=f"{texts}; {steps[-1] if steps else 0:,} of {settings.steps:,} updates, seed {settings.seed}.",
-        results=results,
-    )

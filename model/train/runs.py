@@ -5,77 +5,34 @@ task is a `Kind`.
 """
 
 import contextlib
-import dataclasses
-import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import nn
 
-from uniter.datasets.corpus import Corpus, open_corpus
+from uniter.datasets.batches.example import Masking
+from uniter.datasets.batches.loader import Assembler
 from uniter.datasets.errors import BadInput, SettingsDiffer
-from uniter.datasets.image_db import open_image_dbs
-from uniter.datasets.loader import Assembler, Mixture, Part
-from uniter.datasets.samples import Masking
-from uniter.datasets.tokenizer import ON_BOARD, VOCABULARY_FILE, Tokenizer
+from uniter.datasets.storage.run_log import RunLog
 from uniter.model.attention import AttentionKernel
-from uniter.model.checkpoints import find_weights, read_model, tokenizer_beside, write_model
-from uniter.model.tasks import Task, special_tokens, vocabulary_of
+from uniter.model.checkpoints.load import read_model
+from uniter.model.checkpoints.write import write_model
+from uniter.model.settings.files import CONFIG_FILE, differences, read_settings, write_config
+from uniter.model.settings.settings import TrainSettings
 from uniter.model.train import state
-from uniter.model.train.config import CONFIG_FILE, CorpusSettings, TrainSettings, differences, read_settings, run_of, write_config
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.log import RunLog
+from uniter.model.train.fit import that_fit, tokenizer_of_texts
+from uniter.model.train.kind import Data, Kind
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
 from uniter.model.uniter import SelfAttention, UniterConfig, UniterModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """The corpora of a run, opened: training and validation examples and the ratios of the tasks, by corpus name."""
-
-    training: dict[str, Corpus]
-    validation: dict[str, Corpus]
-    tasks: dict[str, dict[str, float]]
-
-    def size(self) -> tuple[int, float]:
-        """Training examples, and the mean of their tokens."""
-        examples = sum(len(corpus) for corpus in self.training.values())
-        return examples, sum(float(corpus.lengths.sum()) for corpus in self.training.values()) / examples
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What is particular to pre-training or to a down-stream task.
-
-    Attributes:
-        task: what the settings call it.
-        open_data: opens the databases.
-        complete: chooses the numbers that the settings leave open, for so many examples of so many tokens.
-        build_model: in training mode, on the CPU.
-        build_mixture: the tasks by part, and which batch comes when.
-        validation_parts: what is validated.
-        head: name prefix of a head that learns at a rate of its own.
-        about: what else the checkpoint's config.json says.
-    """
-
-    task: str
-    open_data: Callable[[TrainSettings], Data]
-    complete: Callable[[TrainSettings, int, float, Processes], TrainSettings]
-    build_model: Callable[[TrainSettings, Data], nn.Module]
-    build_mixture: Callable[[TrainSettings, Data], tuple[list[Task], Mixture]]
-    validation_parts: Callable[[TrainSettings, Data], list[tuple[Task, Part]]]
-    head: str | None = None
-    about: Callable[[Data], dict[str, Any]] = lambda data: {}
 
 
 def start(settings: TrainSettings, run: Path, kind: Kind) -> dict[str, Any]:
@@ -102,7 +59,7 @@ def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> 
     tokenizer = tokenizer_of_texts([*data.training.values(), *data.validation.values()], start=settings.from_)
     model = kind.build_model(settings, data).to(everyone.device)
     _set_attention(model, settings.attention, everyone.device)
-    data = _that_fit(data, model)
+    data = that_fit(data, model)
     tasks, mixture = kind.build_mixture(settings, data)
     optimizer = AdamW(
         parameter_groups(
@@ -172,29 +129,6 @@ def _fitting_threads(model: nn.Module, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def with_validation(wanted: CorpusSettings, corpus: Corpus, settings: TrainSettings, options: dict[str, Any]) -> tuple[Corpus, Corpus]:
-    """The training part of a corpus and what is validated: its validation databases, or pictures that are held out."""
-    if wanted.validation_text:
-        held_out = open_corpus(
-            wanted.name,
-            wanted.validation_text,
-            wanted.validation_images or wanted.images,
-            max_text_length=-1,
-            image_options=options,
-        )
-    else:
-        pictures = len(set(corpus.image_rows_NK[:, 0].tolist()))
-        if pictures < 3:
-            raise BadInput(
-                f"corpus {wanted.name!r} has {pictures} pictures, too few to hold one out; give validation_text or more pictures"
-            )
-        count = settings.validation_pictures or min(max(pictures // 20, 2), 1000)
-        corpus, held_out = corpus.hold_out(min(count, pictures - 2), seed=settings.seed)
-        if not len(corpus):
-            raise BadInput(f"corpus {wanted.name!r}: all texts are about the pictures to hold out; give validation_text or more pictures")
-    return corpus, held_out.sample_of(settings.validation_examples, seed=settings.seed)
-
-
 def _set_attention(model: nn.Module, kernel: AttentionKernel, device: torch.device) -> None:
     body = model.get_submodule("uniter")
     assert isinstance(body, UniterModel)
@@ -207,91 +141,6 @@ def _set_attention(model: nn.Module, kernel: AttentionKernel, device: torch.devi
     for module in model.modules():
         if isinstance(module, SelfAttention):
             module.dropout.p = 0.0
-
-
-def _that_fit(data: Data, model: nn.Module) -> Data:
-    """The data without validation texts that are longer than the model's positions.
-
-    Raises:
-        BadInput: a text to train on is, or all validation texts are; better now than in the middle of the run.
-    """
-    config = getattr(model, "config", None)
-    assert isinstance(config, UniterConfig)
-    positions = config.max_position_embeddings
-    for corpus in data.training.values():
-        longest, most = int(corpus.text_lengths_N.max()), positions - special_tokens(corpus)
-        if longest > most:
-            raise BadInput(
-                f"a text of {longest} word pieces does not fit the model's {positions} positions; "
-                f"set max_text_length to {most} or less, which leaves longer ones out"
-            )
-    validation = {}
-    for name, corpus in data.validation.items():
-        fitting = np.flatnonzero(corpus.text_lengths_N <= positions - special_tokens(corpus))
-        if not len(fitting):
-            raise BadInput(f"corpus {name!r}: all validation texts are longer than the model's {positions} positions; give shorter ones")
-        if len(fitting) < len(corpus):
-            logger.warning(
-                "corpus %s: %d validation texts are longer than the model's positions and left out", name, len(corpus) - len(fitting)
-            )
-        validation[name] = corpus.take(fitting)
-    return dataclasses.replace(data, validation=validation)
-
-
-def tokenizer_of_texts(corpora: Iterable[Corpus], *, start: str | None = None) -> Tokenizer | None:
-    """What the texts were tokenised with; None where they do not tell (published databases that name another than BERT-cased).
-
-    Args:
-        corpora: must agree; one may have words of a task behind the others' vocabulary.
-        start: the checkpoint that will read them, which must agree as well where it tells its vocabulary.
-
-    Raises:
-        BadInput: two of them differ: the numbers of the word pieces would mean different words.
-    """
-    own: dict[str, Tokenizer] = {}
-    for text in (text for corpus in corpora for text in corpus.texts):
-        if (text.path / VOCABULARY_FILE).is_file():
-            own[str(text.path)] = Tokenizer.load(text.path)
-        elif text.tokenizer_name in ON_BOARD:
-            own[str(text.path)] = Tokenizer.load(text.tokenizer_name)
-    if start is not None and (of_start := tokenizer_beside(find_weights(start))) is not None:
-        own[start] = of_start
-    names = sorted(own, key=lambda name: own[name].vocab_size)
-    for smaller, larger in itertools.pairwise(names):
-        one, other = own[smaller], own[larger]
-        if one.vocabulary != other.vocabulary[: len(one.vocabulary)] or one.lowercase != other.lowercase:
-            raise BadInput(
-                f"{smaller} has other word pieces ({one.name}, {one.vocab_size:,}) than {larger} ({other.name}, {other.vocab_size:,}); "
-                f"build the texts with one tokeniser: uniter-build-db --tokenizer {larger if start is None else find_weights(start).parent}"
-            )
-    return own[names[-1]] if names else None
-
-
-def regions_to_read(images: Sequence[str], *preferred: Mapping[str, Any]) -> dict[str, Any]:
-    """Which rows are taken from published region databases: the first selection that all of them have, else the reader's own.
-
-    Ours hold their selection, so that any fits.
-    """
-    for selection in preferred:
-        with contextlib.suppress(BadInput):
-            open_image_dbs(list(images), **selection)
-            return dict(selection)
-    return {}
-
-
-def regions_of_run(start: str) -> list[dict[str, Any]]:
-    """The rows that a run was trained with; none where `start` is no run, nor one of its checkpoints."""
-    found = run_of(find_weights(start)) if Path(start).exists() else None  # what is not here may be on the hub: no run
-    return [] if found is None else [found[1].regions.model_dump()]
-
-
-def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:
-    """Raise BadInput unless a model of these sizes can read the corpus."""
-    width, vocabulary = corpus.images.feature_width, vocabulary_of(corpus)
-    if config.image_feature_size != width:
-        raise BadInput(f"region features are {width} wide, but {source} was trained on {config.image_feature_size}; use its detector")
-    if config.vocab_size < vocabulary:
-        raise BadInput(f"the texts were built with {vocabulary:,} word pieces, but {source} has {config.vocab_size:,}; use its tokenizer")
 
 
 def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:

@@ -6,8 +6,7 @@ No random state is saved because there is none: every draw is a function of the 
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,10 +16,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.step_folders import (
+    ASIDE,
+    BEST,
+    CHECKPOINTS,
+    LATEST,
+    checkpoint_path,
+    checkpoint_steps,
+    make_durable,
+    point,
+    remove_old,
+    sync,
+)
 
-CHECKPOINTS, LATEST, BEST = "checkpoints", "latest", "best"
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
-_ASIDE, _LEAVING = ".incoming-", ".leaving-"
 
 
 @dataclass(slots=True)
@@ -45,17 +54,6 @@ class Progressed:
     seed: int = 0
 
 
-def checkpoint_steps(run: Path) -> list[int]:
-    """The steps of the complete checkpoints of a run, rising."""
-    folder = run / CHECKPOINTS
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-") and name.removeprefix("step-").isdigit())
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    return run / CHECKPOINTS / f"step-{step}"
-
-
 def save(
     run: Path,
     progressed: Progressed,
@@ -78,39 +76,20 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     target = checkpoint_path(run, progressed.step)
     if not target.exists():
-        aside = folder / f"{_ASIDE}{progressed.step}-{os.getpid()}"
+        aside = folder / f"{ASIDE}{progressed.step}-{os.getpid()}"
         aside.mkdir()
         write_model(aside)
         tensors, numbers = optimizer_state(model, optimizer)
         save_file(tensors, aside / OPTIMIZER_FILE)
         (aside / STATE_FILE).write_text(json.dumps({**asdict(progressed), "optimizer": numbers}, indent=1), encoding="utf-8")
-        _make_durable(aside)
+        make_durable(aside)
         aside.rename(target)
-        _sync(folder)
-    _point(folder / LATEST, target.name)
+        sync(folder)
+    point(folder / LATEST, target.name)
     if progressed.best is not None and progressed.best[1] == progressed.step:
-        _point(folder / BEST, target.name)
+        point(folder / BEST, target.name)
     remove_old(run, keep=keep)
     return target
-
-
-def remove_old(run: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best; also what killed runs left half written."""
-    folder = run / CHECKPOINTS
-    if not folder.is_dir():
-        return
-    best = (folder / BEST).readlink().name if (folder / BEST).is_symlink() else None
-    for step in checkpoint_steps(run)[: -max(keep, 1)]:
-        path = checkpoint_path(run, step)
-        if path.name != best:
-            # First out of sight by rename: a folder called step-N is never half removed.
-            path.rename(folder / f"{_LEAVING}{path.name}-{os.getpid()}")
-    for path in folder.iterdir():
-        if path.name.startswith((_ASIDE, _LEAVING)):
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def resume(run: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, read_model: Callable[[Path], None]) -> Progressed | None:
@@ -180,29 +159,3 @@ def restore_optimizer(
             raise BadInput(f"checkpoint {path}: its optimizer state has {name!r} of shape {tuple(tensor.shape)}, which this model has not")
         # 0-d counters stay on the host, as torch's own optimizers keep them.
         optimizer.state[parameter][key] = tensor.to(parameter.device) if tensor.ndim else tensor
-
-
-def _make_durable(folder: Path) -> None:
-    for path in _files(folder):
-        _sync(path)
-    _sync(folder)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _point(link: Path, name: str) -> None:
-    """Let `link` name its sibling `name`, in one step."""
-    aside = link.with_name(f"{_ASIDE}{link.name}-{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(name)
-    aside.replace(link)

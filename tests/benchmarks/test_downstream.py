@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from uniter.model.tasks import DOWNSTREAM
+from uniter.model.tasks.table import DOWNSTREAM
 
 TINY = ["hidden_size=32", "num_hidden_layers=2", "num_attention_heads=4", "intermediate_size=64"]
 
@@ -34,9 +34,9 @@ def test_nine_rows_as_in_the_paper(script: Callable[[str], ModuleType]) -> None:
 
 def test_known_regions_stand_where_the_scene_says(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     from uniter.datasets.image_db import ImageDB
-    from uniter.datasets.lmdb_store import read_json
-    from uniter.datasets.scene_tasks import write_tasks
-    from uniter.datasets.scenes import write_world
+    from uniter.datasets.made_up.files import write_world
+    from uniter.datasets.made_up.tasks.table import write_tasks
+    from uniter.datasets.storage.files import read_json
 
     write_world(tmp_path / "world", images=12, held_out=4)
     write_tasks(tmp_path / "world")

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniter.cli.build_db import expand, main
-from uniter.datasets.check import check_database
 from uniter.datasets.errors import BadInput
-from uniter.datasets.image_db import encode_record
-from uniter.datasets.lmdb_store import UnitStore
-from uniter.datasets.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.image_db.writing.units import UnitStore
+from uniter.datasets.maintenance.check import check_database
 from uniter.datasets.text_db import TextDB
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.text_db.tokenizer import Tokenizer
 
 IMAGES = ["COCO_train2014_000000000009.jpg", "COCO_train2014_000000000025.jpg", "COCO_train2014_000000000030.jpg"]
 

@@ -15,9 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from uniter.cli.db import main
-from uniter.datasets.image_db import ImageDB, encode_record
-from uniter.datasets.lmdb_store import UnitStore
-from uniter.datasets.regions import RegionFeatures
+from uniter.datasets.image_db import ImageDB
+from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.image_db.writing.units import UnitStore
 
 
 def write(out: Path, keys: list[str], **header: Any) -> Path:

@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 
 from uniter.cli.extract import main
 from uniter.datasets.image_db import ImageDB
-from uniter.extract.preparation import CaffePreparation
-from uniter.extract.select import RawRegions
+from uniter.extract.detector.preparation import CaffePreparation
+from uniter.extract.detector.protocol import RawRegions
 
 Run = Callable[..., Result]
 
@@ -71,7 +71,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         built.update(options, name=name)
         return FlatDetector(built)
 
-    monkeypatch.setattr("uniter.extract.detector.build_detector", build)
+    monkeypatch.setattr("uniter.extract.detector.detectron.build_detector", build)
     for name in [name for name in os.environ if name.startswith("SLURM_")] + ["RANK", "WORLD_SIZE", "LOCAL_RANK"]:
         monkeypatch.delenv(name, raising=False)
 
@@ -230,8 +230,8 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {folder!r})
 from fake_extraction import FakeDetector
-import uniter.extract.detector
-uniter.extract.detector.build_detector = lambda *a, **k: FakeDetector(seconds={seconds})
+import uniter.extract.detector.detectron
+uniter.extract.detector.detectron.build_detector = lambda *a, **k: FakeDetector(seconds={seconds})
 from uniter.cli.extract import main
 main()
 """

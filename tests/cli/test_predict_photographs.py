@@ -12,12 +12,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from uniter.cli.train import main
-from uniter.datasets.tokenizer import SPECIALS
-from uniter.extract.preparation import CaffePreparation, PreparedImage
-from uniter.extract.select import RawRegions
+from uniter.datasets.text_db.vocabulary_files import SPECIALS
+from uniter.extract.detector.preparation import CaffePreparation
+from uniter.extract.detector.protocol import PreparedImage, RawRegions
 from uniter.model import UniterConfig, UniterForPretraining
-from uniter.model.checkpoints import save_checkpoint
-from uniter.model.downstream import UniterForReferring, UniterForVqa
+from uniter.model.checkpoints.write import save_checkpoint
+from uniter.model.heads.downstream import UniterForReferring, UniterForVqa
 
 WORDS = (*SPECIALS, "!", "a", "the", "red", "blue", "square", "what", "color", "?")
 

@@ -8,12 +8,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from uniter.cli.view import main
-from uniter.datasets.build_text import build_text_db
-from uniter.datasets.captions.caption import Caption
-from uniter.datasets.image_db import encode_record
-from uniter.datasets.lmdb_store import UnitStore
-from uniter.datasets.regions import RegionFeatures, normalised_boxes
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.image_db.writing.units import UnitStore
+from uniter.datasets.text_db.building.build import build_text_db
+from uniter.datasets.text_db.caption import Caption
+from uniter.datasets.text_db.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def run_directory(tmp_path):
     import torch
 
     from uniter.model import UniterConfig, UniterForPretraining
-    from uniter.model.checkpoints import save_checkpoint
+    from uniter.model.checkpoints.write import save_checkpoint
 
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.lmdb_store import open_reader
+from uniter.datasets.storage.lmdb_files import open_reader
 
 FAKE = Path(__file__).with_name("fake_extraction.py")
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.extract.pipeline import Stopped, extract_images
-from uniter.extract.preparation import CaffePreparation, PreparedImage
-from uniter.extract.select import RawRegions
+from uniter.extract.detector.preparation import CaffePreparation
+from uniter.extract.detector.protocol import PreparedImage, RawRegions
+from uniter.extract.run.extraction import Stopped, extract_images
 
 
 @dataclass

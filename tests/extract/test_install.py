@@ -146,7 +146,7 @@ def test_without_detectron2_the_error_names_the_remedy(monkeypatch: pytest.Monke
 
 
 def test_importing_detectron2_tells_the_user_nothing() -> None:
-    program = "from uniter.extract.install import require_detectron2; require_detectron2(); import uniter.extract.recipes"
+    program = "from uniter.extract.install import require_detectron2; require_detectron2(); import uniter.extract.detector.recipes"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 

@@ -14,8 +14,8 @@ import pytest
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db import ImageDB
 from uniter.extract import RegionExtractor, extract_images
-from uniter.extract.images import decode_image
-from uniter.extract.preparation import CaffePreparation
+from uniter.extract.detector.preparation import CaffePreparation
+from uniter.extract.images.decoding import decode_image
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_cut_off_file_is_an_error_and_no_crash(fake, photos, tmp_path):
 
 
 def test_the_file_grows_as_needed(fake, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("uniter.datasets.region_cache.FIRST_MAP_BYTES", 1 << 15)
+    monkeypatch.setattr("uniter.extract.region_cache.FIRST_MAP_BYTES", 1 << 15)
     extractor = RegionExtractor(fake.FakeDetector(feature_width=4096), cache=tmp_path / "kept")
     fresh = extractor(photos)
     assert content_of(extractor(photos)) == content_of(fresh) and extractor.detected == 5

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from uniter.extract.select import RawRegions, class_confidences, keep_given, overlapping, select_regions
+from uniter.extract.detector.protocol import RawRegions
+from uniter.extract.select import class_confidences, keep_given, overlapping, select_regions
 
 Floats = NDArray[np.float32]
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from uniter.datasets.regions import RegionFeatures, normalised_boxes
-from uniter.datasets.tokenizer import SPECIALS, Tokenizer
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.text_db.tokenizer import Tokenizer
+from uniter.datasets.text_db.vocabulary_files import SPECIALS
 
 COLOURS = {"red": (0, 0, 255), "green": (0, 160, 0), "blue": (255, 0, 0), "yellow": (0, 220, 255), "black": (0, 0, 0)}
 WORDS = (*COLOURS, "square", "squares", "the", "a", "and", "how", "many", "?", "is", "there", "are", "##ish")

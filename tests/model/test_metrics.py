@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from uniter.datasets.annotations.answers import normalise_answer
 from uniter.datasets.errors import BadInput
+from uniter.datasets.text_db.annotations.answers import normalise_answer
 from uniter.model import metrics
 
 

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.run_log import read_log
+from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps
+from uniter.model.settings.files import write_config
+from uniter.model.settings.settings import TrainSettings
 from uniter.model.train import state
-from uniter.model.train.config import TrainSettings, write_config
 from uniter.model.train.distributed import choose_device
-from uniter.model.train.log import read_log
 from uniter.model.train.pretraining import pretrain
 from uniter.model.train.runs import _accumulation_of_resumed
 
@@ -43,7 +45,7 @@ def finished(process: subprocess.Popen[str]) -> dict:
 
 def assert_close_runs(one: Path, other: Path, *, step: int = 8) -> None:
     """To 1e-6, relative to each tensor's scale."""
-    left, right = (load_file(state.checkpoint_path(run, step) / "model.safetensors") for run in (one, other))
+    left, right = (load_file(checkpoint_path(run, step) / "model.safetensors") for run in (one, other))
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert torch.allclose(tensor, right[name], rtol=1e-6, atol=1e-6), name
@@ -62,7 +64,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_resume_as_one(s
     assert finished(torchrun(small(accumulation=1, stop_after=4), resumed, processes=2))["steps"] == 4
     pretrain(small(accumulation=1), resumed)
     assert_close_runs(one, resumed)
-    assert state.read_state(state.checkpoint_path(resumed, 8))[0].micro_batches == 2
+    assert state.read_state(checkpoint_path(resumed, 8))[0].micro_batches == 2
 
 
 @pytest.mark.slow
@@ -84,7 +86,7 @@ def test_two_processes_that_are_told_to_stop_write_one_checkpoint(small: Make, t
     wait_until(lambda: (run / "log.jsonl").is_file() and len(read_log(run)) > 5, process)
     process.terminate()
     _, said = process.communicate(timeout=300)
-    (stopped_at,) = state.checkpoint_steps(run)
+    (stopped_at,) = checkpoint_steps(run)
     assert process.returncode != 0 and f"stopped by SIGTERM after update {stopped_at} of 400" in said
     assert read_log(run)[-1]["step"] == stopped_at
     finished(torchrun(small(**settings, stop_after=stopped_at + 2), run, processes=2))
@@ -106,13 +108,13 @@ def test_a_dead_process_ends_the_run_which_then_resumes(small: Make, tmp_path: P
     settings = small(accumulation=1, steps=300, checkpoint_every=5, validate_every=300)
     run = tmp_path / "run"
     process = torchrun(settings, run, processes=2)
-    wait_until(lambda: bool(state.checkpoint_steps(run)), process)
+    wait_until(lambda: bool(checkpoint_steps(run)), process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     _, said = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "another process of this run ended" in said or "SIGKILL" in said or "-9" in said
-    stopped_at = state.checkpoint_steps(run)[-1]
+    stopped_at = checkpoint_steps(run)[-1]
     summary = pretrain(small(accumulation=1, steps=300, checkpoint_every=5, validate_every=300, stop_after=stopped_at + 2), run)
     assert summary["steps"] == stopped_at + 2
 

@@ -15,33 +15,30 @@ import numpy as np
 import pytest
 import torch
 
-from uniter.datasets.collate import collate
-from uniter.datasets.corpus import Corpus, gather, open_corpus
+from uniter.datasets.batches.collate import collate
+from uniter.datasets.batches.corpus import Corpus, gather, open_corpus
+from uniter.datasets.batches.downstream import answered_question, mined_groups, ranked_group, statement_about_both, statement_about_each
+from uniter.datasets.batches.example import Example, Masking
+from uniter.datasets.batches.pretraining import matched_pair
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.samples import (
-    Example,
-    Masking,
-    answered_question,
-    matched_pair,
-    mined_groups,
-    ranked_group,
-    statement_about_both,
-    statement_about_each,
-)
+from uniter.datasets.storage.run_log import read_log
+from uniter.datasets.storage.step_folders import checkpoint_steps
 from uniter.datasets.text_db import TextDB
 from uniter.model import UniterConfig
-from uniter.model.checkpoints import export_published, find_weights, read_state
+from uniter.model.checkpoints.export import export_published
+from uniter.model.checkpoints.read import find_weights, read_state
+from uniter.model.evaluation.finetuned import evaluate_finetuned, predict
 from uniter.model.losses import ranking, training_loss
 from uniter.model.metrics import referring_accuracy
-from uniter.model.tasks import DOWNSTREAM, Task
-from uniter.model.train import state
-from uniter.model.train.config import TrainSettings, gather_settings
-from uniter.model.train.finetuning import evaluate_finetuned, extras, finetune, kind_of, predict
-from uniter.model.train.log import read_log
+from uniter.model.settings.gather import gather_settings
+from uniter.model.settings.settings import TrainSettings
+from uniter.model.tasks.table import DOWNSTREAM
+from uniter.model.tasks.task import Task, extras
+from uniter.model.train.finetuning import finetune, kind_of
+from uniter.model.train.kind import Data
 from uniter.model.train.optim import AdamW, parameter_groups
 from uniter.model.train.pretraining import pretrain
-from uniter.model.train.runs import Data
 
 Make = Callable[..., TrainSettings]
 EACH_TASK = pytest.mark.parametrize("name", list(DOWNSTREAM))
@@ -262,7 +259,7 @@ def test_published_batches_of_pairs_count_no_special_tokens(world: dict[str, Pat
         counted.append(lengths)
         return [list(range(len(lengths)))]
 
-    monkeypatch.setattr("uniter.datasets.loader.published_batches", batches)
+    monkeypatch.setattr("uniter.datasets.batches.plans.published_batches", batches)
     corpus = corpus_of("nlvr2", world)
     boxes = np.asarray(corpus.images.region_counts)[corpus.image_rows_NK].sum(axis=1)
     for name, times in (("nlvr2", 2), ("nlvr2-paired", 2), ("nlvr2-triplet", 1)):
@@ -311,7 +308,7 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Path]) -> Path:
-    from uniter.model.train.config import read_settings
+    from uniter.model.settings.files import read_settings
 
     run = tmp_path_factory.mktemp("runs") / "pretrained"
     values = {
@@ -340,7 +337,7 @@ def test_it_trains_resumes_evaluates_and_predicts(name: str, world: dict[str, Pa
     finetune(settings(), run)
     losses = [[line["loss"] for line in read_log(folder)] for folder in (unbroken, run)]
     assert losses[0] == losses[1] and len(losses[0]) == 5
-    assert state.checkpoint_steps(run)[-1] == 4
+    assert checkpoint_steps(run)[-1] == 4
 
     figures = evaluate_finetuned(name, str(run), text=[texts], images=[images], batch_tokens=600, device="cpu")
     assert figures == evaluate_finetuned(name, str(run), text=[texts], images=[images], batch_tokens=600, device="cpu")

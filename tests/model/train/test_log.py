@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from uniter.datasets.errors import BadInput
-from uniter.model.train.config import TrainSettings
-from uniter.model.train.log import RunLog, read_log
+from uniter.datasets.storage.run_log import RunLog, read_log
+from uniter.model.settings.settings import TrainSettings
 from uniter.model.train.pretraining import pretrain
 
 Make = Callable[..., TrainSettings]

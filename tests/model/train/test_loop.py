@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from uniter.datasets.corpus import Corpus
+from uniter.datasets.batches.corpus import Corpus
+from uniter.datasets.batches.loader import Assembler
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.datasets.loader import Assembler
-from uniter.model.train import state
-from uniter.model.train.config import TrainSettings
-from uniter.model.train.log import read_log
+from uniter.datasets.storage.run_log import read_log
+from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps
+from uniter.model.settings.settings import TrainSettings
 from uniter.model.train.loop import NotFinite, _loss
 from uniter.model.train.pretraining import build_mixture, build_model, open_data, pretrain
 from uniter.model.uniter import set_dropout
@@ -77,12 +77,12 @@ def test_bf16_trains(small: Make, tmp_path: Path) -> None:
     pretrain(small(precision="bf16", steps=4), tmp_path / "run")
     losses = [line["loss"] for line in read_log(tmp_path / "run") if line["kind"] == "train"]
     assert all(loss == loss for loss in losses)
-    weights = load_file(state.checkpoint_path(tmp_path / "run", 4) / "model.safetensors")
+    weights = load_file(checkpoint_path(tmp_path / "run", 4) / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_learned(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from uniter.datasets import loader
+    from uniter.datasets.batches import loader
 
     original = loader.collate
 
@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_learned(small: Mak
     with pytest.raises(NotFinite) as caught:
         pretrain(small(steps=60, checkpoint_every=1), tmp_path / "run")
     said = str(caught.value)
-    step = state.checkpoint_steps(tmp_path / "run")[-1] + 1 if state.checkpoint_steps(tmp_path / "run") else 1
+    step = checkpoint_steps(tmp_path / "run")[-1] + 1 if checkpoint_steps(tmp_path / "run") else 1
     assert f"update {step}," in said and "not finite" in said and "nothing was updated" in said
     assert "'scene_1_00007#0'" in said.split("features that are no finite numbers:")[1]
 
@@ -111,7 +111,7 @@ def test_start_from_another_run_takes_its_weights(small: Make, tmp_path: Path) -
     pretrain(small(steps=2, validate_every=2), tmp_path / "first")
     settings = small(steps=2, validate_every=2, model={}, **{"from": str(tmp_path / "first")})
     model = build_model(settings, open_data(settings))
-    weights = load_file(state.checkpoint_path(tmp_path / "first", 2) / "model.safetensors")
+    weights = load_file(checkpoint_path(tmp_path / "first", 2) / "model.safetensors")
     assert torch.equal(model.state_dict()["uniter.pooler.dense.weight"], weights["uniter.pooler.dense.weight"])
     pretrain(settings, tmp_path / "second")
 

@@ -13,15 +13,18 @@ import pytest
 import torch
 import yaml
 
-from uniter.datasets.collate import collate
-from uniter.datasets.corpus import open_corpus
-from uniter.datasets.image_db import ImageDB, encode_record
-from uniter.datasets.samples import Example, Masking
+from uniter.datasets.batches.collate import collate
+from uniter.datasets.batches.corpus import open_corpus
+from uniter.datasets.batches.example import Example, Masking
+from uniter.datasets.image_db import ImageDB
+from uniter.datasets.image_db.records import encode_record
 from uniter.model import UniterConfig
-from uniter.model.tasks import DOWNSTREAM
-from uniter.model.train.config import TrainSettings
-from uniter.model.train.finetuning import evaluate_finetuned, extras, finetune, predict
-from uniter.model.train.runs import regions_to_read
+from uniter.model.evaluation.finetuned import evaluate_finetuned, predict
+from uniter.model.settings.settings import TrainSettings
+from uniter.model.tasks.table import DOWNSTREAM
+from uniter.model.tasks.task import extras
+from uniter.model.train.finetuning import finetune
+from uniter.model.train.fit import regions_to_read
 
 Make = Callable[..., TrainSettings]
 BOXES = 14  # more than the ten that stay whatever their confidence

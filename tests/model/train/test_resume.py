@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from uniter.datasets.errors import BadInput, SettingsDiffer
+from uniter.datasets.storage.run_log import read_log
+from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps, point, remove_old
+from uniter.model.settings.files import CONFIG_FILE, write_config
+from uniter.model.settings.settings import TrainSettings
 from uniter.model.train import loop, state
-from uniter.model.train.config import CONFIG_FILE, TrainSettings, write_config
-from uniter.model.train.log import read_log
 from uniter.model.train.pretraining import pretrain
 from uniter.model.train.runs import _earlier_settings
 
@@ -32,9 +34,9 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 
 def assert_same_runs(one: Path, other: Path) -> None:
     """Weights, optimizer, progress and everything logged but the clock."""
-    last = state.checkpoint_steps(one)[-1]
-    assert state.checkpoint_steps(other)[-1] == last
-    left, right = state.checkpoint_path(one, last), state.checkpoint_path(other, last)
+    last = checkpoint_steps(one)[-1]
+    assert checkpoint_steps(other)[-1] == last
+    left, right = checkpoint_path(one, last), checkpoint_path(other, last)
     for name in ("model.safetensors", "optimizer.safetensors"):
         before, after = load_file(left / name), load_file(right / name)
         assert before.keys() == after.keys()
@@ -53,7 +55,7 @@ def unbroken(small: Make, tmp_path: Path) -> Path:
 def test_stopped_twice_equals_never_stopped(small: Make, unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "stopped"
     pretrain(small(stop_after=3), run)
-    assert state.checkpoint_steps(run)[-1] == 3
+    assert checkpoint_steps(run)[-1] == 3
     pretrain(small(stop_after=5), run)
     summary = pretrain(small(), run)
     assert summary["steps"] == 8
@@ -73,7 +75,7 @@ def test_killed_inside_an_accumulation_window(small: Make, unbroken: Path, tmp_p
     with pytest.raises(MemoryError):
         pretrain(small(), run)
     monkeypatch.setattr(loop, "_loss", original)
-    assert state.checkpoint_steps(run)[-1] == 4
+    assert checkpoint_steps(run)[-1] == 4
     pretrain(small(), run)
     assert_same_runs(unbroken, run)
 
@@ -116,7 +118,7 @@ def test_sigterm_writes_a_checkpoint_and_exits(small: Make, tmp_path: Path) -> N
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    steps = state.checkpoint_steps(run)[-1]
+    steps = checkpoint_steps(run)[-1]
     assert f"stopped by SIGTERM after update {steps} of 400" in said
     last = log_of(run)[-1]
     assert last["step"] == steps
@@ -129,9 +131,9 @@ def test_what_killed_processes_left_is_removed(small: Make, tmp_path: Path) -> N
         (checkpoints / name / "model.safetensors").touch()
     with contextlib.suppress(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "replace", killed)
-        state._point(checkpoints / "latest", "step-1")
+        point(checkpoints / "latest", "step-1")
     assert len(list(checkpoints.iterdir())) == 4
-    state.remove_old(tmp_path, keep=2)
+    remove_old(tmp_path, keep=2)
     assert [path.name for path in checkpoints.iterdir()] == ["step-1"] and list((checkpoints / "step-1").iterdir())
     # The very first thing that a run writes.
     with contextlib.suppress(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
@@ -152,13 +154,13 @@ def test_killed_at_any_instant_leaves_complete_checkpoints_only(small: Make, tmp
     pretrain(settings, unbroken)
     for wait in (0.0, 0.13, 0.31, 0.47):
         process = start(settings, run)
-        have = state.checkpoint_steps(run)
+        have = checkpoint_steps(run)
         wait_for_line(run, (have[-1] if have else 0) + 3, process)
         time.sleep(wait)
         process.kill()
         process.communicate()
-        for step in state.checkpoint_steps(run):
-            path = state.checkpoint_path(run, step)
+        for step in checkpoint_steps(run):
+            path = checkpoint_path(run, step)
             assert state.read_state(path)[0].step == step
             assert load_file(path / "model.safetensors") and load_file(path / "optimizer.safetensors")
     pretrain(settings, run)
@@ -189,7 +191,7 @@ def test_another_run_in_the_same_folder_is_refused(small: Make, unbroken: Path, 
 
 
 def test_a_damaged_checkpoint_is_named(small: Make, unbroken: Path) -> None:
-    path = state.checkpoint_path(unbroken, 8)
+    path = checkpoint_path(unbroken, 8)
     (path / "state.json").write_text('{"step": 8')
     with pytest.raises(BadInput, match=r"step-8: cannot read state.json"):
         pretrain(small(), unbroken)

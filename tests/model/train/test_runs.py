@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 
-from uniter.datasets.corpus import open_corpus
+from uniter.datasets.batches.corpus import open_corpus
 from uniter.datasets.errors import BadInput
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.storage.run_log import read_log
+from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.model import UniterConfig, UniterForPretraining
-from uniter.model.checkpoints import tokenizer_beside
-from uniter.model.train.config import TrainSettings
+from uniter.model.checkpoints.beside import tokenizer_beside
+from uniter.model.checkpoints.export import export_run
+from uniter.model.evaluation.pretrained import evaluate_run
+from uniter.model.settings.settings import TrainSettings
 from uniter.model.train.defaults import size_of
-from uniter.model.train.log import read_log
-from uniter.model.train.pretraining import evaluate_run, export_run, pretrain
-from uniter.model.train.runs import Data, _that_fit, regions_of_run
+from uniter.model.train.fit import regions_of_run, that_fit
+from uniter.model.train.kind import Data
+from uniter.model.train.pretraining import pretrain
 
 Make = Callable[..., TrainSettings]
 
@@ -71,7 +74,7 @@ def test_texts_longer_than_the_positions_are_said_before_the_run(
     pretrain(small(model=sizes, corpora=[corpus], max_text_length=8, steps=1, validate_every=1), tmp_path / "long")
     assert "validation texts are longer than the model's positions and left out" in caplog.text
     with pytest.raises(BadInput, match="all validation texts are longer than the model's 4 positions; give shorter ones"):
-        _that_fit(
+        that_fit(
             Data({}, {"toy": open_corpus("toy", [texts], [images])}, {}),
             UniterForPretraining(UniterConfig.preset("tiny", max_position_embeddings=4)),
         )

@@ -12,15 +12,17 @@ import yaml
 from click.testing import CliRunner
 
 from uniter.cli.train import main
-from uniter.datasets.corpus import open_corpus
+from uniter.datasets.batches.corpus import open_corpus, vocabulary_of
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
-from uniter.model.checkpoints import export_published, find_weights, load_uniter, read_state
-from uniter.model.tasks import vocabulary_of
-from uniter.model.train.config import TrainSettings
+from uniter.datasets.storage.run_log import read_log
+from uniter.model.checkpoints.export import export_published
+from uniter.model.checkpoints.load import load_uniter
+from uniter.model.checkpoints.read import find_weights, read_state
+from uniter.model.evaluation.pretrained import evaluate_run
+from uniter.model.settings.settings import TrainSettings
 from uniter.model.train.finetuning import finetune
-from uniter.model.train.log import read_log
-from uniter.model.train.pretraining import build_model, evaluate_run, open_data, pretrain
+from uniter.model.train.pretraining import build_model, open_data, pretrain
 
 Make = Callable[..., TrainSettings]
 WORDS = "uniter.embeddings.word_embeddings.weight"
@@ -214,7 +216,7 @@ def test_the_published_file_runs(first: str, world: dict[str, str], tmp_path: Pa
 
 def test_lengths_are_never_fewer_than_the_words_of_a_batch(world: dict[str, str]) -> None:
     """Batches are planned by the longest answer and rationale; what is read are the right ones."""
-    from uniter.datasets.samples import Example
+    from uniter.datasets.batches.example import Example
 
     corpus = open_corpus("toy", [world["vcr"]], [world["both"]], max_text_length=-1)
     for number in range(len(corpus)):

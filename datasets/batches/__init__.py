@@ -1,0 +1,1 @@
+"""From records to a packed batch: corpus, examples, order, plans, collation, loading."""

@@ -1,0 +1,319 @@
+"""HDF5 files of region features: fixed (the same number of boxes an image), adaptive (`pos_boxes`), and VOLTA's groups.
+
+fixed:    image_features (N, K, D), image_bb (N, K, 4) pixels, spatial_features (N, K, 6) fractions
+adaptive: image_features (S, D), image_bb (S, 4), spatial_features (S, 6), pos_boxes (N, 2) first and last + 1 row
+VOLTA:    one group an image: features, obj_id, obj_conf, attr_id, attr_conf, boxes, img_w, img_h
+
+What a reader would get wrong: the first two hold no image ids; those stand in `*_imgid2idx.pkl` beside the file (read without
+executing anything) or, in files that this project wrote, in the dataset `image_ids`.
+
+Source: facts/butd.md section 8.
+"""
+
+import itertools
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.formats.records import MAX_REGIONS, MAX_WIDTH, Item, Skip, best_classes, from_pixels, refuse, written_aside
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.storage.files import read_json
+from uniter.datasets.storage.plain_pickle import load_plain_pickle
+
+_FAULTS: Final = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, OverflowError)
+
+
+_MOST_PACKED: Final = 1100
+
+
+"""How many times smaller than itself deflate can make an array."""
+
+
+_CHUNK_ROWS: Final = 1024
+
+
+def kind_of(path: Path) -> str:
+    """ "hdf5" (adaptive), "hdf5-36" (fixed) or "hdf5-volta"."""
+    try:
+        with h5py.File(path, "r") as file:
+            if "image_features" in file:
+                return "hdf5" if "pos_boxes" in file else "hdf5-36"
+            first = next(iter(file), None)
+            if first is not None and isinstance(file.get(first, getlink=True), h5py.HardLink) and isinstance(file[first], h5py.Group):
+                return "hdf5-volta"
+    except _FAULTS as error:
+        raise BadInput(f"{path} cannot be read as HDF5 ({error}); was it cut off?") from None
+    raise BadInput(f"{path} is HDF5 but holds neither image_features nor a group for each image")
+
+
+def read(path: Path) -> Iterator[Item]:
+    """Items of any of the three kinds."""
+    kind = kind_of(path)
+    items = _read_volta(path) if kind == "hdf5-volta" else _read_rows(path, adaptive=kind == "hdf5")
+    try:
+        yield from items
+    except _FAULTS as error:
+        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error})") from None
+
+
+def _dataset(file: Any, name: str, dimensions: int) -> Any:
+    """A plain array of numbers that lies in this very file."""
+    link = file.get(name, getlink=True)
+    if link is None:
+        raise BadInput(f"{file.file.filename}{file.name} has no {name}")
+    if not isinstance(link, h5py.HardLink):
+        raise BadInput(f"{file.file.filename}: {name} is a link to another place, which is not followed")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+        raise BadInput(f"{file.file.filename}: {name} is no plain dataset")
+    if dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8 or dataset.ndim != dimensions:
+        raise BadInput(
+            f"{file.file.filename}: {name} has type {dataset.dtype} and shape {dataset.shape}, expected numbers in {dimensions} dimensions"
+        )
+    _check_stored(dataset, f"{file.file.filename}: {name}")
+    return dataset
+
+
+def _check_stored(dataset: Any, what: str) -> None:
+    """Refuse arrays of which only the size was written: reading them fills the memory."""
+    if dataset.nbytes > _MOST_PACKED * max(dataset.id.get_storage_size(), 1):
+        raise BadInput(
+            f"{what} claims shape {dataset.shape}, {dataset.nbytes:,} bytes, but only {dataset.id.get_storage_size():,} are stored"
+        )
+
+
+def _read_rows(path: Path, *, adaptive: bool) -> Iterator[Item]:
+    with h5py.File(path, "r") as file:
+        depth = 2 if adaptive else 3
+        features = _dataset(file, "image_features", depth)
+        boxes, spatial = _dataset(file, "image_bb", depth), _dataset(file, "spatial_features", depth)
+        if (
+            features.shape[:-1] != boxes.shape[:-1]
+            or features.shape[:-1] != spatial.shape[:-1]
+            or boxes.shape[-1] != 4
+            or spatial.shape[-1] != 6
+        ):
+            raise BadInput(
+                f"{path}: image_features {features.shape}, image_bb {boxes.shape}, spatial_features {spatial.shape} do not fit together"
+            )
+        if features.shape[-1] > MAX_WIDTH or (not adaptive and features.shape[1] > MAX_REGIONS):
+            raise BadInput(f"{path}: image_features has shape {features.shape}, which is larger than any detector's")
+        places = _dataset(file, "pos_boxes", 2)[:].astype(np.int64) if adaptive else None
+        if places is not None and places.shape[1] != 2:
+            raise BadInput(f"{path}: pos_boxes has shape {places.shape}, expected (images, 2)")
+        count = len(features) if places is None else len(places)
+        sizes = _dataset(file, "image_sizes", 2)[:] if "image_sizes" in file else None
+        if sizes is not None and sizes.shape != (count, 2):
+            raise BadInput(f"{path}: image_sizes has shape {sizes.shape}, expected ({count}, 2)")
+        for row, key in sorted(_image_ids(path, file, count).items()):
+            if places is None:
+                where: Any = row
+            else:
+                begin, end = places[row]
+                if not (0 <= begin <= end <= len(features) and end - begin <= MAX_REGIONS):
+                    yield key, BadInput(f"{path}, image {key!r}: pos_boxes says rows {begin} to {end} of {len(features)}")
+                    continue
+                where = slice(int(begin), int(end))
+            size = (int(sizes[row][0]), int(sizes[row][1])) if sizes is not None else None
+            try:
+                yield key, _from_rows(key, features[where], boxes[where], spatial[where], size)
+            except BadInput as error:
+                yield key, error
+
+
+def _from_rows(
+    key: str, features: NDArray[Any], boxes: NDArray[Any], spatial: NDArray[Any], size: tuple[int, int] | None
+) -> RegionFeatures:
+    boxes, spatial = boxes.astype(np.float32), spatial.astype(np.float32)
+    regions = RegionFeatures(
+        features=features if features.dtype.str in ("<f2", "<f4") else features.astype(np.float32),
+        norm_bb=spatial,
+        conf=np.zeros(len(features), dtype=np.float32),
+        boxes=boxes,
+        size=size or _size_from(boxes, spatial),
+    )
+    regions.check_shapes(key)
+    return regions
+
+
+def _size_from(boxes: NDArray[np.float32], spatial: NDArray[np.float32]) -> tuple[int, int] | None:
+    """The image's (height, width), from pixels and fractions of the same boxes."""
+    if not len(boxes) or not (np.isfinite(boxes).all() and np.isfinite(spatial).all()):
+        return None
+    right, bottom = int(boxes[:, 2].argmax()), int(boxes[:, 3].argmax())
+    if spatial[right, 2] <= 0 or spatial[bottom, 3] <= 0:
+        return None
+    width, height = float(boxes[right, 2]) / float(spatial[right, 2]), float(boxes[bottom, 3]) / float(spatial[bottom, 3])
+    return (round(height), round(width)) if 1 <= width < 1 << 24 and 1 <= height < 1 << 24 else None
+
+
+def _image_ids(path: Path, file: Any, count: int) -> dict[int, str]:
+    """Row -> key."""
+    if "image_ids" in file and isinstance(file.get("image_ids", getlink=True), h5py.HardLink):
+        _check_stored(file["image_ids"], f"{path}: image_ids")
+        ids = file["image_ids"].asstr()[:]
+        if len(ids) != count:
+            raise BadInput(f"{path}: {len(ids)} image_ids for {count} images")
+        return {row: str(key) for row, key in enumerate(ids)}
+    beside = path.with_name(f"{path.stem}_imgid2idx.pkl")
+    candidates = [beside] if beside.exists() else sorted(path.parent.glob("*_imgid2idx.*"))
+    if len(candidates) != 1:
+        found = ", ".join(candidate.name for candidate in candidates) or "none"
+        raise BadInput(f"{path} holds no image ids: expected {beside.name} beside it, found {found}")
+    rows = read_json(candidates[0]) if candidates[0].suffix == ".json" else load_plain_pickle(candidates[0])
+    if not isinstance(rows, dict) or not all(
+        isinstance(key, int | str) and type(row) is int and 0 <= row < count for key, row in rows.items()
+    ):
+        raise BadInput(f"{candidates[0]} is no map from image id to a row below {count}")
+    if len(set(rows.values())) != len(rows):
+        raise BadInput(f"{candidates[0]} gives two image ids the same row")
+    return {row: str(key) for key, row in rows.items()}
+
+
+def _read_volta(path: Path) -> Iterator[Item]:
+    with h5py.File(path, "r") as file:
+        for key in file:
+            try:
+                if not isinstance(file.get(key, getlink=True), h5py.HardLink) or not isinstance(file[key], h5py.Group):
+                    raise BadInput("is no group of this file")
+                yield str(key), _from_group(str(key), file[key])
+            except (BadInput, *_FAULTS) as error:
+                yield str(key), BadInput(f"{path}, image {key!r}: {error}")
+
+
+def _from_group(key: str, group: Any) -> RegionFeatures:
+    features = _dataset(group, "features", 2)
+    if len(features) > MAX_REGIONS or features.shape[1] > MAX_WIDTH:
+        raise BadInput(f"features has shape {features.shape}, which is larger than any detector's")
+
+    def column(name: str, spelling: str) -> NDArray[Any] | None:
+        return _dataset(group, name, 1)[:].astype(spelling) if name in group else None
+
+    boxes = _dataset(group, "boxes", 2)
+    if boxes.shape != (len(features), 4):
+        raise BadInput(f"boxes has shape {boxes.shape} beside {len(features)} feature rows")
+    return from_pixels(
+        key=key,
+        features=features[:] if features.dtype.str in ("<f2", "<f4") else features[:].astype(np.float32),
+        boxes=boxes[:].astype(np.float32),
+        size=(_number(group, "img_h"), _number(group, "img_w")),
+        object_ids=column("obj_id", "<i8"),
+        object_conf=column("obj_conf", "<f4"),
+        attribute_ids=column("attr_id", "<i8"),
+        attribute_conf=column("attr_conf", "<f4"),
+    )
+
+
+def _number(group: Any, name: str) -> int:
+    dataset = group.get(name) if isinstance(group.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(dataset, h5py.Dataset) or dataset.size != 1 or dataset.dtype.kind not in "fiu":
+        raise BadInput(f"{name} is no single number")
+    return int(np.asarray(dataset[()]).reshape(()))
+
+
+# ------------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_adaptive(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
+    """Write the adaptive kind; `items` must know `size` and `boxes`. Ids go into `image_ids` and into a pickle beside the file."""
+    _write_rows(path, items, skip, fixed=False)
+
+
+def write_fixed(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
+    """Write the fixed kind. Every record must have as many regions as the first.
+
+    Raises:
+        BadInput: one has not; that is no fault of the image, so it is not skipped.
+    """
+    _write_rows(path, items, skip, fixed=True)
+
+
+def _write_rows(path: Path, items: Iterable[tuple[str, RegionFeatures]], skip: Skip, *, fixed: bool) -> None:
+    rows: dict[str, int] = {}
+    sizes: list[tuple[int, int]] = []
+    ends = [0]
+    with written_aside(path) as temporary:
+        with h5py.File(temporary, "w") as file:
+            datasets: dict[str, Any] = {}
+            per_image = 0
+            for key, regions in items:
+                assert regions.size is not None
+                assert regions.boxes is not None
+                arrays = {
+                    "image_features": np.asarray(regions.features, dtype=np.float32),
+                    "image_bb": np.asarray(regions.boxes, dtype=np.float32),
+                    "spatial_features": normalised_boxes(regions.boxes, regions.size),
+                }
+                if fixed and datasets and len(regions) != per_image:
+                    raise BadInput(
+                        f"image {key!r} has {len(regions)} regions but the first has {per_image}; use --to hdf5, which holds any number"
+                    )
+                fault = _row_fault(key, arrays, datasets, rows)
+                if fault is not None:
+                    skip(key, regions, BadInput(f"image {key!r} {fault}"))
+                    continue
+                if not datasets:
+                    per_image = len(regions)
+                    for name, array in arrays.items():
+                        tail = array.shape if fixed else array.shape[1:]
+                        chunk = (1, *array.shape) if fixed else (_CHUNK_ROWS // 16, array.shape[1])
+                        datasets[name] = file.create_dataset(name, (0, *tail), maxshape=(None, *tail), dtype="<f4", chunks=chunk)
+                for name, array in arrays.items():
+                    grown = len(datasets[name]) + (1 if fixed else len(array))
+                    datasets[name].resize(grown, axis=0)
+                    datasets[name][grown - (1 if fixed else len(array)) :] = array
+                rows[key] = len(rows)
+                sizes.append(regions.size)
+                ends.append(ends[-1] + len(regions))
+            if not fixed:
+                places = np.array(list(itertools.pairwise(ends)), dtype=np.int32 if ends[-1] < 1 << 31 else np.int64)
+                file.create_dataset("pos_boxes", data=places.reshape(-1, 2))
+            file.create_dataset("image_sizes", data=np.array(sizes, dtype=np.int32).reshape(-1, 2))
+            file.create_dataset("image_ids", data=list(rows), dtype=h5py.string_dtype())
+            file.attrs["image_sizes"] = "height, width"
+        # Other people's readers look rows up in this pickle; numbers stay numbers there.
+        numbered: dict[int | str, int] = {
+            int(key) if key.isascii() and key.isdigit() and len(key) <= 18 and str(int(key)) == key else key: row
+            for key, row in rows.items()
+        }
+        path.with_name(f"{path.stem}_imgid2idx.pkl").write_bytes(pickle.dumps(numbered, protocol=2))
+
+
+def _row_fault(key: str, arrays: dict[str, NDArray[Any]], datasets: dict[str, Any], rows: dict[str, int]) -> str | None:
+    """Why an image cannot be one of the rows."""
+    if not len(arrays["image_features"]):
+        return "has no regions"
+    if key in rows:
+        return "comes twice"
+    if "\0" in key or key != key.encode(errors="replace").decode():
+        return "has a key with a NUL, or one that is no UTF-8, which HDF5 cannot hold"
+    width = arrays["image_features"].shape[1]
+    stored = datasets["image_features"].shape[-1] if datasets else width
+    return None if width == stored else f"has features {width} wide, the first image's are {stored}"
+
+
+def write_volta(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
+    """Write VOLTA's groups; class ids are -1 where no class is known."""
+    with written_aside(path) as temporary, h5py.File(temporary, "w") as file:
+        for key, regions in items:
+            assert regions.size is not None
+            assert regions.boxes is not None
+            if "/" in key or "\0" in key or key in ("", ".", "..") or key != key.encode(errors="replace").decode():
+                skip(key, regions, BadInput(f"key {key!r} holds '/' or NUL or is no UTF-8, which VOLTA's HDF5 cannot hold"))
+                continue
+            if key in file:
+                skip(key, regions, BadInput(f"image {key!r} comes twice"))
+                continue
+            group = file.create_group(key)
+            classes = best_classes(regions)
+            group["features"] = np.asarray(regions.features, dtype=np.float32)
+            group["boxes"] = np.asarray(regions.boxes, dtype=np.float32)
+            group["obj_id"], group["obj_conf"] = classes["objects_id"], classes["objects_conf"]
+            group["attr_id"], group["attr_conf"] = classes["attrs_id"], classes["attrs_conf"]
+            group["img_h"], group["img_w"] = regions.size

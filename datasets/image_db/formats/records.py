@@ -1,0 +1,215 @@
+"""What all formats share: an item is a key with its regions, or with the reason why it cannot be read."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.published import count_boxes
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes, pixel_boxes
+
+Item = tuple[str, RegionFeatures | BadInput]
+
+
+Skip = Callable[[str, RegionFeatures, BadInput], None]
+
+
+"""What a writer does with an image that its format cannot hold."""
+
+
+MAX_REGIONS: Final = 10_000
+
+
+MAX_WIDTH: Final = 1 << 16
+
+
+NO_CLASS: Final = -1
+
+
+"""Written as class id where a format demands one and none is known."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows are taken from sources that hold more than are used (docker's npz with 100 candidates, UNITER's `all`).
+
+    `conf_th=-1` takes the first `num_bb` rows; `keep_all` takes every row.
+    """
+
+    conf_th: float = 0.2
+    min_bb: int = 10
+    max_bb: int = 100
+    num_bb: int = 36
+    keep_all: bool = False
+
+    def cut(self, regions: RegionFeatures) -> RegionFeatures:
+        """The rows that UNITER's converter would keep. Where no confidence is known (all zero) all rows stay."""
+        if self.keep_all:
+            return regions
+        if self.conf_th == -1:
+            return regions.rows(slice(self.num_bb))
+        if not (regions.conf > 0).any():
+            return regions
+        return regions.rows(slice(count_boxes(regions.conf, conf_th=self.conf_th, min_bb=self.min_bb, max_bb=self.max_bb)))
+
+
+class ImageSizes:
+    """Sizes of images by key, read from a folder of pictures when a format needs pixels and the record does not know them."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise BadInput(f"--images {folder} is no folder")
+        self.folder = folder
+        self._by_name: dict[str, Path] | None = None
+
+    def find(self, key: str) -> tuple[int, int] | None:
+        """(height, width) of the upright image; None if the folder holds no such image or it cannot be read."""
+        if self._by_name is None:
+            self._by_name = {}
+            for root, _, names in os.walk(self.folder):
+                for name in sorted(names):
+                    path = Path(root) / name
+                    relative = path.relative_to(self.folder)
+                    for form in (str(relative), str(relative.with_suffix("")), name, path.stem):
+                        self._by_name.setdefault(form.casefold(), path)
+        plain = key.removesuffix(".npz")
+        for form in (key, plain, plain.rsplit("/", 1)[-1]):
+            path_found = self._by_name.get(form.casefold())
+            if path_found is not None:
+                return _image_size(path_found)
+        return None
+
+
+def _image_size(path: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return (width, height) if turned else (height, width)
+
+
+def with_pixels(items: Iterable[Item], sizes: ImageSizes | None, *, needed: bool = True) -> Iterator[Item]:
+    """Give every record `size` and `boxes`, from the record itself or from the pictures; else, if they are needed, the item says what is
+    missing.
+    """
+    for key, regions in items:
+        if isinstance(regions, BadInput):
+            yield key, regions
+            continue
+        size = regions.size or (sizes.find(key) if sizes is not None else None)
+        if size is None and not needed:
+            yield key, regions
+            continue
+        if size is None:
+            where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it"
+            yield key, BadInput(f"image {key!r}: this format needs pixels but the size of the image is not known; {where}")
+            continue
+        boxes = regions.boxes if regions.boxes is not None else pixel_boxes(regions.norm_bb, size)
+        yield key, replace(regions, size=size, boxes=boxes)
+
+
+def from_pixels(
+    *,
+    key: str,
+    features: NDArray[Any],
+    boxes: NDArray[Any],
+    size: tuple[int, int],
+    object_ids: NDArray[Any] | None = None,
+    object_conf: NDArray[Any] | None = None,
+    attribute_ids: NDArray[Any] | None = None,
+    attribute_conf: NDArray[Any] | None = None,
+) -> RegionFeatures:
+    """The record of a source that keeps pixel boxes and best classes; ids of `NO_CLASS` mean that none is known."""
+    height, width = size
+    if not (0 < height < 1 << 24 and 0 < width < 1 << 24):
+        raise BadInput(f"image {key!r}: its size is {width}x{height}")
+    known_object = object_ids is not None and bool((object_ids != NO_CLASS).any())
+    known_attribute = attribute_ids is not None and bool((attribute_ids != NO_CLASS).any())
+    conf = object_conf if known_object and object_conf is not None else np.zeros(len(features), dtype=np.float32)
+    regions = RegionFeatures(
+        features=features,
+        norm_bb=normalised_boxes(boxes, size) if boxes.ndim == 2 and boxes.shape[1] == 4 else boxes,
+        conf=conf,
+        boxes=np.asarray(boxes, dtype=np.float32),
+        size=size,
+        object_ids=object_ids if known_object else None,
+        object_conf=object_conf if known_object else None,
+        attribute_ids=attribute_ids if known_attribute else None,
+        attribute_conf=attribute_conf if known_attribute else None,
+    )
+    regions.check_shapes(key)
+    return regions
+
+
+def best_classes(regions: RegionFeatures) -> dict[str, NDArray[Any]]:
+    """objects_id, objects_conf, attrs_id, attrs_conf for formats that keep best classes; `NO_CLASS` and 0 where unknown."""
+    count = len(regions)
+    ids, conf = np.full(count, NO_CLASS, dtype=np.int64), np.zeros(count, dtype=np.float32)
+    best = regions.best_objects()
+    object_ids, object_conf = best if best is not None else (ids, regions.conf)
+    attribute_ids: NDArray[Any] = ids
+    attribute_conf: NDArray[Any] = conf
+    if regions.attributes is not None and regions.attributes.shape[1] > 1:
+        foreground = regions.attributes[:, 1:]
+        attribute_ids = foreground.argmax(axis=1)
+        attribute_conf = foreground[np.arange(count), attribute_ids]
+    elif regions.attribute_ids is not None:
+        attribute_ids = regions.attribute_ids
+        attribute_conf = conf if regions.attribute_conf is None else regions.attribute_conf
+    return {
+        "objects_id": np.asarray(object_ids, dtype=np.int64),
+        "objects_conf": np.asarray(object_conf, dtype=np.float32),
+        "attrs_id": np.asarray(attribute_ids, dtype=np.int64),
+        "attrs_conf": np.asarray(attribute_conf, dtype=np.float32),
+    }
+
+
+def refuse(key: str, regions: RegionFeatures, error: BadInput) -> None:
+    """The `Skip` that ends the writing."""
+    raise error
+
+
+@contextmanager
+def written_aside(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A place beside `path` to write a file or folder to; it takes the place of `path` at the end, and is removed if anything fails.
+
+    Raises:
+        BadInput: there is a folder where a file is to be written, or a file where a folder is.
+    """
+    if path.exists() and path.is_dir() != folder:
+        raise BadInput(
+            f"{path} is a {'file' if folder else 'folder'}, and this format is a {'folder' if folder else 'file'}; choose another name"
+        )
+    path = path.resolve()  # what a link leads to is replaced, not the link
+    temporary = path.with_name(f"{path.name}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        if folder and path.is_dir():  # the callers have looked at what is in it
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def npz_name(key: str) -> str:
+    """The key as UNITER names it: with `.npz` at the end."""
+    return key if key.endswith(".npz") else f"{key}.npz"

@@ -1,0 +1,1 @@
+"""How a region database comes to be: units, their files, and the side files."""

@@ -1,0 +1,49 @@
+"""What lies beside the records: failures and the ids of given boxes."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.files import write_bytes
+
+BOX_IDS = "box_ids.jsonl"
+
+
+def read_failures(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `failures.jsonl`, none if the file is absent."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    try:
+        rows = [orjson.loads(line) for line in lines if line.strip()]
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"{path} is damaged ({error})") from None
+    if not all(isinstance(row, dict) and isinstance(row.get("key"), str) for row in rows):
+        raise BadInput(f'{path} is damaged: expected {{"key", "path", "error"}} in each line')
+    return rows
+
+
+def read_box_ids(folder: Path) -> dict[str, list[Any]]:
+    """The caller's ids of given boxes by image key, from `box_ids.jsonl`; none if the file is absent."""
+    try:
+        rows = [orjson.loads(line) for line in (folder / BOX_IDS).read_bytes().splitlines() if line.strip()]
+        return {str(row["key"]): list(row["ids"]) for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder / BOX_IDS} is damaged ({error!r}); remove it if the ids are not needed") from None
+
+
+def write_box_ids(folder: Path, ids: Mapping[str, Sequence[Any]]) -> None:
+    """Write `box_ids.jsonl`, whole or not at all; no ids, no file."""
+    if ids:
+        write_bytes(folder / BOX_IDS, b"".join(orjson.dumps({"key": key, "ids": row}) + b"\n" for key, row in ids.items()))
+
+
+def write_failures(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_bytes(path, b"".join(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n" for row in rows))

@@ -1,0 +1,92 @@
+"""The files of one unit, opened and tidied after a crash."""
+
+import contextlib
+import logging
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.index_file import INDEX, key_columns, save_arrays
+from uniter.datasets.storage.lmdb_files import FIRST_MAP_BYTES, open_writer
+from uniter.datasets.storage.lmdb_pages import PageFile
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = struct.Struct("<iI")  # number of regions, crc32 of the value
+
+
+class Unit:
+    """The LMDB of one unit: records, their summaries and the failures change in one transaction."""
+
+    def __init__(self, environment: lmdb.Environment) -> None:
+        self.environment = environment
+        self.records = environment.open_db(b"records")
+        self.summaries = environment.open_db(b"summaries")
+        self.failures = environment.open_db(b"failures")
+
+
+@contextlib.contextmanager
+def open_unit(folder: Path) -> Iterator[Unit]:
+    environment = open_writer(folder, FIRST_MAP_BYTES, max_dbs=3)
+    try:
+        yield Unit(environment)
+    finally:
+        environment.close()
+
+
+def tidy_partial(folder: Path) -> None:
+    """Bring a unit that was finished before, or killed just before its rename, back into the unfinished form."""
+    if (folder / INDEX).exists() and not (folder / "data.mdb").exists():
+        (folder / INDEX).replace(folder / f"absorbed.{INDEX}")  # its records are in OUT/data.mdb already
+    (folder / INDEX).unlink(missing_ok=True)
+    (folder / "failures.jsonl").unlink(missing_ok=True)
+
+
+def drop_if_damaged(data: Path) -> None:
+    """Remove a unit's LMDB that cannot be read any more (a broken disk, a copy that was cut off): its images are then done again."""
+    if not data.exists() or data.stat().st_size < 2 * 4096:
+        return
+    try:
+        with PageFile(data) as pages:
+            damage = pages.damage((b"records", b"summaries", b"failures"))
+    except BadInput as error:
+        damage = str(error)
+    if damage is not None:
+        logger.warning("%s is damaged (%s); its images are done again", data, damage)
+        data.unlink()
+
+
+def unit_failures(folder: Path) -> list[dict[str, Any]]:
+    environment = lmdb.open(str(folder), readonly=True, create=False, max_dbs=3)
+    try:
+        with environment.begin() as transaction:
+            failures = environment.open_db(b"failures", txn=transaction, create=False)
+            return sorted((orjson.loads(row) for _, row in transaction.cursor(failures)), key=lambda row: str(row["key"]))
+    finally:
+        environment.close()
+
+
+def save_unit_index(path: Path, keys: list[bytes], counts: NDArray[Any], checksums: NDArray[Any]) -> None:
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    save_arrays(
+        path,
+        {
+            **key_columns([keys[row] for row in order]),
+            "region_counts": counts[order].astype(np.int32),
+            "checksums": checksums[order].astype(np.uint32),
+        },
+    )
+
+
+def unit_names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,1 @@
+"""A made-up world of coloured shapes, in which learning can be seen."""

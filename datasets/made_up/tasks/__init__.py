@@ -1,0 +1,1 @@
+"""The down-stream tasks' annotation files of a made-up world; mirrors `text_db/annotations`."""

@@ -1,0 +1,58 @@
+"""Hypotheses about made-up scenes, as SNLI-VE publishes them."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from uniter.datasets.made_up.scenes import Scene
+from uniter.datasets.made_up.tasks.telling import OPPOSITE, Parts, absent, lines, phrase_for, random_of, unique, with_article
+from uniter.datasets.made_up.world import World
+
+# What no picture of this world shows: hypotheses about it are neutral.
+_UNSEEN: Final = ("is heavy", "was made yesterday", "belongs to a child", "is made of wood", "was expensive", "is warm")
+
+
+# --------------------------------------------------------------------------------------------------------------------- SNLI-VE
+
+
+def write_entailment(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    total = 0
+    for part, members in scenes.items():
+        rows: list[dict[str, Any]] = []
+        for scene in members:
+            rng = random_of(seed, "snli_ve", scene.number)
+            if not scene.things:
+                continue
+            premise = scene.captions[0] if scene.captions else "a picture"
+            for label, hypothesis in _hypotheses(world, scene, rng):
+                pair = f"{scene.key}{suffix}#0r{len(rows)}{label[0]}"
+                rows.append(
+                    {
+                        "annotator_labels": [label] * 3,
+                        "captionID": f"{scene.key}{suffix}#0",
+                        "gold_label": label,
+                        "pairID": pair,
+                        "sentence1": premise,
+                        "sentence2": hypothesis,
+                        "Flickr30K_ID": scene.key,
+                    }
+                )
+        lines(folder / f"snli_ve_{'dev' if part == 'val' else part}.jsonl", rows)
+        total += len(rows)
+    return total
+
+
+def _hypotheses(world: World, scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:
+    things = scene.things
+    yield "entailment", f"There is {with_article(rng.choice(things).phrase())}."
+    yield "contradiction", f"There is {with_article(absent(world, things, rng))}."
+    yield "neutral", f"The {rng.choice(things).phrase()} {rng.choice(_UNSEEN)}."
+    certain = [
+        relation for relation in scene.relations if {things[relation.subject], things[relation.object]} <= set(unique(things, phrase_for))
+    ]
+    if certain:
+        relation = rng.choice(certain)
+        subject, other = things[relation.subject].phrase(), things[relation.object].phrase()
+        yield "entailment", f"The {subject} is {relation.name} the {other}."
+        yield "contradiction", f"The {subject} is {OPPOSITE[relation.name]} the {other}."

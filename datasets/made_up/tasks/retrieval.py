@@ -1,0 +1,36 @@
+"""Captions of made-up scenes, as Karpathy's splits publish them."""
+
+from pathlib import Path
+from typing import Any
+
+from uniter.datasets.made_up.tasks.telling import Parts
+from uniter.datasets.made_up.world import World
+from uniter.datasets.storage.files import write_json
+
+# ------------------------------------------------------------------------------------------------------------------- retrieval
+
+
+def write_retrieval(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    entries: list[dict[str, Any]] = []
+    sentence = 0
+    for part, members in scenes.items():
+        for place, scene in enumerate(members):
+            split = part if part == "train" else ("val", "test")[place % 2]
+            ids = list(range(sentence, sentence + len(scene.captions)))
+            sentence += len(ids)
+            entries.append(
+                {
+                    "filepath": "images",
+                    "sentids": ids,
+                    "filename": f"{scene.key}{suffix}",
+                    "imgid": len(entries),
+                    "split": split,
+                    "sentences": [
+                        {"tokens": text.replace(",", "").split(), "raw": text, "imgid": len(entries), "sentid": number}
+                        for number, text in zip(ids, scene.captions, strict=True)
+                    ],
+                    "cocoid": scene.number,
+                }
+            )
+    write_json(folder / "dataset_scenes.json", {"images": entries, "dataset": "scenes"})
+    return sentence

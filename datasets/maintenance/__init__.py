@@ -1,0 +1,1 @@
+"""The words of `uniter-db --help`: describe, check, convert, merge, split, repair."""

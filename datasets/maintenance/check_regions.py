@@ -1,0 +1,255 @@
+"""Is every record of a region database whole?"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from uniter.datasets.errors import BadInput, UniterError, shown
+from uniter.datasets.image_db.records import decode_record
+from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.maintenance.check_report import CheckReport, records_of, salvaged, shown_first
+from uniter.datasets.maintenance.kinds import database_kind
+from uniter.datasets.storage.files import read_json
+from uniter.datasets.storage.index_file import INDEX, KeyList, map_arrays
+from uniter.datasets.storage.lmdb_pages import PageFile
+
+# ---------------------------------------------------------------------------------------------------------------------- regions
+
+
+def examine_regions(path: Path, report: CheckReport) -> Iterator[tuple[str, bytes, RegionFeatures]]:
+    """The good records of one region database, with their bytes as stored; `report` is complete when this is exhausted."""
+    report.kind = database_kind(path)
+    if report.kind == "unfinished regions":
+        report.notes.append(f"{path} is unfinished: the command that made it continues it")
+        folders: list[tuple[Path, bytes | None]] = [(path, None)] if (path / "data.mdb").exists() else []
+        folders += [(unit, b"records") for unit in sorted((path / "units").glob("[0-9]*")) if (unit / "data.mdb").exists()]
+        for folder, table in folders:
+            for key, value in records_of(folder, report, table):
+                yield from _good_record(path, key, value, None, None, report, Widths())
+        return
+    checksums = _index(path, report) if report.kind == "regions" else None
+    widths = Widths()
+    seen: set[bytes] = set()
+    listed: list[str] | None = None
+    stored_rows: dict[str, int] = {}
+    for key, value in records_of(path, report, places=_places(path) if checksums is not None else None):
+        if key == b"__keys__" and report.kind == "published regions":
+            listed = _listed(value, report)
+            continue
+        seen.add(key)
+        for name, content, regions in _good_record(path, key, value, checksums, report.kind, report, widths):
+            stored_rows[name] = len(regions)
+            yield name, content, regions
+    if checksums is not None:
+        lost = {key: checksum for key, (checksum, _) in checksums.items() if key not in seen}
+        if lost:
+            for key, value in salvaged(path, lost):
+                report.problem("salvaged", f"{path}: {shown_first(key)} hangs on no page any more, but its record is whole")
+                yield from _good_record(path, key, value, checksums, report.kind, report, widths)
+                del lost[key]
+            for key in lost:
+                report.problem("lost", f"{path}: {shown_first(key)} is in the index but not in data.mdb")
+        _header(path, len(checksums), report)
+    if report.kind == "published regions":
+        _published_side(path, listed, seen, stored_rows, report)
+    if (path / "lock.mdb").exists():
+        report.notes.append(f"{path}/lock.mdb is left over from a writer or reader; harmless, it may be deleted")
+
+
+@dataclass
+class Widths:
+    """The first record's widths, which all others must share."""
+
+    features: int = -1
+    labels: int = -1
+
+
+def _good_record(
+    path: Path,
+    key: bytes,
+    value: bytes,
+    checksums: Mapping[bytes, tuple[int, int]] | None,
+    kind: str | None,
+    report: CheckReport,
+    widths: Widths,
+) -> Iterator[tuple[str, bytes, RegionFeatures]]:
+    report.records += 1
+    try:
+        name = key.decode()
+    except UnicodeDecodeError:
+        report.problem("key", f"{path}: key {key[:80]!r} is no UTF-8")
+        return
+    if checksums is not None:
+        known = checksums.get(key)
+        if known is None:
+            report.problem("index", f"{path}: {name!r} is in data.mdb but not in the index")
+            return
+        if zlib.crc32(value) != known[0]:
+            report.problem("checksum", f"{path}: image {name!r} differs from its checksum; its record is damaged")
+            return
+    try:
+        regions = decode_record(value, key=name)
+        faults = faults_of(regions)
+        if checksums is not None and len(regions) != checksums[key][1]:
+            faults.append(("index", f"has {len(regions)} regions but the index says {checksums[key][1]}"))
+        if widths.features == -1:
+            widths.features = regions.features.shape[1]
+            widths.labels = 0 if regions.soft_labels is None else regions.soft_labels.shape[1]
+        labels = 0 if regions.soft_labels is None else regions.soft_labels.shape[1]
+        if (regions.features.shape[1], labels) != (widths.features, widths.labels):
+            mine = f"features and labels are {regions.features.shape[1]} and {labels} wide"
+            words = f"{mine}, the first image's {widths.features} and {widths.labels}"
+            faults.append(("width", words))
+    except BadInput as error:
+        report.problem("record", f"{path}: {error}")
+        return
+    for fault, sentence in faults:
+        report.problem(fault, f"{path}: image {name!r} {sentence}")
+    if not faults:
+        report.good += 1
+        yield name, value, regions
+
+
+def faults_of(regions: RegionFeatures) -> list[tuple[str, str]]:
+    """What is wrong with the numbers of a record: (kind, words). Tolerances are float16's."""
+    faults: list[tuple[str, str]] = []
+    for name in ("features", "norm_bb", "conf", "soft_labels", "boxes", "attributes"):
+        value = getattr(regions, name)
+        if value is not None and not np.isfinite(value).all():
+            faults.append(("not finite", f"has NaN or infinity in {name}"))
+    if faults:
+        return faults
+    if not len(regions):
+        return [("no regions", "has no regions")]
+    box = np.asarray(regions.norm_bb, dtype=np.float32)
+    extent = box[:, 2:4] - box[:, :2]
+    if (box[:, :4] < -2e-3).any() or (box[:, :4] > 1 + 2e-3).any():
+        faults.append(("box", f"has boxes outside the image (fractions from {box[:, :4].min():.3f} to {box[:, :4].max():.3f})"))
+    if box.shape[1] == 6 and np.abs(extent - box[:, 4:6]).max() > 4e-3:
+        faults.append(("box", "has widths that are not x1 - x0; are its boxes x, y, width, height?"))
+    elif (np.maximum(extent, box[:, 4:6] if box.shape[1] == 6 else extent) <= 0).any():
+        faults.append(("box", "has boxes with x1 <= x0 or y1 <= y0; are they x, y, width, height?"))
+    if regions.boxes is not None and regions.size is not None:
+        faults += _pixel_faults(regions.boxes, box, regions.size)
+    if (regions.conf < -1e-3).any() or (regions.conf > 1 + 1e-3).any():
+        faults.append(("confidence", f"has confidences from {float(regions.conf.min()):.3g} to {float(regions.conf.max()):.3g}"))
+    for name in ("soft_labels", "attributes"):
+        labels = getattr(regions, name)
+        if labels is None:
+            continue
+        sums = np.asarray(labels, dtype=np.float32).sum(axis=1)
+        if (labels < -1e-3).any() or np.abs(sums - 1).max() > 0.02:
+            faults.append(("probabilities", f"has {name} that sum to {sums[np.abs(sums - 1).argmax()]:.3g} instead of 1"))
+    return faults
+
+
+def _pixel_faults(boxes: NDArray[Any], fractions: NDArray[np.float32], size: tuple[int, int]) -> list[tuple[str, str]]:
+    height, width = size
+    if height < 1 or width < 1:
+        return [("box", f"has size {width}x{height}")]
+    scale = np.array([width, height, width, height], dtype=np.float32)
+    if (boxes < -1).any() or (boxes > scale + 1).any():
+        return [("box", f"has boxes outside its {width}x{height} pixels")]
+    if np.abs(boxes / scale - fractions[:, :4]).max() > 4e-3:
+        return [("box", "has pixel boxes that do not fit norm_bb")]
+    return []
+
+
+def _index(path: Path, report: CheckReport) -> dict[bytes, tuple[int, int]] | None:
+    """Key -> (checksum, regions) from the index of one of ours."""
+    try:
+        columns = map_arrays(path / INDEX)
+        keys = KeyList(columns)
+        checksums, counts = columns["checksums"].tolist(), columns["region_counts"].tolist()
+        if not len(keys) == len(checksums) == len(counts):
+            raise BadInput(f"{path / INDEX} has columns of different lengths")
+        return {keys.raw(row): (checksums[row], counts[row]) for row in range(len(keys))}
+    except (OSError, KeyError) as error:
+        report.problem("index", f"{path / INDEX} is missing or has no {error}; records are believed without checksums")
+    except BadInput as error:
+        report.problem("index", str(error))
+    return None
+
+
+def _places(path: Path) -> dict[bytes, int] | None:
+    """Where the index says that each value begins; None if data.mdb was rewritten since (readers then look for themselves)."""
+    columns = map_arrays(path / INDEX)
+    try:
+        with PageFile(path / "data.mdb", whole=False) as pages:
+            if not {"offsets", "data_file"} <= columns.keys() or columns["data_file"].tolist() != list(pages.identity):
+                return None
+    except (UniterError, OSError):
+        return None
+    keys, offsets = KeyList(columns), columns["offsets"].tolist()
+    return {keys.raw(row): offset for row, offset in enumerate(offsets[: len(keys)])}
+
+
+def _header(path: Path, indexed: int, report: CheckReport) -> None:
+    for name in ("header.json", "settings.json"):
+        try:
+            stated = read_json(path / name)
+            if not isinstance(stated, dict):
+                raise BadInput(f"{path / name} is no JSON object")
+        except FileNotFoundError:
+            report.problem("side file", f"{path / name} is missing")
+            continue
+        except BadInput as error:
+            report.problem("side file", str(error))
+            continue
+        if name == "header.json" and stated.get("images") not in (None, indexed):
+            report.problem("side file", f"{path / name} counts {shown(stated['images'])} images but the index {indexed:,}")
+
+
+def _listed(value: bytes, report: CheckReport) -> list[str] | None:
+    try:
+        listed = orjson.loads(value)
+        if isinstance(listed, list) and all(isinstance(key, str) for key in listed):
+            return listed
+    except orjson.JSONDecodeError:
+        pass
+    report.problem("side file", "__keys__ is no JSON list of names; the keys are taken from the pages instead")
+    return []
+
+
+def _published_side(path: Path, listed: list[str] | None, seen: set[bytes], rows: Mapping[str, int], report: CheckReport) -> None:
+    names = {key.decode(errors="replace") for key in seen}
+    if listed is None:
+        report.notes.append("__keys__ is absent; the keys are taken from the pages instead")
+    elif set(listed) != names:
+        missing, more = len(set(listed) - names), len(names - set(listed))
+        report.problem(
+            "side file", f"__keys__ disagrees with what is stored: {missing:,} listed but absent, {more:,} stored but not listed"
+        )
+    if not path.name.startswith("feat_th"):
+        return
+    rule = path.name.removeprefix("feat_").removesuffix("_compressed")
+    beside = path.parent / f"nbb_{rule}.json"
+    if not beside.exists():
+        report.notes.append(f"{beside} is absent; the numbers of boxes are counted from the records instead")
+        return
+    try:
+        counts = read_json(beside)
+        if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
+            raise BadInput(f"{beside} is no object of numbers")
+    except BadInput as error:
+        report.problem("side file", str(error))
+        return
+    unknown, unlisted = len(counts.keys() - names), len(names - counts.keys())
+    if unknown or unlisted:
+        report.problem("side file", f"{beside} is stale: {unknown:,} of its names are not stored, {unlisted:,} stored ones have no number")
+    least = int(rule.rsplit("_min", 1)[-1]) if "_min" in rule and rule.rsplit("_min", 1)[-1].isdigit() else 0
+    wrong = [name for name, count in rows.items() if name in counts and counts[name] != count and counts[name] > max(least, count)]
+    short = [name for name, count in rows.items() if name in counts and counts[name] < count]
+    if wrong:
+        report.problem(
+            "side file",
+            f"{beside} is stale: it says {counts[wrong[0]]} boxes of {wrong[0]!r}, which has {rows[wrong[0]]} ({len(wrong):,} such)",
+        )
+    if short:
+        report.notes.append(f"{beside} says fewer boxes than are stored for {len(short):,} images; the rest is not read")

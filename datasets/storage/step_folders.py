@@ -1,0 +1,67 @@
+"""Checkpoint folders by step: complete or absent, the latest and the best pointed to."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+CHECKPOINTS, LATEST, BEST = "checkpoints", "latest", "best"
+
+
+ASIDE, _LEAVING = ".incoming-", ".leaving-"
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """The steps of the complete checkpoints of a run, rising."""
+    folder = run / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-") and name.removeprefix("step-").isdigit())
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step-{step}"
+
+
+def remove_old(run: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best; also what killed runs left half written."""
+    folder = run / CHECKPOINTS
+    if not folder.is_dir():
+        return
+    best = (folder / BEST).readlink().name if (folder / BEST).is_symlink() else None
+    for step in checkpoint_steps(run)[: -max(keep, 1)]:
+        path = checkpoint_path(run, step)
+        if path.name != best:
+            # First out of sight by rename: a folder called step-N is never half removed.
+            path.rename(folder / f"{_LEAVING}{path.name}-{os.getpid()}")
+    for path in folder.iterdir():
+        if path.name.startswith((ASIDE, _LEAVING)):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def make_durable(folder: Path) -> None:
+    for path in _files(folder):
+        sync(path)
+    sync(folder)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(link: Path, name: str) -> None:
+    """Let `link` name its sibling `name`, in one step."""
+    aside = link.with_name(f"{ASIDE}{link.name}-{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(name)
+    aside.replace(link)

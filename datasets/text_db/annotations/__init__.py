@@ -1,0 +1,1 @@
+"""The down-stream tasks' annotation files: one file a task, the rows in `table`."""

@@ -1,0 +1,86 @@
+"""Getting fields out of other people's JSON, with sentences that name the file and the entry where one is missing."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from uniter.datasets.errors import BadInput, shown
+from uniter.datasets.storage.streams import json_events, lines_of, object_of, open_stream
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with where it stands ("line 3 of train.jsonl"); empty lines are passed over.
+
+    Raises:
+        BadInput: a line is no JSON object; it is cut off, or the file is a single JSON document.
+    """
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number:,} of {path}"
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise BadInput(f"{where} is not JSON ({error}); expected one object a line, was the file cut off?") from None
+        yield where, object_of(value, where)
+
+
+def text_field(entry: dict[str, Any], name: str, where: str) -> str:
+    """A string that must be there and not be empty."""
+    value = entry.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise BadInput(f"{where} has the {name} {shown(value)}; expected a text")
+    return value
+
+
+def id_field(entry: dict[str, Any], name: str, where: str) -> int | str:
+    """A number or string that must be there."""
+    value = entry.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise BadInput(f"{where} has the {name} {shown(value)}; expected an id")
+    return value
+
+
+def number_field(entry: dict[str, Any], name: str, where: str) -> int:
+    """A whole number that must be there; digits in a string are one too."""
+    value = id_field(entry, name, where)
+    if isinstance(value, str) and not (value.isascii() and value.isdecimal() and len(value) <= 18):
+        raise BadInput(f"{where} has the {name} {shown(value)}; expected a whole number")
+    return int(value)
+
+
+def list_field(entry: dict[str, Any], name: str, where: str) -> list[Any]:
+    """A list that must be there."""
+    value = entry.get(name)
+    if not isinstance(value, list):
+        raise BadInput(f"{where} has the {name} {shown(value)}; expected a list")
+    return value
+
+
+def read_document(path: Path, wanted: str) -> Any:
+    """A JSON file as a whole. `wanted` says what was expected of it."""
+    with open_stream(path) as stream:
+        content = stream.read()
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"{path} is not JSON ({error}); expected {wanted}, was it cut off?") from None
+
+
+def has_name(path: Path, wanted: str) -> bool:
+    """Whether a JSON file is an object with that name at its top; reads no further than to it."""
+    return any(event == "map_key" and prefix == "" and value == wanted for prefix, event, value in json_events(path))
+
+
+def no_split(path: Path, split: str | None, what: str) -> None:
+    """Refuse --split where the source has no parts."""
+    if split is not None:
+        raise BadInput(f"{path} is {what}, whose parts are files of their own; leave --split away and name the part's file")
+
+
+def no_companions(join: Sequence[Path], what: str) -> None:
+    """Refuse --join where there is nothing to join."""
+    if join:
+        raise BadInput(f"{join[0]} was given with --join, but {what} needs no further file; leave it away")

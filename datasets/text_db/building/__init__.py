@@ -1,0 +1,1 @@
+"""From a stream of captions to a text database."""

@@ -1,0 +1,1 @@
+"""Sources of captions: one file a source, the rows in `table`."""

@@ -1,0 +1,149 @@
+"""What became of urls: tables of downloaders (img2dataset's parquet or JSON, CSV and TSV reports) as url -> the image's name."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.streams import first_character, json_events, json_items, lines_of, object_of, starts_with
+from uniter.datasets.text_db.captions.names import NameTable
+from uniter.datasets.text_db.captions.rows import column_named, csv_rows
+
+URL_COLUMNS = ("url", "image_url", "image url", "link")
+
+
+FILE_COLUMNS = ("key", "file", "file_name", "filename", "image", "path", "name")
+
+
+DONE = ("success", "200", "200.0", "ok")  # what downloaders write of a file that they have
+
+
+PARQUET_MAGIC = b"PAR1"
+
+
+ROWS = 8192
+
+
+def names_of_urls(paths: Sequence[Path]) -> NameTable:
+    """url -> name of the downloaded file, from all these tables; urls that failed are not in it.
+
+    Raises:
+        BadInput: a table has no url or no name column, or none was downloaded.
+    """
+    names = NameTable("url")
+    for path in paths:
+        for table in tables_in(path):
+            for row in _rows(table):
+                url_column, file_column = column_named(row, URL_COLUMNS), column_named(row, FILE_COLUMNS)
+                if url_column is None or file_column is None:
+                    missing = "url" if url_column is None else "file name"
+                    raise BadInput(
+                        f"{table} has no {missing} column (it has: {', '.join(list(row)[:8])[:400]}); expected a downloader's table"
+                    )
+                status = row.get("status")
+                url, name = row[url_column], row[file_column]
+                if (status is None or str(status).lower() in DONE) and isinstance(url, str) and name is not None and str(name):
+                    names.add(_url_id(url), str(name))
+    if not len(names):
+        raise BadInput(f"no url was downloaded, says {', '.join(map(str, paths))}; expected img2dataset's output or its parquet files")
+    return names
+
+
+def find_urls(names: NameTable, urls: Sequence[str]) -> list[str | None]:
+    """The name of each url, None where it was not downloaded."""
+    return names.find([_url_id(url) for url in urls])
+
+
+def _url_id(url: str) -> str:
+    return f"url {url.strip()}"  # never a string of digits alone
+
+
+def tables_in(path: Path) -> list[Path]:
+    """The tables of a folder (parquet where there is one), or the file itself."""
+    if path.is_dir():
+        for pattern in ("*.parquet", "*/*.parquet", "*.json", "*/*.json", "*.csv", "*.tsv", "*.tsv.gz"):
+            found = sorted(table for table in path.glob(pattern) if not table.name.endswith("_stats.json"))
+            if found:
+                return found
+        raise BadInput(f"folder {path} holds no parquet, JSON, CSV or TSV table; expected img2dataset's output")
+    if not path.is_file():
+        raise BadInput(f"{path} is not there; expected img2dataset's output or its parquet files")
+    return [path]
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    if starts_with(path, PARQUET_MAGIC):
+        yield from parquet_rows(path, (*URL_COLUMNS, *FILE_COLUMNS, "status"))
+        return
+    first = first_character(path)
+    if first == "[":
+        for row, value in enumerate(json_items(path, "item")):
+            yield object_of(value, f"entry {row} of {path}")
+    elif first == "{":
+        yield from _json_objects(path)
+    else:
+        for _, cells in csv_rows(path):
+            yield cells
+
+
+def _json_objects(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of JSON lines, img2dataset's JSON of one image, or one object {url: name}, which may be a single line of gigabytes."""
+    for prefix, event, value in json_events(path):
+        if event == "map_key" and not prefix:
+            if not value.lower().startswith(("http:", "https:")):
+                break
+            url = value
+        elif event in ("string", "number") and prefix:
+            yield {"url": url, "file": value}
+        elif event == "end_map":
+            return
+    for number, line in enumerate(_joined(path)):
+        if line.strip():
+            try:
+                yield object_of(json.loads(line), f"line {number + 1} of {path}")
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"line {number + 1} of {path} is not JSON ({error}); was the file cut off?") from None
+
+
+def _joined(path: Path) -> Iterator[str]:
+    """The lines of a file of JSON lines, or all of it as one if its first line is no whole object."""
+    first = next(lines_of(path), "")
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        yield "\n".join(islice(lines_of(path), 10_000))
+        return
+    yield from lines_of(path)
+
+
+def parquet_rows(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, only those columns whose name is one of `names` (in lower case); memory for one batch.
+
+    Raises:
+        BadInput: it is no parquet file, or cut off.
+    """
+    with _parquet(path) as file:
+        columns = [name for name in file.schema_arrow.names if name.lower() in names]
+        for batch in file.iter_batches(batch_size=ROWS, columns=columns):
+            yield from batch.to_pylist()
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The names of the columns of a parquet file."""
+    with _parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is no readable parquet file ({str(error).strip().partition(chr(10))[0]}); was it cut off?") from None

@@ -1,0 +1,1 @@
+"""Pages to look at: regions on photographs, runs, charts."""

@@ -1,0 +1,1 @@
+"""Detectors: what one is (`protocol`), and those built on Detectron2."""

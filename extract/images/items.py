@@ -1,0 +1,145 @@
+"""One image of a run: its key, where its bytes are, and the list of all of them."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.keys import key_fault
+from uniter.extract.images.decoding import MAX_PIXELS
+
+_JPEG, _PNG, _TIFF, _BMP = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), (".png", ".apng"), (".tif", ".tiff"), (".bmp", ".dib")
+
+
+IMAGE_SUFFIXES = frozenset((*_JPEG, *_PNG, ".webp", ".gif", *_BMP, *_TIFF, ".ppm", ".pgm", ".pbm", ".pnm", ".avif"))
+
+
+UNIT_IMAGES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ImageItem:
+    """One requested image.
+
+    Attributes:
+        key: under which it is stored.
+        path: as messages show it; `shard.tar/member` within a tar.
+        file: the file to open.
+        offset, size: the bytes within the file; size -1 means the whole file.
+        fault: why it cannot be read, where that is known already.
+    """
+
+    key: str
+    path: str
+    file: str
+    offset: int = 0
+    size: int = -1
+    fault: str | None = None
+
+
+class ImageList(Protocol):
+    """All requested images in their order, cut into fixed units."""
+
+    @property
+    def units(self) -> int: ...
+
+    @property
+    def images(self) -> int: ...
+
+    @property
+    def unit_images(self) -> int | None:
+        """Images of a unit; None where a unit is a tar."""
+
+    @property
+    def keys_sha256(self) -> str: ...
+
+    def count(self, number: int) -> int:
+        """How many images a unit has."""
+        ...
+
+    def unit(self, number: int) -> list[ImageItem]:
+        """The images of a unit, in order."""
+        ...
+
+
+def image_item(key: str, path: str, file: str, offset: int = 0, size: int = -1, fault: str | None = None) -> ImageItem:
+    key = text_of(key)
+    return ImageItem(key, text_of(path), file, offset, size, fault or key_fault(key))
+
+
+def text_of(name: str) -> str:
+    """A file name as text: bytes that are not UTF-8 become `\\udcXX`, visibly."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def digests_of(keys: Sequence[str]) -> NDArray[np.uint64]:
+    packed = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(packed, dtype=np.uint64)
+
+
+def digest_of_keys(keys: Sequence[str]) -> str:
+    sha = hashlib.sha256()
+    for key in keys:
+        encoded = key.encode()
+        sha.update(len(encoded).to_bytes(4, "little") + encoded)
+    return sha.hexdigest()
+
+
+def refuse_equal_keys(digests: NDArray[np.uint64], pairs: Callable[[], Iterator[tuple[str, str]]], *, otherwise: str) -> None:
+    """BadInput where images share a key; `otherwise` is the rule that tells images of different folders or tars apart."""
+    values, counts = np.unique(digests, return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    if not suspects:
+        return
+    files: dict[str, list[str]] = {}
+    for (key, file), digest in zip(pairs(), digests.tolist(), strict=True):
+        if digest in suspects:
+            files.setdefault(key, []).append(file)
+    equal = {key: names for key, names in files.items() if len(names) > 1}
+    if equal:
+        key, names = next(iter(equal.items()))
+        others = f" ({len(equal)} keys are not unique)" if len(equal) > 1 else ""
+        if len(set(names)) < len(names):
+            raise BadInput(f"{text_of(names[0])} is named {names.count(names[0])} times{others}; name it once")
+        beside = len({name.rpartition("/")[0] for name in names}) < len(names)
+        other = "'{name}'" if beside else otherwise
+        raise BadInput(
+            f"{' and '.join(text_of(name) for name in names[:3])} would all get the key {key!r}{others}; choose another --key, "
+            f"for instance --key {other}"
+        )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(item: ImageItem, *, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The bytes of an image, refused unread where the file is larger than any image of `max_pixels` pixels.
+
+    Raises:
+        BadInput: a known fault, an empty or oversized file, no ordinary file, or the tar changed.
+        OSError: the file cannot be opened or read.
+    """
+    if item.fault is not None:
+        raise BadInput(item.fault)
+    limit = 8 * max_pixels + (16 << 20)  # four channels of 16 bit, and whatever stands beside the pixels
+    # Opening a named pipe would wait for ever.
+    with open(os.open(item.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise BadInput("it is no ordinary file")
+        size = item.size if item.size >= 0 else status.st_size
+        if size > limit:
+            raise BadInput(f"the file has {size:,} bytes, more than {max_pixels:,} pixels need; raise --max-pixels if it is an image")
+        file.seek(item.offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise BadInput(f"the file ends after {len(data):,} of {size:,} bytes; copy it again")
+    if not data:
+        raise BadInput("the file is empty")
+    return data

@@ -1,0 +1,265 @@
+"""Which images, in which order, under which keys; and from an image file to upright BGR pixels.
+
+Pixels are those of `cv2.imread`: BGR, 8 bit, turned as EXIF says, 16 bit scaled by 1/256, colour profiles left alone. Two things differ:
+transparent pixels are laid on white (cv2 shows whatever colour is hidden under them), and a JPEG that ends too early is refused
+instead of being filled with grey. Files are opened by their content, never by their suffix, and only in the formats listed here.
+"""
+
+import itertools
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.keys import KeyRule, NameParts, key_rule
+from uniter.extract.images.items import (
+    IMAGE_SUFFIXES,
+    UNIT_IMAGES,
+    ImageItem,
+    ImageList,
+    digest_of_keys,
+    digests_of,
+    image_item,
+    refuse_equal_keys,
+    text_of,
+)
+from uniter.extract.images.tars import TarImages
+
+log = logging.getLogger(__name__)
+
+"""What counts as an image in folders and tars, in upper or lower case; in lists every entry does."""
+
+
+_RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
+
+
+NOT_READ = frozenset((".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", *_RAW))
+
+
+"""Pictures of kinds that are not read: in folders they are counted aloud, not passed over in silence."""
+
+
+"""The most pixels an image may claim before it is refused unread: where Pillow, too, refuses; 512 MiB of RGB."""
+
+
+"""Images of a unit, where there are no tars. It decides which images share a batch, so it stands in settings.json."""
+
+
+def list_images(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, key: str | None = None, unit_images: int = UNIT_IMAGES
+) -> ImageList:
+    """Find the images and make their keys.
+
+    Args:
+        images: a folder (searched recursively; hidden files and folders are left out), an image, a `.txt` list (a path a line) or
+            `.jsonl` list (`{"image": path, "key": optional}` or a string a line), tar shards (a `.tar`, a brace or glob pattern, a folder
+            of tars), or several of one kind. Paths in a list are relative to the list's folder or, if the first is not there, to the
+            current folder.
+        key: see `keys.key_rule`; None: `stem` for files, `path` (WebDataset's `__key__`) for tars.
+        unit_images: how many images make a unit, where there are no tars.
+
+    Raises:
+        BadInput: there is nothing, a list is malformed, or two images would get the same key (both are named).
+    """
+    sources = [images] if isinstance(images, str | os.PathLike) else list(images)
+    paths = [path for source in sources for path in _expanded(os.fspath(source))]
+    if not paths:
+        raise BadInput("no images were named; expected a folder, an image, a list or tar shards")
+    tars = [found for path in paths for found in _tars(path)]
+    if tars:
+        if any(not _tars(path) for path in paths):
+            raise BadInput("tar shards and other images were named together; extract them one after the other")
+        return TarImages(tars, key_rule(key or "path"))
+    rule = key_rule(key or "stem")
+    found: list[tuple[str, NameParts, str | None]] = []
+    for path in paths:
+        if path.is_dir():
+            left_out: Counter[str] = Counter()
+            files = _walk(path, left_out)
+            if left_out:
+                kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
+                log.warning("%s holds pictures of kinds that are not read: %s; convert them to JPEG or PNG if they are wanted", path, kinds)
+            if not files:
+                raise BadInput(f"{path} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}) and no tar shards")
+            found += [(str(path / name), NameParts.of_file(name, root=path.resolve().name), None) for name in files]
+        elif path.suffix.lower() in (".txt", ".jsonl", ".ndjson"):
+            found += _listed(path)
+        elif path.exists():
+            found.append((str(path), NameParts.of_file(path.name, root=path.resolve().parent.name), None))
+        else:
+            raise BadInput(f"{path} does not exist; expected a folder, an image, a list or tar shards")
+    return FileImages(found, rule, unit_images=unit_images)
+
+
+class FileImages:
+    """Image files, so many to a unit."""
+
+    def __init__(self, found: Sequence[tuple[str, NameParts, str | None]], rule: KeyRule, *, unit_images: int) -> None:
+        self._files = [file for file, _, _ in found]
+        self._keys = [text_of(given) if given is not None else text_of(rule(parts)) for _, parts, given in found]
+        self.unit_images: int = unit_images
+        digests = digests_of(self._keys)
+        refuse_equal_keys(digests, lambda: zip(self._keys, self._files, strict=True), otherwise="path")
+        self.keys_sha256 = digest_of_keys(self._keys)
+
+    @property
+    def units(self) -> int:
+        return -(-len(self._files) // self.unit_images)
+
+    @property
+    def images(self) -> int:
+        return len(self._files)
+
+    def count(self, number: int) -> int:
+        """How many images a unit has."""
+        return len(self._rows(number))
+
+    def unit(self, number: int) -> list[ImageItem]:
+        """The images of a unit, in order."""
+        return [image_item(self._keys[row], self._files[row], self._files[row]) for row in self._rows(number)]
+
+    def _rows(self, number: int) -> range:
+        return range(number * self.unit_images, min((number + 1) * self.unit_images, len(self._files)))
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------------------
+
+
+def _expanded(text: str) -> list[Path]:
+    """Brace patterns (`{00000..00331}`, `{train,val}`) and globs to paths, in order; a path that exists is taken as it is."""
+    if os.path.lexists(text):
+        return [Path(text)]
+    names = _braces(text)
+    if any(character in text for character in "*?["):
+        globbed = [sorted(Path(name).parent.glob(Path(name).name)) for name in names]
+        if not all(globbed):
+            raise BadInput(f"nothing matches {text!r}")
+        return list(itertools.chain.from_iterable(globbed))
+    missing = [name for name in names if not os.path.lexists(name)]
+    if missing:
+        others = f" (and {len(missing) - 1} more of {len(names)})" if len(missing) > 1 else ""
+        raise BadInput(f"{missing[0]}{others} does not exist; expected a folder, an image, a list or tar shards")
+    return [Path(name) for name in names]
+
+
+def _braces(text: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        return [text]
+    inner = match.group(1)
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+    if numbers:
+        first, last = int(numbers[1]), int(numbers[2])
+        if last < first or last - first >= 10_000_000:
+            raise BadInput(f"the pattern {{{inner}}} in {text!r} counts from {first} to {last}; expected a rising range")
+        width = len(numbers[1]) if len(numbers[1]) > 1 else 0
+        choices = [f"{number:0{width}d}" if width else str(number) for number in range(first, last + 1)]
+    else:
+        choices = inner.split(",")
+    return [text[: match.start()] + choice + rest for choice in choices for rest in _braces(text[match.end() :])]
+
+
+def _tars(path: Path) -> list[Path]:
+    """The shards that a path names: itself, or those of a folder that holds tars and no images."""
+    if path.is_dir():
+        inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".tar" and not entry.name.startswith("."))
+        return [] if not inside or _walk(path, Counter()) else inside
+    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise BadInput(f"{path} is a compressed tar, within which images cannot be found by their place; unpack it to a plain .tar")
+    return [path] if path.suffix.lower() == ".tar" else []
+
+
+def _walk(root: Path, left_out: Counter[str]) -> list[str]:
+    """Paths of the images below a folder, relative and with `/`, sorted; each real folder is entered once, so that links cannot loop.
+
+    In `left_out` pictures of kinds that are not read are counted by suffix.
+    """
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    pending, links = [""], list[str]()
+    while pending or links:
+        # Real folders before links to folders: what is reachable both ways is listed under its own name.
+        relative = pending.pop() if pending else links.pop(0)
+        folder = root / relative
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            if not relative:
+                raise
+            log.warning("the folder %s cannot be read and is left out: %s", folder, error.strerror)
+            continue
+        for entry in entries:
+            name = f"{relative}/{entry.name}" if relative else entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(name)
+            elif entry.is_symlink() and _leads_to_folder(entry):
+                links.append(name)
+            elif (suffix := PurePosixPath(entry.name).suffix.lower()) in IMAGE_SUFFIXES:
+                found.append(name)
+            elif suffix in NOT_READ:
+                left_out[suffix] += 1
+    return sorted(found)
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _listed(path: Path) -> list[tuple[str, NameParts, str | None]]:
+    """The entries of a `.txt` or `.jsonl` list: file, name, key where the list gives one."""
+    as_json = path.suffix.lower() != ".txt"
+    entries: list[tuple[str, str | None]] = []
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.rstrip("\r\n") if not as_json else line.strip()
+                if text.strip():
+                    entries.append(_json_entry(text, f"{path}, line {number}") if as_json else (text.strip(), None))
+    except FileNotFoundError as error:
+        raise BadInput(f"the list {path} does not exist") from error
+    if not entries:
+        raise BadInput(f"the list {path} is empty; expected one image a line")
+    base = path.parent
+    first = next((name for name, _ in entries if not name.startswith("/")), None)
+    if first is not None and not (base / first).exists() and Path(first).exists():
+        base = Path()
+    root = base.resolve()
+    found = []
+    for name, key in entries:
+        file = os.path.normpath(base / name)
+        absolute = os.path.normpath(root / name)
+        relative = os.path.relpath(absolute, root)
+        named = absolute.lstrip("/") if relative.startswith("..") else relative
+        found.append((file, NameParts.of_file(named, root=root.name), key))
+    return found
+
+
+def _json_entry(text: str, where: str) -> tuple[str, str | None]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f'{where} is not JSON; expected {{"image": path}} or a string') from error
+    if isinstance(value, str):
+        return value, None
+    if isinstance(value, dict):
+        name = next((value[field] for field in ("image", "path", "file_name", "filename") if isinstance(value.get(field), str)), None)
+        key = value.get("key")
+        if name is not None and (key is None or isinstance(key, str)):
+            return name, key
+    raise BadInput(f'{where}: expected a string or an object with "image" and, if wanted, "key", got {text[:80]}')
+
+
+"""EXIF orientation to upright."""

@@ -1,0 +1,1 @@
+"""One extraction run: options, store, units, shares, summary."""

@@ -1,0 +1,149 @@
+"""The database of a run: claimed, settled, headed."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.image_db.writing.side_files import BOX_IDS
+from uniter.datasets.image_db.writing.units import UnitStore
+from uniter.datasets.progress import human_bytes
+from uniter.extract.detector.protocol import Detector
+from uniter.extract.images.given_boxes import GivenBoxes
+from uniter.extract.images.items import ImageList
+from uniter.extract.run.options import Work, selection_settings
+
+log = logging.getLogger(__name__)
+
+
+def open_store(
+    out: str | os.PathLike[str], listed: ImageList, detector: Detector, work: Work, *, key: str | None, overwrite: bool, retry_failed: bool
+) -> UnitStore:
+    """Begin or continue the database.
+
+    Raises:
+        SettingsDiffer: it was begun with other settings, or for other images.
+        BadInput: `out` is a folder of other things, for instance the photographs themselves.
+    """
+    if not overwrite:
+        _refuse_foreign_folder(Path(out))
+    settings = run_settings(listed, detector, work, key=key)
+    try:
+        store = UnitStore(Path(out), settings=settings, overwrite=overwrite)
+    except SettingsDiffer:
+        if (begun := other_images(Path(out), settings)) is None:
+            raise
+        raise SettingsDiffer(
+            f"{out} was begun for other images ({begun:,} then, {listed.images:,} now): extract those that were "
+            "added into another OUT (a .txt list can name them) and join the two with `uniter-db merge`; or --overwrite to begin anew"
+        ) from None
+    if retry_failed:
+        log.info("%d units hold images that failed and are tried again", len(store.forget_failures()))
+    return store
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    """A database among somebody's photographs is a mistake; what lies there of a run that begins at this moment is none."""
+    if not out.is_dir():
+        return
+    ours = ("settings.json", "header.json", "data.mdb", "overwriting", "units", "README.md", ".")
+    foreign = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(ours))
+    if foreign and not any((out / name).exists() for name in ours[:4]):
+        raise BadInput(f"{out} holds files that are no region database (such as {foreign[0]}); choose another OUT, or pass --overwrite")
+
+
+def run_settings(listed: ImageList, detector: Detector, work: Work, *, key: str | None) -> dict[str, Any]:
+    """All that changes a value or decides which values there are; `settings.json`.
+
+    The toolkit's version is not part of it: an update in mid-run is no reason to begin anew. Nor is the device.
+    """
+    return {
+        "kind": "regions",
+        "detector": detector.settings(),
+        "selection": selection_settings(work),
+        "key": key or ("path" if listed.unit_images is None else "stem"),
+        "images": {"count": listed.images, "units": listed.units, "unit_images": listed.unit_images, "keys_sha256": listed.keys_sha256},
+        "batch_size": work.batch_size,
+    }
+
+
+def other_images(out: Path, settings: Mapping[str, Any]) -> int | None:
+    """How many images `out` was begun for, if that list is all in which its settings differ."""
+    stored = json.loads((out / "settings.json").read_bytes())
+    asked = json.loads(json.dumps(settings))
+    was, now = stored.pop("images", {}), asked.pop("images")
+    if stored != asked or not isinstance(was, dict) or was.get("unit_images") != now["unit_images"]:
+        return None
+    return int(was.get("count", 0))
+
+
+def run_header(detector: Detector, work: Work) -> dict[str, Any]:
+    """What `header.json` says besides the counts."""
+    settings = detector.settings()
+    weights = settings.get("weights", {})
+    return {
+        "feature_width": detector.feature_width,
+        "label_classes": len(detector.class_names) + 1,
+        "detector": detector.name,
+        "detector_settings": settings,
+        "weights": weights,
+        "weights_sha256": weights.get("sha256"),
+        "box_kind": "given" if work.given is not None else settings.get("box_kind", "proposal"),
+        "selection": selection_settings(work),
+        "batch_size": work.batch_size,
+        "software": f"uniter-toolkit {importlib.metadata.version('uniter-toolkit')}",
+        "class_names": list(detector.class_names),
+        "attribute_names": list(detector.attribute_names),
+    }
+
+
+def write_box_ids(out: Path, listed: ImageList, given: GivenBoxes) -> None:
+    """Keep the caller's ids of given boxes in `box_ids.jsonl`: `{"key", "ids"}`, ids in the order of the rows. None given, no file."""
+    temporary = out / "units" / f"box_ids.{os.getpid()}.tmp"  # a folder that goes when the database is complete
+    wrote = False
+    with temporary.open("w", encoding="utf-8") as lines:
+        for number in range(listed.units):
+            for item in listed.unit(number):
+                regions = given.of(item)
+                if regions is not None and regions.ids is not None:
+                    lines.write(json.dumps({"key": item.key, "ids": regions.ids}, ensure_ascii=False) + "\n")
+                    wrote = True
+    if wrote:
+        temporary.replace(out / BOX_IDS)
+    else:
+        temporary.unlink()
+
+
+# --- room ------------------------------------------------------------------------------------------------------------------------
+
+
+def estimated_bytes(images: int, *, detector: Detector, work: Work) -> int:
+    """What so many records will take, in bytes.
+
+    How many regions an image keeps is not known before; with Bottom-Up-Attention it is near 40 of 10 to 100, and so it is estimated.
+    """
+    if work.given is not None:
+        regions = work.given.regions_per_image()
+    else:
+        regions = work.min_boxes + (work.max_boxes - work.min_boxes) / 3
+    attributes = len(detector.attribute_names) + 1 if detector.attribute_names else 0
+    row = 2 * (detector.feature_width + 6 + 1 + len(detector.class_names) + 1 + attributes) + 4 * 4
+    page = 4096
+    return int(images * (regions * row + 300 + page / 2 + 100))
+
+
+def refuse_full_disk(out: Path, *, images: int, detector: Detector, work: Work) -> None:
+    """Raise UniterError where the disk has less room than the images will need."""
+    needed = estimated_bytes(images, detector=detector, work=work)
+    free = shutil.disk_usage(out).free
+    log.info("%s images still to do: about %s on disk (%s free)", f"{images:,}", human_bytes(needed), human_bytes(free))
+    if free < needed:
+        raise UniterError(
+            f"about {human_bytes(needed)} are needed for {images:,} images and {out} has {human_bytes(free)} free; make room, choose "
+            "another OUT, keep fewer regions with --max-boxes, or pass --ignore-disk-space"
+        )

@@ -1,0 +1,1 @@
+"""Training a detector of one's own on COCO-style boxes."""

@@ -1,0 +1,122 @@
+"""The networks that can be trained, and their schedules."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from numpy.typing import NDArray
+
+from uniter.datasets.errors import BadInput
+from uniter.extract.detector.configuration import merged_config, read_config
+from uniter.extract.training.labelled_images import LabelledImages
+
+# ------------------------------------------------------------------------------------------------------------- configurations
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a kind of detector is trained unless told otherwise."""
+
+    optimizer: str  # "adamw" or "sgd"
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup: int
+    epochs: float
+    least_steps: int
+    most_steps: int
+
+
+TINY = Schedule("adamw", batch_size=16, learning_rate=1e-3, weight_decay=0.05, warmup=50, epochs=10, least_steps=600, most_steps=20_000)
+
+
+# Detectron2's rates are for 16 images; the command divides them for smaller batches.
+FULL = Schedule("sgd", batch_size=2, learning_rate=0.02, weight_decay=1e-4, warmup=1000, epochs=12, least_steps=1000, most_steps=720_000)
+
+
+def tiny_config(labelled: LabelledImages) -> CfgNode:
+    """A narrow ResNet-50 with a feature pyramid, of which one level (stride 8) is used: learns a made-up world in minutes on two cores.
+
+    The input's size and the anchors follow from the annotated boxes: the median one gets some 30 pixels a side, and the smallest tenth at
+    least 14, where the photographs have so many.
+    """
+    cfg = get_cfg()
+    model = cfg.MODEL
+    model.BACKBONE.NAME, model.BACKBONE.FREEZE_AT = "build_resnet_fpn_backbone", 0
+    resnets = model.RESNETS
+    resnets.DEPTH, resnets.NORM, resnets.STRIDE_IN_1X1 = 50, "BN", False
+    resnets.STEM_OUT_CHANNELS, resnets.WIDTH_PER_GROUP, resnets.RES2_OUT_CHANNELS = 32, 16, 64
+    resnets.OUT_FEATURES = model.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    model.FPN.OUT_CHANNELS, model.FPN.NORM = 96, "BN"
+    model.PIXEL_STD = [58.0, 57.0, 57.0]
+    model.RPN.IN_FEATURES = model.ROI_HEADS.IN_FEATURES = ["p3"]
+    model.RPN.BATCH_SIZE_PER_IMAGE = 64
+    model.RPN.PRE_NMS_TOPK_TRAIN = model.RPN.PRE_NMS_TOPK_TEST = 300
+    model.RPN.POST_NMS_TOPK_TRAIN = model.RPN.POST_NMS_TOPK_TEST = 100
+    model.ROI_HEADS.NAME, model.ROI_HEADS.BATCH_SIZE_PER_IMAGE = "StandardROIHeads", 32
+    head = model.ROI_BOX_HEAD
+    head.NAME, head.NUM_FC, head.FC_DIM, head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO = "FastRCNNConvFCHead", 2, 256, 7, 1
+
+    shorter = np.array([min(image.size) for image in labelled.images])
+    width_height = np.concatenate([image.boxes[:, 2:] - image.boxes[:, :2] for image in labelled.images])
+    of_shorter = np.concatenate([np.full(len(image.boxes), min(image.size)) for image in labelled.images])
+    relative = np.sqrt(width_height.prod(axis=1)) / of_shorter
+    wanted = max(30 / np.median(relative), 14 / np.quantile(relative, 0.1))
+    usual = float(np.median(shorter))
+    if 0.75 <= wanted / usual <= 1.35:
+        wanted = usual  # resizing by so little would only blur
+    least = int(np.clip(round(wanted), 96, 320))
+    elongation = max(max(image.size) / min(image.size) for image in labelled.images)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (least,), least
+    cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST = round(least * min(elongation, 3.0)) + 1
+    model.ANCHOR_GENERATOR.SIZES = [fitted_anchors(relative * least)]
+    model.ANCHOR_GENERATOR.ASPECT_RATIOS = [fitted_ratios(width_height[:, 1] / width_height[:, 0])]
+    return cfg
+
+
+def fitted_anchors(sides: NDArray[np.floating]) -> list[float]:
+    """Three to six anchor sizes, a constant factor apart, from the twentieth smallest to the twentieth largest of the box sides."""
+    low, high = (max(float(value), 4.0) for value in np.quantile(sides, [0.05, 0.95]))
+    middle = math.sqrt(low * high)
+    spread = max(high / low, 1.6)
+    count = int(np.clip(math.ceil(math.log(spread) / math.log(1.7)) + 1, 3, 6))
+    return [round(float(side), 1) for side in np.geomspace(middle / math.sqrt(spread), middle * math.sqrt(spread), count)]
+
+
+def fitted_ratios(ratios: NDArray[np.floating]) -> list[float]:
+    """Three anchor ratios (height / width): the middle one, and a low and a high one at least 1.4 times apart from it."""
+    low, middle, high = (float(value) for value in np.quantile(ratios, [0.1, 0.5, 0.9]))
+    middle = float(np.clip(middle, 0.2, 5.0))
+    return [round(float(np.clip(value, 0.1, 10.0)), 2) for value in (min(low, middle / 1.4), middle, max(high, middle * 1.4))]
+
+
+def r101_c4_config(labelled: LabelledImages) -> CfgNode:
+    """Detectron2's Faster R-CNN R101-C4, with BatchNorm that is trained, since there are no ImageNet weights to freeze."""
+    cfg = merged_config(read_config(Path(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_101_C4_3x.yaml"))), path=Path("R101-C4"))
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "BN", 0
+    cfg.MODEL.PIXEL_STD = [58.0, 57.0, 57.0]
+    return cfg
+
+
+MODELS = {"tiny": (tiny_config, TINY), "r101-c4": (r101_c4_config, FULL)}
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup: int) -> float:
+    """Linear warm-up over `warmup` updates (at most a tenth of all), then half a cosine down to 2 %; `step` counts from 0."""
+    warmup = max(min(warmup, steps // 10), 1)
+    return min((step + 1) / warmup, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0))))
+
+
+def configured(cfg: CfgNode, overrides: Mapping[str, Any] | None) -> CfgNode:
+    for name, value in (overrides or {}).items():
+        try:
+            cfg.merge_from_list([name, value])
+        except (KeyError, AssertionError, ValueError, TypeError, AttributeError) as error:
+            raise BadInput(f"--set {name}={value}: Detectron2 has no such setting or expects another kind of value ({error})") from error
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg

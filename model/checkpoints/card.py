@@ -1,0 +1,65 @@
+"""The card of an exported model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from torch import nn
+
+from uniter.datasets.storage.run_log import read_log
+from uniter.datasets.storage.step_folders import checkpoint_steps
+from uniter.model.checkpoints.write import Weights, as_weights
+from uniter.model.settings.files import CONFIG_FILE, read_settings
+
+
+def model_card(
+    model: nn.Module | Weights, *, name: str = "UNITER", trained_on: str | None = None, results: Mapping[str, float] | None = None
+) -> str:
+    """The model card: what it is, its sizes, how to load it, and what is known of its training.
+
+    Args:
+        trained_on: a sentence about the data; None is said as not recorded.
+        results: figures to show, by name.
+    """
+    weights = as_weights(model)
+    config, tokenizer = weights.config, weights.tokenizer
+    sizes = {
+        "parameters": f"{weights.parameters() / 1e6:.1f} million",
+        "layers, hidden size, heads": f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}",
+        "vocabulary": f"{config.vocab_size:,} word pieces" + (f" ({tokenizer.name})" if tokenizer is not None else ""),
+        "region features": f"{config.image_feature_size} wide",
+        "detector classes": f"{config.label_classes:,} with background",
+    }
+    lines = ["---", "library_name: uniter-toolkit", "tags:", "- uniter", "- vision-and-language", "---", "", f"# {name}", ""]
+    lines += ["An image-text encoder in the architecture of UNITER (Chen et al., ECCV 2020): word pieces and detected regions"]
+    lines += ["in one BERT encoder.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in sizes.items()), ""]
+    lines += ["```python", "from uniter.model import load_uniter", 'model = load_uniter("this/folder")', "```", ""]
+    lines += ["## Training data", "", trained_on or "Not recorded.", ""]
+    if results:
+        lines += ["## Results", "", "| measure | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in results.items()), ""]
+    lines += [
+        "## Limits",
+        "",
+        "The model repeats what its captions and its detector's classes say of people and places; it was not checked",
+    ]
+    lines += ["for any use that concerns persons.", ""]
+    return "\n".join(lines)
+
+
+def run_card(weights: Weights, start: str) -> str:
+    """The model card, with what the run's log knows where `start` is a run."""
+    run = Path(start)
+    if not (run / CONFIG_FILE).is_file():
+        return model_card(weights)
+    settings = read_settings(yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")), source=str(run / CONFIG_FILE))
+    lines = [line for line in read_log(run) if line["kind"] == "validation"]
+    results = {name: value for name, value in lines[-1].items() if isinstance(value, float) and "loss_" not in name} if lines else {}
+    texts = ", ".join(Path(text).name for corpus in settings.corpora for text in corpus.text)
+    steps = checkpoint_steps(run)
+    return model_card(
+        weights,
+        name=run.resolve().name,
+        trained_on=f"{texts}; {steps[-1] if steps else 0:,} of {settings.steps:,} updates, seed {settings.seed}.",
+        results=results,
+    )

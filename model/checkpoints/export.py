@@ -1,0 +1,59 @@
+"""`uniter-train export`: UNITER's flat state dict, or a folder for the hub."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from uniter.model.checkpoints.beside import vocabulary_name
+from uniter.model.checkpoints.card import model_card, run_card
+from uniter.model.checkpoints.read import CARD_FILE
+from uniter.model.checkpoints.write import Weights, as_weights, complete_file, complete_folder, write_weights
+
+logger = logging.getLogger(__name__)
+
+
+def export_published(model: nn.Module | Weights, path: str | Path) -> None:
+    """Write the published layout: one flat `.pt` state dict, readable by UNITER's own PyTorch 1.1 too, and its configuration
+    beside it under the same name ending in `.json`, its vocabulary in `-vocab.txt`. Complete or absent; an existing file is replaced."""
+    path, weights = Path(path), as_weights(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete_file(path.with_suffix(".json")) as aside:
+        aside.write_text(json.dumps({**weights.config.to_dict(), **weights.about}, indent=2) + "\n", encoding="utf-8")
+    if weights.tokenizer is not None:
+        with complete_file(path.with_name(vocabulary_name(path, lowercase=weights.tokenizer.lowercase))) as aside:
+            weights.tokenizer.write_vocabulary(aside)
+    with complete_file(path) as aside:
+        torch.save(weights.published(), aside, _use_new_zipfile_serialization=False)
+
+
+def export_hub(model: nn.Module | Weights, folder: str | Path, *, card: str | None = None) -> None:
+    """Write a folder that `huggingface_hub` can share: safetensors, config, vocabulary, model card.
+
+    Args:
+        card: the text of `README.md`; by default `model_card(model)`.
+
+    Raises:
+        BadInput: the folder exists.
+    """
+    weights = as_weights(model)
+    with complete_folder(Path(folder)) as aside:
+        write_weights(aside, dataclasses.replace(weights, about={"model_type": "uniter", **weights.about}))
+        (aside / CARD_FILE).write_text(card if card is not None else model_card(weights), encoding="utf-8")
+
+
+def export_run(start: str, layout: str, out: Path) -> dict[str, Any]:
+    """Write a model, fine-tuned ones with their heads, as `published` (one flat .pt) or `hub` (a folder); returns the summary."""
+    weights = Weights.read(start)
+    if weights.tokenizer is None:
+        logger.warning("%s does not tell its vocabulary, so none is written; put the vocab.txt of its texts beside the weights", start)
+    if layout == "published":
+        export_published(weights, out)
+    else:
+        export_hub(weights, out, card=run_card(weights, start))
+    vocabulary = None if weights.tokenizer is None else weights.tokenizer.name
+    return {"from": start, "layout": layout, "parameters": weights.parameters(), "vocabulary": vocabulary}

@@ -1,0 +1,1 @@
+"""Figures of trained models, each of the examples it is of."""

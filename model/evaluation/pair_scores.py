@@ -1,0 +1,125 @@
+"""The scores of all texts with all pictures: kept slice by slice, so that whatever stops the command, it goes on where it was.
+
+A folder holds settings.json (what is scored with what) and `scores_FIRST.npy`, float32 (texts of the slice, pictures), each of
+which appears by rename. Only the first process reads and writes; the others are told.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uniter.datasets.batches.corpus import Corpus
+from uniter.datasets.errors import SettingsDiffer
+from uniter.datasets.storage.files import difference_in_words, read_json, write_json
+from uniter.model.train.distributed import Processes
+
+logger = logging.getLogger(__name__)
+
+Scores = NDArray[np.float32]
+
+
+SLICE_PAIRS = 200_000
+
+
+def pictures_of(corpus: Corpus) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The corpus' pictures (M,), as rows of its region database, in the order in which the texts name them (COCO's five folds are
+    runs of that order), and the number of each text's picture among them, (N,)."""
+    rows, first, inverse = np.unique(corpus.image_rows_NK[:, 0], return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    return rows[order].astype(np.int32), place[inverse.reshape(-1)]
+
+
+def in_slices(
+    texts: int,
+    pictures: int,
+    score: Callable[[int, int], Scores],
+    *,
+    processes: Processes,
+    folder: Path | None = None,
+    settings: Callable[[], dict[str, Any]] = dict,
+) -> Scores:
+    """All scores (texts, pictures), on every process.
+
+    Args:
+        score: (first, end) -> this process's share of the scores of these texts, (end - first, pictures); 0 where another process's.
+        folder: where slices are kept and found again; None keeps nothing.
+        settings: what the scores depend on; asked for only where there is a folder.
+
+    Raises:
+        SettingsDiffer: the folder holds scores of something else.
+    """
+    step = max(1, SLICE_PAIRS // pictures)
+    if folder is not None and processes.writes:
+        _begin(folder, {**settings(), "texts_of_a_slice": step})
+    everything = np.empty((texts, pictures), dtype=np.float32)
+    for first in range(0, texts, step):
+        end = min(first + step, texts)
+        path = None if folder is None or not processes.writes else folder / f"scores_{first:08d}.npy"
+        kept: list[Scores] = processes.gather(_kept(path, (end - first, pictures)))[0]
+        if kept:
+            everything[first:end] = kept[0]
+            continue
+        everything[first:end] = np.stack(processes.gather(score(first, end))).sum(axis=0, dtype=np.float32)
+        if path is not None:
+            _keep(path, everything[first:end])
+        logger.info("scored %s of %s texts with %s pictures", f"{end:,}", f"{texts:,}", f"{pictures:,}")
+    return everything
+
+
+def identity(corpus: Corpus, pictures: NDArray[np.int32], weights: Path, *, precision: str) -> dict[str, Any]:
+    """What scores depend on, as JSON: the weights' bytes, the texts, the pictures and their regions, the precision."""
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    texts = [[corpus.example_id(number), int(length)] for number, length in enumerate(corpus.text_lengths_N)]
+    counts = np.asarray(corpus.images.region_counts)
+    regions = [[corpus.images.keys_list[row], int(counts[row])] for row in pictures.tolist()]
+    return {
+        "weights_sha256": digest,
+        "texts_sha256": _digest([texts, [text.header for text in corpus.texts]]),
+        "pictures_sha256": _digest([regions, corpus.images.header]),
+        "precision": precision,
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if not path.exists():
+        write_json(path, settings)
+    elif differences := difference_in_words(read_json(path), settings):
+        raise SettingsDiffer(f"{folder} holds the scores of something else ({'; '.join(differences)}); give another folder, or remove it")
+
+
+def _kept(path: Path | None, shape: tuple[int, int]) -> list[Scores]:
+    if path is None or not path.is_file():
+        return []
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        found = np.empty(0)
+    if found.shape != shape or found.dtype != np.float32:
+        logger.warning("%s is damaged; its pairs are scored again", path)
+        return []
+    return [found]
+
+
+def _keep(path: Path, scores: Scores) -> None:
+    aside = path.with_name(f".{path.name}.incoming")
+    with aside.open("wb") as file:
+        np.save(file, scores, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,209 @@
+"""The down-stream models: one body, one small head each, under the published key names.
+
+What a reader would get wrong: one example may be several sequences of the batch. NLVR2 pairs are rows 2k (left picture) and
+2k + 1 (right picture); a retrieval group is a positive followed by its negatives; VCR shows every choice as a sequence of its own.
+
+`PackedBatch.targets` holds, by task:
+
+    answers   (B, A) float, soft score of each answer (VQA), or the one-hot label (SNLI-VE)
+    truth     (B / 2,) or (B,) int64, 1 where the statement holds (NLVR2)
+    region    (B,) int64, the referred region's number within its sequence (RefCOCO)
+    correct   (B,) int64, 1 where the sequence shows the right choice (VCR)
+    group_sizes (G,) int64, sequences of each group to mine hard negatives from (retrieval); without it the batch is one group
+
+Legend of shape suffixes: B sequences, N rows of all sequences, P pairs, R regions, H hidden, A answers.
+
+Source: github.com/ChenRocks/UNITER, model/{vqa,ve,nlvr2,itm,re,vcr}.py.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from uniter.datasets.batches.collate import PackedBatch, take_sequences
+from uniter.datasets.errors import BadInput
+from uniter.datasets.text_db.annotations.vcr import TAG_WORDS
+from uniter.model.heads.pretraining import Outputs
+from uniter.model.linear import Linear
+from uniter.model.transport import pad_rows
+from uniter.model.uniter import Encoded, UniterConfig, UniterModel, initialise, layer_norm
+
+ABSENT = -1e4  # the published score of a region that is not there
+
+
+WORDS = "uniter.embeddings.word_embeddings.weight"
+
+
+TOKEN_TYPES = "uniter.embeddings.token_type_embeddings.weight"
+
+
+VCR_TOKEN_TYPES = (0, 1, 0, 0)  # question, region, answer, rationale: the last two begin as copies of the first
+
+
+class DownstreamModel(nn.Module):
+    """A body that a task's head is put on.
+
+    Attributes:
+        token_type_rows: how many token types the task has, and which pre-trained row each begins as a copy of.
+    """
+
+    token_type_rows: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__()
+        self.config = replace(config, type_vocab_size=max(config.type_vocab_size, len(self.token_type_rows)))
+        self.uniter = UniterModel(self.config)
+
+    def forward(self, batch: PackedBatch) -> Encoded:
+        """The encoder's states, without a head."""
+        encoded: Encoded = self.uniter(batch)
+        return encoded
+
+    def pooled(self, batch: PackedBatch) -> Tensor:
+        """(B, H), the pooled first row of each sequence."""
+        return self.uniter.pooled_first(batch)
+
+    @classmethod
+    def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Constructor arguments that a fine-tuned checkpoint tells; none of them for a pre-trained one."""
+        return {}
+
+    @staticmethod
+    def begun(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A pre-trained state dict with what of this task's head begins as a copy of it; a fine-tuned one as it is."""
+        return state
+
+
+def _two_layers(width: int, inner: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
+    return nn.Sequential(Linear(width, inner), activation(), layer_norm(inner), Linear(inner, outputs))
+
+
+class UniterForVqa(DownstreamModel):
+    """VQA (3,129 answers as published) and SNLI-VE (3 labels: contradiction, entailment, neutral): one score an answer."""
+
+    def __init__(self, config: UniterConfig, *, answers: int = 3129) -> None:
+        super().__init__(config)
+        self.vqa_output = _two_layers(config.hidden_size, 2 * config.hidden_size, answers, nn.GELU)
+        initialise(self.vqa_output, deviation=config.initializer_range)
+
+    @classmethod
+    def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"answers": len(state["vqa_output.3.weight"])} if "vqa_output.3.weight" in state else {}
+
+    def answers(self, batch: PackedBatch) -> Outputs:
+        """scores (B, A), logits."""
+        return {"scores": self.vqa_output(self.pooled(batch))}
+
+
+class UniterForRetrieval(DownstreamModel):
+    """Image-text retrieval: one score a pair. Before fine-tuning the score is ITM's logit of "they match"."""
+
+    def __init__(self, config: UniterConfig) -> None:
+        super().__init__(config)
+        self.itm_output = Linear(config.hidden_size, 2)
+        self.rank_output = Linear(config.hidden_size, 1)
+        initialise(self.itm_output, deviation=config.initializer_range)
+        initialise(self.rank_output, deviation=config.initializer_range)
+
+    @staticmethod
+    def begun(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As published, the ranking head begins as row 1 of ITM's; a fine-tuned one is kept, and the values are copied, not shared."""
+        begun = dict(state)
+        for part in ("weight", "bias"):
+            if f"itm_output.{part}" in state and f"rank_output.{part}" not in state:
+                begun[f"rank_output.{part}"] = state[f"itm_output.{part}"][1:2].clone()
+        return begun
+
+    def ranks(self, batch: PackedBatch) -> Outputs:
+        """scores (B, 1): the higher, the better text and image match."""
+        return {"scores": self.rank_output(self.pooled(batch))}
+
+    def hard_negatives(self, batch: PackedBatch, *, count: int) -> Tensor:
+        """The sequences with which to train: of each group its first, the positive, and the `count` negatives that score highest,
+        best first; fewer of every group where one has fewer.
+
+        Scored without dropout and without gradient, one group after the other.
+
+        Returns:
+            (G * (1 + count),) int64 numbers of sequences.
+        """
+        sequences = torch.arange(len(batch.region_counts_B))
+        sizes = batch.targets["group_sizes"].tolist() if "group_sizes" in batch.targets else [len(sequences)]
+        fewest = min(count, min(sizes) - 1)
+        chosen = []
+        for group in torch.split(sequences, sizes):
+            with torch.no_grad(), evaluating(self):
+                scores = self.ranks(take_sequences(batch, group))["scores"].squeeze(1)
+            hardest = scores[1:].topk(fewest, sorted=True).indices + 1
+            chosen.append(group[torch.cat([hardest.new_zeros(1), hardest]).cpu()])
+        return torch.cat(chosen)
+
+    def mined_ranks(self, batch: PackedBatch, *, count: int) -> Outputs:
+        """scores (G * (1 + count), 1) of each group's positive and its hardest negatives, in the model's own mode, with gradient."""
+        return self.ranks(take_sequences(batch, self.hard_negatives(batch, count=count)))
+
+
+class UniterForReferring(DownstreamModel):
+    """RefCOCO, RefCOCO+, RefCOCOg: one score a region. `layers` 1 or 2 (published option `mlp`)."""
+
+    def __init__(self, config: UniterConfig, *, layers: int = 1) -> None:
+        super().__init__(config)
+        if layers not in (1, 2):
+            raise BadInput(f"the referring head has 1 or 2 layers, got {layers}")
+        width = config.hidden_size
+        self.re_output: nn.Module = Linear(width, 1) if layers == 1 else _two_layers(width, width, 1, nn.GELU)
+        initialise(self.re_output, deviation=config.initializer_range)
+
+    @classmethod
+    def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"layers": 2} if "re_output.3.weight" in state else {}
+
+    def regions(self, batch: PackedBatch) -> Outputs:
+        """scores (B, most regions), -10000 where a sequence has fewer, and `region_counts` (B,)."""
+        scores, padding = pad_rows(
+            self.re_output(self.uniter.states(batch, lambda layout: layout.region_rows_R)).float(), batch.region_counts_B
+        )
+        return {
+            "scores": scores.squeeze(2).masked_fill(padding, ABSENT),
+            "region_counts": batch.region_counts_B.to(scores.device),
+        }
+
+
+class UniterForVcr(DownstreamModel):
+    """VCR: every choice is a sequence with two scores, column 1 = this is the right one."""
+
+    token_type_rows = VCR_TOKEN_TYPES
+
+    def __init__(self, config: UniterConfig, *, words: int = 0) -> None:
+        """`words`: the vocabulary is grown to so many word pieces (the object tags) where the checkpoint does not know them yet."""
+        if words > config.vocab_size + len(TAG_WORDS):
+            raise BadInput(
+                f"the texts were built with {words:,} word pieces, the model has {config.vocab_size:,}; VCR's object tags are "
+                f"{len(TAG_WORDS)} more at most, so use the model's tokenizer"
+            )
+        super().__init__(replace(config, vocab_size=max(config.vocab_size, words)))
+        self.vcr_output = _two_layers(config.hidden_size, 2 * config.hidden_size, 2, nn.ReLU)
+        initialise(self.vcr_output, deviation=config.initializer_range)
+
+    @classmethod
+    def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"words": len(state[WORDS])} if WORDS in state else {}
+
+    def choices(self, batch: PackedBatch) -> Outputs:
+        """scores (B, 2); the score of a choice in evaluation is column 1."""
+        return {"scores": self.vcr_output(self.pooled(batch))}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, afterwards in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

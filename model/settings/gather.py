@@ -1,0 +1,84 @@
+"""Settings from a file, a run and the command line, in that order."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uniter.datasets.errors import BadInput
+from uniter.model.settings.files import assign, load_config, read_settings
+from uniter.model.settings.settings import TrainSettings
+
+
+def gather_settings(
+    config: str | None,
+    *,
+    roots: Sequence[str] = (),
+    assignments: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    text: Sequence[str] = (),
+    images: Sequence[str] = (),
+    validation_text: Sequence[str] = (),
+    validation_images: Sequence[str] = (),
+    tasks: str | None = None,
+) -> TrainSettings:
+    """The settings of a command: the file's, overruled by the command's options, overruled by its assignments.
+
+    Args:
+        config: a shipped name, a YAML file of ours, or a published JSON file of UNITER's.
+        roots: "/container=folder" for the paths of a published file.
+        assignments: of `--set`.
+        options: dotted key -> value.
+        text, images, validation_text, validation_images: one corpus of these databases instead of the file's.
+        tasks: of every corpus, such as "mlm,itm" (equally often) or "mlm:2,itm:1".
+
+    Raises:
+        BadInput: one sentence about the first thing that is wrong.
+    """
+    from uniter.model.settings.published import is_published, read_published
+
+    values = load_config(config) if config is not None else {}
+    if is_published(values):
+        own_start = bool({"from", "model.size"} & (options or {}).keys())
+        task = str((options or {}).get("task", "pretrain"))
+        values = read_published(values, roots=roots, source=str(config), own_start=own_start, task=task)
+    elif roots:
+        raise BadInput("--root maps the container paths of UNITER's published JSON files; leave it out, or name such a file with --config")
+    if text or images:
+        if not (text and images):
+            raise BadInput("give both --text and --images: texts without regions (or regions without texts) cannot be trained on")
+        corpora = values.get("corpora") or [{}]
+        kept = {key: value for key, value in corpora[0].items() if key == "tasks"} if isinstance(corpora[0], dict) else {}
+        values["corpora"] = [{**kept, "text": list(text), "images": list(images)}]
+    overruled: dict[str, Any] = {}
+    if validation_text or validation_images:
+        if not validation_text:
+            raise BadInput("--val-images says where the pictures of --val-text are; give --val-text too")
+        overruled |= {"validation_text": list(validation_text), "validation_images": list(validation_images)}
+    if tasks is not None:
+        overruled["tasks"] = _task_ratios(tasks)
+    corpora = values.get("corpora")
+    for corpus in corpora if isinstance(corpora, list) else []:
+        if isinstance(corpus, dict):  # anything else is refused in words below
+            corpus |= overruled
+    if not values.get("corpora"):
+        raise BadInput("nothing to train on: give --text captions.db --images out.lmdb, or settings with corpora (--config)")
+    for key, value in (options or {}).items():
+        parents, last = key.split(".")[:-1], key.split(".")[-1]
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    for assignment in assignments:
+        assign(values, assignment)
+    return read_settings(values, source=config or "the command")
+
+
+def _task_ratios(tasks: str) -> dict[str, float]:
+    """Task -> how often it is drawn, from "mlm:2,itm"; 1 where nothing is said."""
+    ratios: dict[str, float] = {}
+    for part in tasks.split(","):
+        name, _, ratio = part.strip().partition(":")
+        try:
+            ratios[name] = float(ratio or 1)
+        except ValueError:
+            raise BadInput(f"--tasks {tasks!r}: {ratio!r} is no number; expected tasks like mlm,itm or mlm:2,itm:1") from None
+    return ratios

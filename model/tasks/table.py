@@ -1,0 +1,282 @@
+"""The tasks: one row each. A new task is a new row; nothing else here or in the loop knows its name.
+
+A row says what of an example is shown (`sample`), which scores are computed (`head`), what is minimised (`losses`, un-reduced
+terms, with weights beside them) and what is reported (`metric`, values to be averaged). Cells are functions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from uniter.datasets.batches import downstream as samples
+from uniter.datasets.batches.corpus import Corpus
+from uniter.datasets.batches.example import SampleFunction
+from uniter.datasets.batches.pretraining import masked_regions, masked_regions_with_classes, masked_text, matched_pair
+from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.text_db.annotations.vcr import CHOICES
+from uniter.model import losses, metrics
+from uniter.model.heads import downstream
+from uniter.model.heads.nlvr2 import UniterForNlvr2Paired, UniterForNlvr2PairedAttention, UniterForNlvr2Triplet
+from uniter.model.heads.pretraining import Outputs, UniterForPretraining
+from uniter.model.losses import Targets, Terms
+from uniter.model.metrics import class_accuracy, distribution_distance, feature_error, pair_accuracy, word_accuracy
+from uniter.model.tasks import predictions
+from uniter.model.tasks.rows import (
+    GROUP,
+    HARD,
+    LONGEST_CHOICE,
+    best_answer,
+    choice_scores,
+    holds,
+    lengths_of_choices,
+    lengths_of_group,
+    lengths_of_mined_groups,
+    lengths_of_pair,
+    match_score,
+    mined_rank_accuracy,
+    mined_ranking,
+    no_candidates,
+    ranked_regions,
+    with_answers,
+    with_candidates,
+    with_pool,
+    with_pool_to_mine,
+    with_tags,
+)
+from uniter.model.tasks.task import Finetuning, Task
+
+PRETRAINING: dict[str, Task] = {
+    "mlm": Task(
+        sample=masked_text,
+        head=UniterForPretraining.masked_words,
+        losses=losses.masked_words,
+        metric=word_accuracy,
+        ratio=2,
+    ),
+    "mrfr": Task(
+        sample=masked_regions,
+        head=UniterForPretraining.masked_features,
+        losses=losses.masked_features,
+        metric=feature_error,
+    ),
+    "mrc": Task(
+        sample=masked_regions_with_classes,
+        head=UniterForPretraining.masked_classes,
+        losses=losses.masked_classes,
+        metric=class_accuracy,
+        needs_soft_labels=True,
+    ),
+    "mrc-kl": Task(
+        sample=masked_regions_with_classes,
+        head=UniterForPretraining.masked_classes,
+        losses=losses.masked_distributions,
+        metric=distribution_distance,
+        needs_soft_labels=True,
+    ),
+    "itm": Task(
+        sample=matched_pair,
+        head=UniterForPretraining.aligned_pairs,
+        losses=losses.pairs,
+        metric=pair_accuracy,
+        weights={"transport": 0.1},
+        shows_other_pictures=True,
+        ratio=2,
+    ),
+}
+
+
+DEFAULT_PRETRAINING = ("itm", "mlm", "mrfr", "mrc-kl")
+
+
+SYNONYMS = {"mrckl": "mrc-kl", "itm-rank": "retrieval", "snli-ve": "ve", "refcoco+": "refcoco", "refcocog": "refcoco"}
+
+
+def _answers(*, published: int, write: Any, **numbers: Any) -> Task:
+    return Task(
+        sample=partial(samples.answered_question, answers=published),
+        head=downstream.UniterForVqa.answers,
+        losses=losses.answers,
+        metric=metrics.answer_score,
+        reduction="rows",
+        of_data=partial(with_answers, published=published),
+        finetuning=Finetuning(model=downstream.UniterForVqa, answer=best_answer, write=write, sizes={"answers": published}, **numbers),
+    )
+
+
+def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.lengths_with, sequences: int = 1) -> Task:
+    return Task(
+        sample=sample,
+        head=model.statements,
+        losses=losses.statements,
+        metric=metrics.statement_accuracy,
+        lengths=lengths,
+        sequences=sequences,
+        pictures=2,
+        finetuning=Finetuning(
+            model=model,
+            answer=holds,
+            figures=predictions.nlvr2_figures,
+            write=predictions.write_statements,
+            learning_rate=3e-5,
+            steps=8000,
+        ),
+    )
+
+
+def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> Task:
+    return Task(
+        sample=no_candidates,
+        head=downstream.UniterForReferring.regions,
+        losses=losses_of,
+        metric=metrics.referred_accuracy,
+        reduction="sum",
+        of_data=with_candidates,
+        finetuning=Finetuning(
+            model=downstream.UniterForReferring,
+            answer=best_answer,
+            write=predictions.write_regions,
+            sizes=sizes,
+            # Annotated boxes have no confidence to be chosen by, and the published configurations take detected ones alike.
+            regions={"conf_th": -1, "num_bb": 100},
+            learning_rate=1e-4,
+            steps=24000,
+            # Published: 128 phrases, with their regions some twenty tokens each.
+            batch_tokens=2560,
+        ),
+    )
+
+
+DOWNSTREAM: dict[str, Task] = {
+    "vqa": _answers(
+        published=3129,
+        write=predictions.write_answers,
+        head="vqa_output",
+        learning_rate=8e-5,
+        head_rate_multiplier=10.0,
+        steps=6000,
+        batch_tokens=5120,
+        accumulation=5,
+    ),
+    "ve": _answers(published=3, write=predictions.write_labels, learning_rate=8e-5, steps=4000, batch_tokens=4096, accumulation=4),
+    "nlvr2": _statements(UniterForNlvr2PairedAttention, samples.statement_about_each, lengths_of_pair, sequences=2),
+    "nlvr2-paired": _statements(UniterForNlvr2Paired, samples.statement_about_each, lengths_of_pair, sequences=2),
+    "nlvr2-triplet": _statements(UniterForNlvr2Triplet, samples.statement_about_both),
+    "retrieval": Task(
+        sample=matched_pair,
+        head=downstream.UniterForRetrieval.ranks,
+        losses=partial(losses.ranking, group_size=GROUP),
+        metric=partial(metrics.rank_accuracy, group_size=GROUP),
+        lengths=lengths_of_group,
+        of_data=with_pool,
+        finetuning=Finetuning(
+            model=downstream.UniterForRetrieval,
+            answer=match_score,
+            pairs=downstream.UniterForRetrieval.ranks,
+            steps=20000,
+            batch_tokens=6144,
+            accumulation=4,
+        ),
+    ),
+    "retrieval-hard": Task(
+        sample=matched_pair,
+        head=partial(downstream.UniterForRetrieval.mined_ranks, count=HARD),
+        losses=mined_ranking,
+        metric=mined_rank_accuracy,
+        # Published: the mean over texts' groups plus the mean over pictures' groups.
+        weights={"margin": 2.0},
+        lengths=lengths_of_mined_groups,
+        of_data=with_pool_to_mine,
+        finetuning=Finetuning(
+            model=downstream.UniterForRetrieval,
+            answer=match_score,
+            pairs=downstream.UniterForRetrieval.ranks,
+            validate_as="retrieval",
+            steps=5000,
+            # One text and its picture a micro-batch, whatever their tokens; eight of each an update.
+            batch_tokens=1,
+            accumulation=8,
+        ),
+    ),
+    "refcoco": _referring(losses.referred_regions),
+    "refcoco-two-layers": _referring(losses.referred_regions, layers=2),
+    "refcoco-rank": _referring(ranked_regions),
+    "vcr": Task(
+        sample=samples.multiple_choice,
+        head=downstream.UniterForVcr.choices,
+        losses=losses.choices,
+        metric=metrics.choice_accuracy,
+        lengths=lengths_of_choices,
+        pictures=2,
+        of_data=with_tags,
+        finetuning=Finetuning(
+            model=downstream.UniterForVcr,
+            answer=choice_scores,
+            figures=predictions.vcr_figures,
+            write=predictions.write_choices,
+            predicted=partial(samples.multiple_choice, every_answer=True),
+            predicted_lengths=partial(lengths_of_choices, sequences=CHOICES + CHOICES**2),
+            max_text_length=LONGEST_CHOICE,
+            learning_rate=6e-5,
+            steps=8000,
+            # Published: 4,000 tokens, not counting that each example is four sequences.
+            batch_tokens=16000,
+            accumulation=5,
+        ),
+    ),
+}
+
+
+def task_name(name: str, known: Mapping[str, Task] = PRETRAINING) -> str:
+    """Our name of a task that a file or a user named.
+
+    Raises:
+        BadInput: there is no such task; the sentence names the nearest.
+    """
+    ours = SYNONYMS.get(name, name)
+    if ours not in known:
+        raise BadInput(unknown_name("task", name, known))
+    return ours
+
+
+def pretraining_task(name: str, *, alignment_weight: float) -> Task:
+    """A row of the table; without alignment (weight 0) image-text matching computes no transport."""
+    task = PRETRAINING[task_name(name)]
+    if name != "itm":
+        return task
+    if alignment_weight == 0:
+        return replace(task, head=UniterForPretraining.pairs, weights={})
+    return replace(task, weights={"transport": alignment_weight})
+
+
+def default_tasks(*, has_soft_labels: bool, pictures: int = 1) -> dict[str, float]:
+    """The tasks that the data allow, with UNITER's ratios: no MRC-KL without soft labels, no matching in VCR's second stage.
+
+    Args:
+        pictures: K of an example, 2 in VCR's second stage.
+    """
+    rows = {name: PRETRAINING[name] for name in DEFAULT_PRETRAINING}
+    return {
+        name: row.ratio
+        for name, row in rows.items()
+        if (has_soft_labels or not row.needs_soft_labels) and (pictures == 1 or not row.shows_other_pictures)
+    }
+
+
+def check_soft_labels(tasks: Sequence[str], corpus: str, *, has_soft_labels: bool) -> None:
+    """Raise BadInput if a task was asked for by name that these databases cannot give."""
+    impossible = [name for name in tasks if PRETRAINING[task_name(name)].needs_soft_labels and not has_soft_labels]
+    if impossible:
+        raise BadInput(
+            f"corpus {corpus!r}: task {', '.join(impossible)} needs the detector's soft labels, which its region databases do not hold; "
+            "leave it out or extract the regions with uniter-extract"
+        )
+
+
+def row_of(name: str) -> Task:
+    """A down-stream row by its name.
+
+    Raises:
+        BadInput: there is none of that name.
+    """
+    return DOWNSTREAM[task_name(name, DOWNSTREAM)]

@@ -1,0 +1,99 @@
+"""What a task is: a row's type."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.corpus import Corpus
+from uniter.datasets.batches.example import SampleFunction
+from uniter.model.heads.downstream import DownstreamModel
+from uniter.model.heads.pretraining import Outputs
+from uniter.model.losses import Reduction, Targets, Terms
+from uniter.model.tasks import predictions
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A row of the table.
+
+    Attributes:
+        sample: what of an example is shown and asked.
+        head: the scores of a batch, where the task needs them.
+        losses: the named, un-reduced terms.
+        metric: named values, one a predicted place or example, whose mean is reported (1 is best where it is an accuracy).
+        weights: of the terms, 1 where none is given.
+        reduction: how a term becomes a number, see losses.py.
+        needs_soft_labels: cannot run on databases without the detector's distributions.
+        shows_other_pictures: half of the examples are shown another picture.
+        ratio: how often the task is drawn, relative to the others of its kind (UNITER's in-domain ratios).
+        lengths: tokens of each example with the pictures (N, K) it is shown.
+        sequences: of an example, each counted in `lengths` with its [CLS] and [SEP], which the published sampler does not count.
+        pictures: K, the pictures of an example.
+        of_data: the row for these corpora, where it depends on them (the number of answers, the pictures to draw from).
+        finetuning: what else fine-tuning needs; None for pre-training tasks.
+    """
+
+    sample: SampleFunction
+    head: Callable[[Any, PackedBatch], Outputs]
+    losses: Callable[[Outputs, Targets], Terms]
+    metric: Callable[[Outputs, Targets], dict[str, Tensor]]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    reduction: Reduction = "elements"
+    needs_soft_labels: bool = False
+    shows_other_pictures: bool = False
+    ratio: float = 1.0
+    lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] = Corpus.lengths_with
+    sequences: int = 1
+    pictures: int = 1
+    of_data: Callable[["Task", Corpus], "Task"] = lambda task, corpus: task
+    finetuning: "Finetuning | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuning:
+    """What a down-stream row has beside its task; the numbers are the published base configuration's (facts 5.4, 5.6).
+
+    Attributes:
+        model: the class with the task's head.
+        head: the name prefix of that head, where it learns at a rate of its own.
+        sizes: further constructor arguments.
+        answer: what a batch's outputs say, one JSON value an example, in the batch's order.
+        write: the file that the official evaluation takes, from the predictions and the names of the answers.
+        figures: official figures of a whole corpus beside the metric, where there are any.
+        pairs: the head that scores single pairs, where all texts are evaluated with all pictures instead of example by example.
+        validate_as: the row that training validates with, where its own would be too expensive.
+        predicted: what of an example is asked in predictions, where that is more than in training, and `predicted_lengths` its tokens.
+        max_text_length: longest text, where the settings leave it open and UNITER's 60 are too few.
+        regions: which rows are taken from published region databases, where nobody says (as `ImageDB`'s arguments).
+        learning_rate, head_rate_multiplier, steps, batch_tokens, accumulation, clip: where the settings leave them open.
+    """
+
+    model: type[DownstreamModel]
+    answer: Callable[[Outputs], list[Any]]
+    write: Callable[[Path, Corpus, predictions.Predictions, Sequence[str] | None], None] | None = None
+    figures: Callable[[Corpus, predictions.Predictions], dict[str, float]] | None = None
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    pairs: Callable[[Any, PackedBatch], Outputs] | None = None
+    validate_as: str | None = None
+    predicted: SampleFunction | None = None
+    predicted_lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] | None = None
+    max_text_length: int | None = None
+    regions: Mapping[str, float] = field(default_factory=dict)
+    head: str | None = None
+    learning_rate: float = 5e-5
+    head_rate_multiplier: float = 1.0
+    steps: int = 5000
+    batch_tokens: int = 10240
+    accumulation: int = 1
+    clip: float = 2.0
+
+
+def extras(task: Task) -> Finetuning:
+    assert task.finetuning is not None, "a down-stream row has its fine-tuning part"
+    return task.finetuning

@@ -1,1 +1,0 @@
-"""Settings that ship: `uniter-train pretrain --config NAME`."""

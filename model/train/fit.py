@@ -1,0 +1,152 @@
+"""Does what was given belong together: texts, regions, tokenizer, checkpoint?"""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from uniter.datasets.batches.corpus import Corpus, check_both_kinds, special_tokens, tells_choices, vocabulary_of
+from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.database import open_image_dbs
+from uniter.datasets.text_db.tokenizer import ON_BOARD, Tokenizer
+from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
+from uniter.model.checkpoints.beside import tokenizer_beside
+from uniter.model.checkpoints.read import find_weights
+from uniter.model.settings.files import run_of
+from uniter.model.tasks.task import Task
+from uniter.model.train.kind import Data
+from uniter.model.uniter import UniterConfig
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_captions(corpus: Corpus, name: str) -> None:
+    """Captions have nothing to learn but which picture they are about; training on their missing targets would go through."""
+    for text in corpus.texts:
+        stated = (text.header or {}).get("settings", {}).get("task")
+        if stated == "captions" and not name.startswith("retrieval"):
+            raise BadInput(f"{text.path} holds captions; fine-tuning {name} needs texts that uniter-build-db --task made of annotations")
+
+
+def check_pictures(corpus: Corpus, row: Task, name: str) -> None:
+    found = corpus.image_rows_NK.shape[1]
+    if found != row.pictures:
+        raise BadInput(
+            f"corpus {corpus.name!r}: its texts are about {found} pictures each, {name} takes {row.pictures}; was it built for {name}?"
+        )
+
+
+def check_shown(corpus: Corpus) -> None:
+    """Raise BadInput unless the texts are about one picture each, or VCR's with its two kinds of regions."""
+    if is_second_stage(corpus):
+        check_both_kinds(corpus)
+    elif corpus.image_rows_NK.shape[1] != 1:
+        raise BadInput(
+            f"corpus {corpus.name!r}: its texts are about {corpus.image_rows_NK.shape[1]} pictures each; pre-training takes texts about "
+            "one picture, or VCR's with --images 'gt;det'"
+        )
+
+
+def is_second_stage(corpus: Corpus) -> bool:
+    """Whether pre-training on it is VCR's second stage."""
+    return corpus.image_rows_NK.shape[1] == 2 and all(tells_choices(text) for text in corpus.texts)
+
+
+def check_vocabulary(config: UniterConfig, vocabulary: int, *, tags: int = 0) -> None:
+    """Raise BadInput unless the texts' word pieces are the model's, `tags` more at most."""
+    if config.vocab_size + tags < vocabulary:
+        more = f" and can take {tags} object tags more" if tags else ""
+        raise BadInput(
+            f"the texts were built with {vocabulary:,} word pieces, but the model has {config.vocab_size:,}{more}; use its tokenizer"
+        )
+
+
+def that_fit(data: Data, model: nn.Module) -> Data:
+    """The data without validation texts that are longer than the model's positions.
+
+    Raises:
+        BadInput: a text to train on is, or all validation texts are; better now than in the middle of the run.
+    """
+    config = getattr(model, "config", None)
+    assert isinstance(config, UniterConfig)
+    positions = config.max_position_embeddings
+    for corpus in data.training.values():
+        longest, most = int(corpus.text_lengths_N.max()), positions - special_tokens(corpus)
+        if longest > most:
+            raise BadInput(
+                f"a text of {longest} word pieces does not fit the model's {positions} positions; "
+                f"set max_text_length to {most} or less, which leaves longer ones out"
+            )
+    validation = {}
+    for name, corpus in data.validation.items():
+        fitting = np.flatnonzero(corpus.text_lengths_N <= positions - special_tokens(corpus))
+        if not len(fitting):
+            raise BadInput(f"corpus {name!r}: all validation texts are longer than the model's {positions} positions; give shorter ones")
+        if len(fitting) < len(corpus):
+            logger.warning(
+                "corpus %s: %d validation texts are longer than the model's positions and left out", name, len(corpus) - len(fitting)
+            )
+        validation[name] = corpus.take(fitting)
+    return dataclasses.replace(data, validation=validation)
+
+
+def tokenizer_of_texts(corpora: Iterable[Corpus], *, start: str | None = None) -> Tokenizer | None:
+    """What the texts were tokenised with; None where they do not tell (published databases that name another than BERT-cased).
+
+    Args:
+        corpora: must agree; one may have words of a task behind the others' vocabulary.
+        start: the checkpoint that will read them, which must agree as well where it tells its vocabulary.
+
+    Raises:
+        BadInput: two of them differ: the numbers of the word pieces would mean different words.
+    """
+    own: dict[str, Tokenizer] = {}
+    for text in (text for corpus in corpora for text in corpus.texts):
+        if (text.path / VOCABULARY_FILE).is_file():
+            own[str(text.path)] = Tokenizer.load(text.path)
+        elif text.tokenizer_name in ON_BOARD:
+            own[str(text.path)] = Tokenizer.load(text.tokenizer_name)
+    if start is not None and (of_start := tokenizer_beside(find_weights(start))) is not None:
+        own[start] = of_start
+    names = sorted(own, key=lambda name: own[name].vocab_size)
+    for smaller, larger in itertools.pairwise(names):
+        one, other = own[smaller], own[larger]
+        if one.vocabulary != other.vocabulary[: len(one.vocabulary)] or one.lowercase != other.lowercase:
+            raise BadInput(
+                f"{smaller} has other word pieces ({one.name}, {one.vocab_size:,}) than {larger} ({other.name}, {other.vocab_size:,}); "
+                f"build the texts with one tokeniser: uniter-build-db --tokenizer {larger if start is None else find_weights(start).parent}"
+            )
+    return own[names[-1]] if names else None
+
+
+def regions_to_read(images: Sequence[str], *preferred: Mapping[str, Any]) -> dict[str, Any]:
+    """Which rows are taken from published region databases: the first selection that all of them have, else the reader's own.
+
+    Ours hold their selection, so that any fits.
+    """
+    for selection in preferred:
+        with contextlib.suppress(BadInput):
+            open_image_dbs(list(images), **selection)
+            return dict(selection)
+    return {}
+
+
+def regions_of_run(start: str) -> list[dict[str, Any]]:
+    """The rows that a run was trained with; none where `start` is no run, nor one of its checkpoints."""
+    found = run_of(find_weights(start)) if Path(start).exists() else None  # what is not here may be on the hub: no run
+    return [] if found is None else [found[1].regions.model_dump()]
+
+
+def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:
+    """Raise BadInput unless a model of these sizes can read the corpus."""
+    width, vocabulary = corpus.images.feature_width, vocabulary_of(corpus)
+    if config.image_feature_size != width:
+        raise BadInput(f"region features are {width} wide, but {source} was trained on {config.image_feature_size}; use its detector")
+    if config.vocab_size < vocabulary:
+        raise BadInput(f"the texts were built with {vocabulary:,} word pieces, but {source} has {config.vocab_size:,}; use its tokenizer")

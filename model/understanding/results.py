@@ -1,0 +1,109 @@
+"""What a trained model says about a photograph, as values and in words."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uniter.datasets.image_db.regions import RegionFeatures
+
+Photograph = str | os.PathLike[str] | NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What all results hold: the question and what the model saw.
+
+    Attributes:
+        image: the photograph as it was given.
+        text: the text as it was given.
+        regions: R regions of the photograph.
+        source: the checkpoint that said so.
+    """
+
+    image: Photograph
+    text: str
+    regions: RegionFeatures
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Match(Seen):
+    """Whether a text is about a photograph.
+
+    Attributes:
+        probability: from 0 to 1, by the head of image-text matching or of retrieval.
+    """
+
+    probability: float
+
+
+@dataclass(frozen=True, eq=False)
+class Answer(Seen):
+    """The answer to a question about a photograph.
+
+    Attributes:
+        answer: the best one.
+        probability: its score from 0 to 1; answers are scored one by one, so scores do not sum to 1.
+        best: the five best answers and their scores, best first.
+    """
+
+    answer: str
+    probability: float
+    best: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Grounding(Seen):
+    """Where in a photograph a phrase points.
+
+    Attributes:
+        region: row number of the region.
+        box: (4,) float32 x0 y0 x1 y1, pixels of the upright photograph; of the unit square where its size is unknown.
+        probabilities: (R,) float32 of all regions, summing to 1.
+        zero_shot: nobody trained the model to point; it was asked how well the phrase matches each region alone.
+    """
+
+    region: int
+    box: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+    zero_shot: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking(Seen):
+    """Which of several photographs a text is about; `image` and `regions` are the best one's.
+
+    Attributes:
+        images: the photographs as they were given.
+        probabilities: (P,) float32, as `Match.probability`, in the order of `images`.
+        order: (P,) int64, places in `images`, best first.
+    """
+
+    images: tuple[Photograph, ...]
+    probabilities: NDArray[np.float32]
+    order: NDArray[np.int64]
+
+
+def in_words(result: Seen) -> str:
+    """A result as one line."""
+    match result:
+        case Match():
+            return f"match {result.probability:.3f}"
+        case Answer():
+            return ", ".join(f"{answer} {probability:.2f}" for answer, probability in result.best)
+        case Grounding():
+            way = " (each region matched alone: no model was trained to point)" if result.zero_shot else ""
+            corners = ", ".join(f"{value:.6g}" for value in np.round(result.box, 1).tolist())
+            return f"region {result.region} at {corners}, {result.probabilities[result.region]:.2f} of 1{way}"
+        case Ranking():
+            best = int(result.order[0])
+            return f"best of {len(result.images)}: {name_of(result.image, best)} {result.probabilities[best]:.3f}"
+    raise TypeError(f"{type(result).__name__} is no result of Understanding")
+
+
+def name_of(image: Photograph, place: int = 0) -> str:
+    """The file's name, or the place where there is no file."""
+    return f"photograph {place}" if isinstance(image, np.ndarray) else Path(image).name

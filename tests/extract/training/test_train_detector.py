@@ -1,0 +1,358 @@
+"""Training a detector: a resumed run equals an unbroken one, the folder is a detector, hostile inputs are answered."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from uniter.cli.train_detector import detector_command
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.made_up.files import write_world
+from uniter.datasets.made_up.world import WORLDS
+from uniter.extract.detector.detectron import build_detector
+from uniter.extract.images.decoding import decode_image
+from uniter.extract.training import loop as training
+from uniter.extract.training.batches import Batches, thumbnail
+from uniter.extract.training.configs import FULL, fitted_anchors, fitted_ratios, learning_rate_factor, r101_c4_config, tiny_config
+from uniter.extract.training.labelled_images import read_labelled_images
+from uniter.extract.training.loop import train_detector
+from uniter.extract.training.predictor import build_network
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    """Tiny networks: several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNITER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("world")
+    write_world(out, images=14, held_out=4, seed=1)
+    return out
+
+
+def short_run(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "validate_every": 3}
+    return train_detector(world / "images", world / "instances_train.json", out, **{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "detector"
+    short_run(world, out)
+    return out
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kills", [(2,), (3, 4), (1,)])
+def test_a_resumed_run_equals_an_unbroken_one(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: tuple[int, ...]
+) -> None:
+    update = training._update
+    for kill in kills:
+        at_work = iter(range(100))
+
+        def dying(*arguments: Any, seed: int, kill: int = kill, at_work: Any = at_work, **more: Any) -> dict[str, float]:
+            next(at_work)
+            if seed & 0xFFFF == kill:
+                raise Killed
+            return update(*arguments, seed=seed, **more)
+
+        monkeypatch.setattr(training, "_update", dying)
+        with pytest.raises(Killed):
+            short_run(world, tmp_path / "run")
+        assert not (tmp_path / "run" / "detector.json").exists()
+    monkeypatch.setattr(training, "_update", update)
+    short_run(world, tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
+    assert (tmp_path / "run" / "detector.json").read_text() == (finished / "detector.json").read_text()
+
+
+def test_the_run_leaves_what_the_contract_says(world: Path, finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 4]
+    losses = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "loss_thumbnail", "loss_attribute"}
+    assert losses < set(lines[0])
+    assert math.isclose(lines[0]["loss"], sum(lines[0][name] for name in losses), rel_tol=1e-5)
+    assert (finished / "checkpoints" / "latest").resolve() == (finished / "checkpoints" / "step-4").resolve()
+    assert [path.name for path in (finished / "checkpoints").glob("step-*")] == ["step-4"]
+    assert not [path for path in finished.rglob("*") if path.suffix in (".pt", ".pth", ".pkl", ".bin", ".partial", ".tmp")]
+    assert list(finished.glob("events.out.tfevents.*"))
+    described = json.loads((finished / "detector.json").read_text())
+    assert described["class_names"] == list(WORLDS["shapes"].shapes)
+    assert described["attribute_names"] == list(WORLDS["shapes"].colours)
+    assert not [name for name in load_file(finished / "model.safetensors") if "thumbnail" in name]
+
+
+def test_a_finished_run_is_not_repeated(world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_update", None)
+    summary = short_run(world, finished)
+    assert summary["steps"] == 4
+    assert {"ap", "ap50", "train_images", "skipped"} <= set(summary)
+    with pytest.raises(SettingsDiffer, match="steps 4 there, 5 now"):
+        short_run(world, finished, steps=5)
+
+
+def test_its_folder_is_a_detector(world: Path, finished: Path) -> None:
+    detector = build_detector(str(finished), attributes=True)
+    assert detector.class_names == tuple(WORLDS["shapes"].shapes)
+    pixels = decode_image((world / "images" / "scene_000001.jpg").read_bytes())
+    boxes = np.array([[20.0, 20.0, 60.0, 60.0], [5.0, 5.0, 100.0, 90.0]])
+    (found,) = detector.detect([detector.prepare(pixels)])
+    (given,) = detector.detect([detector.prepare(pixels)], boxes=[boxes])
+    assert found.probabilities.shape == (len(found.boxes), 9)
+    assert given.features.shape == (2, 256)
+    assert given.attributes is not None
+    assert given.attributes.shape == (2, 9)
+    # What the extraction computes is what the trained network's own parts compute, background and "no attribute" first.
+    labelled = read_labelled_images(world / "images", world / "instances_train.json")
+    cfg = training.merged_config(training.read_config(finished / "config.yaml"), path=finished)
+    network: Any = build_network(cfg, classes=8, attributes=8, seed=9)
+    network.load_state_dict(load_file(finished / "model.safetensors"), strict=False)
+    network.eval()
+    item = {"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy()), "height": pixels.shape[0], "width": pixels.shape[1]}
+    with torch.no_grad():
+        heads = network.roi_heads
+        maps = network.backbone(network.preprocess_image([item]).tensor)
+        rows = heads.box_head(heads.box_pooler([maps["p3"]], [training.Boxes(torch.from_numpy(boxes).float())]))
+        scores = heads.box_predictor.cls_score(rows).softmax(dim=1)
+    np.testing.assert_allclose(given.features, rows, atol=1e-4)
+    np.testing.assert_allclose(given.probabilities, torch.cat([scores[:, -1:], scores[:, :-1]], dim=1), atol=1e-5)
+    assert len(labelled.images) == 10
+
+
+def test_without_attributes(tmp_path: Path) -> None:
+    write_world(tmp_path / "toys", images=8, held_out=2, world=WORLDS["toys"])
+    out = tmp_path / "detector"
+    summary = short_run(tmp_path / "toys", out, steps=1, val_annotations=tmp_path / "toys" / "instances_val.json")
+    assert (summary["attributes"], summary["val_images"], summary["train_images"]) == (0, 2, 6)
+    assert json.loads((out / "detector.json").read_text())["attribute_names"] == []
+    assert build_detector(str(out)).feature_width == 256
+
+
+def test_batches_follow_from_seed_and_number(world: Path) -> None:
+    labelled = read_labelled_images(world / "images", world / "instances_train.json")
+    preparation = training.ShortestEdgePreparation(128, 400, "BGR")
+    made = [
+        Batches(labelled.images, preparation, batch_size=3, attributes=8, seed=seed, cache=cache)
+        for seed, cache in ((5, True), (5, False), (6, True))
+    ]
+    made[0][0]
+    for step in (7, 2):
+        same, again, other = (batches[step] for batches in made)
+        assert all(torch.equal(one["image"], two["image"]) for one, two in zip(same, again, strict=True))
+        assert not all(torch.equal(one["image"], two["image"]) for one, two in zip(same, other, strict=True))
+    epoch = [made[0]._number(position) for position in range(20)]
+    assert sorted(epoch[:10]) == sorted(epoch[10:]) == list(range(10))
+
+
+def test_mirrored_images_keep_boxes_and_thumbnails_with_their_things(world: Path) -> None:
+    labelled = read_labelled_images(world / "images", world / "instances_train.json")
+    batches = Batches(labelled.images, training.ShortestEdgePreparation(128, 400, "BGR"), batch_size=1, attributes=8, seed=0, cache=True)
+    plain, mirrored = batches._item(0, False), batches._item(0, True)
+    torch.testing.assert_close(plain["image"].flip(2), mirrored["image"])
+    for item in (plain, mirrored):
+        pixels = item["image"].permute(1, 2, 0).numpy()
+        for box, wanted in zip(item["instances"].gt_boxes.tensor.numpy(), item["instances"].gt_thumbnails, strict=True):
+            np.testing.assert_allclose(thumbnail(pixels, box).ravel(), wanted.numpy(), atol=2 / 127.5)
+    rows = plain["instances"].gt_attributes
+    assert rows.shape[1] == 9
+    assert torch.equal(rows.sum(dim=1), torch.ones(len(rows)))
+
+
+def test_a_file_that_turns_out_damaged_is_counted(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    damaged = tmp_path / "world" / "images" / "scene_000002.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-900])
+    summary = short_run(tmp_path / "world", tmp_path / "detector", steps=6, validate_every=6)
+    assert summary["skipped"] == {"an image that cannot be decoded": 1}
+
+
+def test_numbers_that_run_away_are_said(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_update", lambda *arguments, **more: {"loss": float("nan")})
+    with pytest.raises(UniterError, match="the loss is nan at update 1; start anew with a lower --learning-rate"):
+        short_run(world, tmp_path / "detector")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overrides": {"MODEL.RPN.NONSENSE": 1}}, "Detectron2 has no such setting"),
+        ({"overrides": {"MODEL.RPN.NMS_THRESH": "high"}}, "Detectron2 has no such setting or expects another kind"),
+        ({"overrides": {"MODEL.BACKBONE.NAME": "nothing"}}, "cannot build this configuration"),
+        ({"model": "small"}, "unknown model 'small'"),
+        ({"held_out": 1.5}, "between 0 and 1"),
+        ({"device": "cuda:99"}, "cannot be used here"),
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence(world: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UniterError, match=message):
+        short_run(world, tmp_path / "detector", **changes)
+
+
+def test_a_hostile_configuration_executes_nothing(world: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"MODEL: !!python/object/apply:os.system ['touch {tmp_path}/executed']\n")
+    with pytest.raises(BadInput, match="no readable Detectron2 YAML"):
+        short_run(world, tmp_path / "detector", config=config)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_starting_from_weights(world: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "detector"
+    short_run(world, out, steps=1, learning_rate=1e-12, from_weights=finished / "model.safetensors", overrides={"SEED": 4})
+    before, after = load_file(finished / "model.safetensors"), load_file(out / "model.safetensors")
+    name = "roi_heads.box_head.fc1.weight"
+    torch.testing.assert_close(before[name], after[name])
+    torch.save({"model": {"other.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(BadInput, match="none of its 1 tensors fits"):
+        short_run(world, tmp_path / "no", from_weights=tmp_path / "other.pth")
+
+
+def test_a_narrow_detector_leaves_half_of_the_cores_alone() -> None:
+    narrow, wide = torch.nn.Linear(10, 10), torch.nn.Linear(10_000, 1_001, device="meta")
+    for network, before, during in ((narrow, 4, 2), (narrow, 1, 1), (wide, 4, 4)):
+        torch.set_num_threads(before)
+        with training.fitting_threads(network, torch.device("cpu")):
+            assert torch.get_num_threads() == during
+        assert torch.get_num_threads() == before
+    torch.set_num_threads(1)
+
+
+def test_a_damaged_checkpoint_is_named(world: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "detector.json").unlink()
+    weights = tmp_path / "run" / "checkpoints" / "step-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BadInput, match=r"step-4 cannot be read .* remove that folder"):
+        short_run(world, tmp_path / "run")
+
+
+def test_the_full_model_is_bottom_up_attentions_size(world: Path) -> None:
+    labelled = read_labelled_images(world / "images", world / "instances_train.json")
+    cfg = r101_c4_config(labelled)
+    assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.ROI_HEADS.NAME, cfg.INPUT.MIN_SIZE_TEST) == (101, "Res5ROIHeads", 800)
+    cfg.MODEL.DEVICE, cfg.MODEL.ROI_HEADS.NUM_CLASSES = "cpu", 8
+    # The same network, narrower, so that an update takes a second.
+    resnets = cfg.MODEL.RESNETS
+    resnets.DEPTH, resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS, resnets.WIDTH_PER_GROUP = 50, 16, 32, 8
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
+    network: Any = build_network(cfg, classes=8, attributes=8, seed=0)
+    assert network.roi_heads.box_predictor.cls_score.in_features == 8 * 32
+    batches = Batches(labelled.images, training.ShortestEdgePreparation(96, 160, "BGR"), batch_size=1, attributes=8, seed=0, cache=True)
+    optimizer = training._optimizer(network, FULL, 1e-3)
+    network.train()
+    with training.EventStorage(0):
+        losses = training._update(network, optimizer, batches[0], rate=1e-3, seed=0)
+    assert losses["loss_attribute"] > 0
+    assert math.isfinite(losses["loss"])
+
+
+def test_anchors_and_ratios_fit_the_boxes() -> None:
+    assert fitted_anchors(np.full(50, 30.0)) == pytest.approx([23.7, 30.0, 37.9], abs=0.1)
+    wide = fitted_anchors(np.geomspace(8, 200, 100))
+    assert len(wide) == 6
+    assert wide[0] < 12
+    assert wide[-1] > 150
+    assert fitted_ratios(np.ones(9)) == [0.71, 1.0, 1.4]
+    assert fitted_ratios(np.geomspace(0.2, 4, 101)) == pytest.approx([0.27, 0.89, 2.97], abs=0.02)
+
+
+def test_the_input_is_scaled_to_the_boxes(world: Path, tmp_path: Path) -> None:
+    labelled = read_labelled_images(world / "images", world / "instances_train.json")
+    assert tiny_config(labelled).INPUT.MIN_SIZE_TEST == 128
+    large = WORLDS["shapes"]
+    write_world(tmp_path, images=6, held_out=0, world=type(large)(large.shapes, large.colours, {"huge": (0.5, 0.6)}, size=(600, 800)))
+    shrunk = tiny_config(read_labelled_images(tmp_path / "images", tmp_path / "instances_train.json"))
+    assert shrunk.INPUT.MIN_SIZE_TEST == 96
+    assert shrunk.INPUT.MAX_SIZE_TEST == 129
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [learning_rate_factor(step, steps=1000, warmup=50) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.02)
+    assert max(rates) == rates[49] == pytest.approx(1, abs=0.01)
+    assert rates[-1] == pytest.approx(0.02, abs=1e-3)
+
+
+def test_the_command(world: Path, tmp_path: Path) -> None:
+    arguments = ["--images", str(world / "images"), "--annotations", str(world / "instances_train.json"), "--out", str(tmp_path / "out")]
+    options = ["--steps", "1", "--batch-size", "1", "--set", "checkpoint_every=1", "--set", "MODEL.RPN.NMS_THRESH=0.6", "--json"]
+    result = CliRunner().invoke(detector_command, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["train_images"] == 9
+    assert "NMS_THRESH: 0.6" in (tmp_path / "out" / "config.yaml").read_text()
+    assert CliRunner().invoke(detector_command, [*arguments, "--set", "nonsense"]).exit_code == 2
+    refused = CliRunner().invoke(detector_command, [*arguments, "--steps", "2"])
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: ")
+    content = json.loads((world / "instances_train.json").read_text())
+    content["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    (tmp_path / "partly.json").write_text(json.dumps(content))
+    strict = ["--images", str(world / "images"), "--annotations", str(tmp_path / "partly.json"), "--out", str(tmp_path / "strict")]
+    assert CliRunner().invoke(detector_command, [*strict, *options[:4], "--strict"]).exit_code == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", sorted(WORLDS))
+def test_the_defaults_learn_a_world(tmp_path: Path, name: str) -> None:
+    """Shapes are found, and the features tell shapes and colours apart, whether or not colours were annotated."""
+    torch.set_num_threads(2)
+    write_world(tmp_path / "world", world=WORLDS[name], images=1200, held_out=200)
+    folder = tmp_path / "world"
+    summary = train_detector(
+        folder / "images", folder / "instances_train.json", tmp_path / "detector", val_annotations=folder / "instances_val.json"
+    )
+    assert summary["ap50"] > 0.85
+    probed = {field: probe_accuracy(tmp_path / "detector", folder, field) for field in ("shape", "colour")}
+    assert probed["shape"] > 0.85
+    assert probed["colour"] > 0.8
+
+
+def probe_accuracy(detector_folder: Path, world: Path, field: str) -> float:
+    """Held-out accuracy of a linear classifier of the things' words on the features of their true boxes."""
+    detector = build_detector(str(detector_folder))
+    rows: dict[str, list[Any]] = {}
+    words: dict[str, list[str]] = {}
+    for part, most in (("train", 400), ("val", 200)):
+        rows[part], words[part] = [], []
+        for scene in json.loads((world / f"scenes_{part}.json").read_text())["scenes"][:most]:
+            prepared = detector.prepare(decode_image((world / "images" / f"{scene['key']}.jpg").read_bytes()))
+            boxes = np.array([thing["box"] for thing in scene["things"]], dtype=np.float32)
+            rows[part].append(detector.detect([prepared], boxes=[boxes])[0].features)
+            words[part] += [thing[field] for thing in scene["things"]]
+    known = sorted(set(words["train"]))
+    inputs, targets = torch.from_numpy(np.concatenate(rows["train"])), torch.tensor([known.index(word) for word in words["train"]])
+    held_out, expected = torch.from_numpy(np.concatenate(rows["val"])), torch.tensor([known.index(word) for word in words["val"]])
+    mean, deviation = inputs.mean(dim=0), inputs.std(dim=0) + 1e-3
+    torch.manual_seed(0)
+    classifier = torch.nn.Linear(inputs.shape[1], len(known))
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-2, weight_decay=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(classifier((inputs - mean) / deviation), targets).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float((classifier((held_out - mean) / deviation).argmax(dim=1) == expected).float().mean())
