@@ -1,12 +1,11 @@
 """uniter-build-db: captions (or a task's annotations) to a text database; `uniter-build-db exclude`: lists of images not to see."""
 
 import hashlib
-import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summar
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db.database import match_image_key, open_image_dbs
 from uniter.datasets.image_db.keys import key_maker, last_number
-from uniter.datasets.storage.files import write_json
+from uniter.datasets.storage.files import expand_braces, write_json
 from uniter.datasets.text_db.annotations import table as annotations
 from uniter.datasets.text_db.building.build import build_text_db
 from uniter.datasets.text_db.caption import Caption
@@ -233,26 +232,9 @@ def exclude(
         )
 
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-
-
 def expand(pattern: str) -> list[Path]:
-    """The files that a name with braces stands for: {00000..00331} counts, {train,val} lists; a file that exists is itself."""
-    if Path(pattern).exists() or not _BRACES.search(pattern):
-        return [Path(pattern)]
-    pieces = _BRACES.split(pattern)
-    choices = [[piece] if place % 2 == 0 else _choices(piece, pattern) for place, piece in enumerate(pieces)]
-    return [Path("".join(parts)) for parts in product(*choices)]
-
-
-def _choices(inside: str, pattern: str) -> list[str]:
-    counted = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inside)
-    if counted is None:
-        return inside.split(",")
-    first, last = int(counted[1]), int(counted[2])
-    if last < first or last - first >= 1_000_000:
-        raise BadInput(f"{{{inside}}} in {pattern!r} counts from {first} to {last}; expected at most a million, upwards")
-    return [f"{number:0{len(counted[1])}d}" for number in range(first, last + 1)]
+    """The files that a name with braces stands for; a file that exists is itself."""
+    return [Path(pattern)] if Path(pattern).exists() else [Path(name) for name in expand_braces(pattern)]
 
 
 def _default_out(path: Path) -> Path:
