@@ -128,7 +128,7 @@ def test_a_unit_that_another_process_holds_is_refused(tmp_path: Path) -> None:
     store = UnitStore(tmp_path / "out", settings={})
     code = f"""
         import time
-        from uniter.datasets.lmdb_store import UnitStore
+        from uniter.datasets.image_db.writing.units import UnitStore
         with UnitStore({str(store.path)!r}, settings={{}}).unit(0) as writer:
             print("mine", flush=True)
             time.sleep(60)
@@ -211,7 +211,7 @@ def test_dying_at_each_step_of_absorbing_and_finishing(
             raise Died
         real(folder)
 
-    monkeypatch.setattr(lmdb_store, "sync_folder", dying)
+    monkeypatch.setattr(lmdb_store, "sync", dying)
     with pytest.raises(Died) if moment else pytest.MonkeyPatch.context():
         build(out)
         if moment > steps:
