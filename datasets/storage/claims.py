@@ -21,6 +21,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
+from numpy.typing import NDArray
+
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.storage.cards import CARD_FILE, has_foreign_readme
 from uniter.datasets.storage.files import (
@@ -44,6 +46,8 @@ Source = Path | Mapping[str, Any]
 
 SETTINGS: Final = "settings.json"
 MADE_FROM: Final = "made_from"  # the key of settings.json
+REPORT: Final = "report"
+NOTE: Final = "made_by.json"  # what settings.json is to us, in layouts of others
 _ASIDE, _REPLACED, _CLAIMING = ".overwriting", ".replaced", ".claim"
 _GOING: Final = ".replaced"  # a file in a folder that is being replaced: what is called OUT.replaced without it is somebody's own
 
@@ -213,9 +217,9 @@ _READ: Final = (".npz", ".mdb", ".json", ".jsonl", ".tsv", ".csv", ".txt", ".par
 def content_of(path: Path, known: Any = None, *, without: Path | None = None) -> dict[str, Any]:
     """What a source holds, in a few fields that are equal exactly where the contents are.
 
-    A database of ours: the digest of its index (keys, numbers, checksums). A file, or the data.mdb of a published database or of texts
-    whose index has no checksums yet: SHA-256, read again only where size or time differ from those of `known`. A tar: its name and size.
-    Another folder: names and sizes of photographs and tars, SHA-256 of the rest, by the same rule.
+    A database of ours: the digest of its index (keys, numbers, checksums; where it has none, also the SHA-256 of data.mdb). A file, or
+    the data.mdb of a published database: SHA-256, read again only where size or time differ from those of `known`. A tar: its name and
+    size. Another folder: names and sizes of photographs and tars, SHA-256 of the rest, by the same rule.
 
     Args:
         path: the file or folder.
@@ -228,27 +232,34 @@ def content_of(path: Path, known: Any = None, *, without: Path | None = None) ->
     if not path.exists():
         raise BadInput(f"{path} does not exist")
     known = known if isinstance(known, dict) else {}
-    ours = path.is_dir() and (path / INDEX).is_file()
-    if ours and (digest := _digest_of_index(path / INDEX)) is not None:
-        return {"name": path.name, "index": digest}
-    published = path.is_dir() and (path / "data.mdb").is_file() and not (path / SETTINGS).exists()
-    file = path / "data.mdb" if ours or published else path
-    if file.is_file():
-        status = file.stat()
-        if file.suffix.lower() == ".tar":
-            named = hashlib.sha256(f"{file.name}\0{status.st_size}\n".encode(errors="surrogateescape"))
-            return {"name": path.name, "bytes": status.st_size, "names_and_sizes": named.hexdigest()}
-        same = (known.get("bytes"), known.get("modified")) == (status.st_size, status.st_mtime_ns)
-        sha256 = known["sha256"] if same and isinstance(known.get("sha256"), str) else sha256_of(file)
-        return {"name": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256}
+    data = path / "data.mdb"
+    if (path / INDEX).is_file():
+        columns = map_arrays(path / INDEX)
+        told = {"name": path.name, "index": _digest_of_columns(columns)}
+        # The index of texts had no checksums in earlier versions: those records are told apart by the file.
+        return told if "checksums" in columns or not data.is_file() else {**told, **_content_of_file(data, known)}
+    if path.suffix.lower() == ".tar" and path.is_file():
+        named = hashlib.sha256(f"{path.name}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
+        return {"name": path.name, "names_and_sizes": named.hexdigest()}
+    if path.is_file():
+        return {"name": path.name, **_content_of_file(path, known)}
+    if data.is_file() and not (path / SETTINGS).exists():
+        return {"name": path.name, **_content_of_file(data, known)}
     return {"name": path.name, **_content_of_folder(path, known, without)}
+
+
+def _content_of_file(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    status = path.stat()
+    same = (known.get("bytes"), known.get("modified")) == (status.st_size, status.st_mtime_ns)
+    sha256 = known["sha256"] if same and isinstance(known.get("sha256"), str) else sha256_of(path)
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256}
 
 
 def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | None) -> dict[str, Any]:
     named, times = hashlib.sha256(), hashlib.sha256()
     to_read: list[Path] = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not (without is not None and path.is_relative_to(without)):
+        if path.is_file() and path.name != "lock.mdb" and not (without is not None and path.is_relative_to(without)):
             status = path.stat()
             row = f"{path.relative_to(folder).as_posix()}\0{status.st_size}\n".encode(errors="surrogateescape")
             if path.name.endswith(_READ):
@@ -267,12 +278,9 @@ def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | N
     return {**told, "modified": times.hexdigest(), "sha256": content.hexdigest()}
 
 
-def _digest_of_index(index: Path) -> str | None:
-    """SHA-256 of the columns that tell what a database holds; None where it does not tell the contents of the records."""
+def _digest_of_columns(columns: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of the columns of an index that tell what a database holds."""
     digest = hashlib.sha256()
-    columns = map_arrays(index)
-    if "checksums" not in columns:
-        return None
     for name, column in sorted(columns.items()):
         if name not in _PLACES:
             digest.update(f"{name} {column.dtype} {column.shape}\n".encode())
@@ -289,14 +297,19 @@ def _asked(settings: Mapping[str, Any], sources: Mapping[str, Source] | None, ou
     if sources:
         known: dict[str, Any] = {}
         for folder in (out, _beside(out, _ASIDE)):
-            with contextlib.suppress(BadInput):
-                stored = read_json_object(folder / SETTINGS).get(MADE_FROM)
-                known |= stored if isinstance(stored, dict) else {}
+            known |= _stored_contents(folder / SETTINGS)
         asked[MADE_FROM] = {
             name: content_of(source, known.get(name), without=out) if isinstance(source, Path) else dict(source)
             for name, source in sources.items()
         }
     return asked
+
+
+def _stored_contents(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(BadInput):
+        stored = read_json_object(path).get(MADE_FROM)
+        return stored if isinstance(stored, dict) else {}
+    return {}
 
 
 def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any], may_differ: Sequence[str] = ()) -> list[str]:
@@ -324,6 +337,48 @@ def _stamped(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> dic
     with contextlib.suppress(PermissionError):  # somebody else's database, which is only read
         write_json(folder / SETTINGS, stamped)
     return stamped
+
+
+# ----------------------------------------------------------------------------------------------- what is not in a layout of ours
+
+
+def note_of(out: Path) -> Path:
+    """Where a file or folder in somebody else's layout has our note of what it was made from: in the folder, or beside the file."""
+    return out / NOTE if out.is_dir() else out.with_name(f"{out.name}.{NOTE}")
+
+
+def may_replace(out: Path, settings: Mapping[str, Any], *, sources: Mapping[str, Path], overwrite: bool) -> dict[str, Any] | None:
+    """Whether to write a file or folder in somebody else's layout, which appears whole by rename.
+
+    Returns:
+        What `write_note` takes before it appears (new files), with it (folders) or after it (files that are replaced), and once more,
+        with a "report", when all is done; None if it is there already, made from the same.
+
+    Raises:
+        SettingsDiffer: it is ours, made with other settings or from other contents.
+        BadInput: it is not known to be ours, or is one of the sources.
+    """
+    for source in sources.values():
+        refuse_source_inside(out, source)
+    known = _stored_contents(note_of(out))
+    asked: dict[str, Any] = json.loads(json.dumps(settings)) | {
+        MADE_FROM: {name: content_of(path, known.get(name)) for name, path in sources.items()}
+    }
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return asked
+    if not note_of(out).is_file():
+        raise BadInput(f"{out} is there already, and is not known to be made by this command; choose another OUT, or remove it yourself")
+    stored = read_json_object(note_of(out))
+    if overwrite:
+        return asked
+    if phrases := _differences(stored, asked, (REPORT,)):
+        raise SettingsDiffer(f"{out} is there already, made otherwise ({first_phrases(phrases)}): choose another OUT, or --overwrite")
+    return None if REPORT in stored else asked
+
+
+def write_note(out: Path, note: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> None:
+    """Remember of a file or folder in somebody else's layout what it was made from and, when it is whole, what was reported."""
+    write_json(note_of(out), note if report is None else {**note, REPORT: report})
 
 
 # ------------------------------------------------------------------------------------ nothing is destroyed before its successor is whole
@@ -357,6 +412,11 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
+
+
+def is_passing(path: Path) -> bool:
+    """Whether a folder is the successor or the predecessor of the one beside it, there only while that is overwritten."""
+    return any(path.name.endswith(ending) and path.with_name(path.name.removesuffix(ending)).exists() for ending in (_ASIDE, _REPLACED))
 
 
 def _beside(out: Path, ending: str) -> Path:

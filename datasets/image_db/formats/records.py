@@ -1,8 +1,6 @@
 """What all formats share: an item is a key with its regions, or with the reason why it cannot be read."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -62,16 +60,28 @@ class Selection:
 
 
 class ImageSizes:
-    """Sizes of images by key, read from a folder of pictures when a format needs pixels and the record does not know them."""
+    """Sizes of images by key, read from a folder of pictures when a format needs pixels and the record does not know them.
+
+    A key names a picture by its path, or by the end of it; where several pictures could be meant, none is taken: boxes in pixels of
+    another picture would be wrong.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._photographs = Photographs(folder)
 
     def find(self, key: str) -> tuple[int, int] | None:
-        """(height, width) of the upright image; None if the folder holds no such image, or several, or it cannot be read."""
+        """(height, width) of the upright image; None if the folder holds no such image, several, or one that cannot be read."""
         path = self._photographs.find(key)
         return _image_size(path) if path is not None else None
+
+    def missing(self, key: str) -> str:
+        """Why there is no size."""
+        found = self._photographs.meant(key)
+        if len(found) > 1:
+            names = sorted(path.relative_to(self.folder).as_posix() for path in found)
+            return f"{self.folder} holds several pictures of that name ({', '.join(names[:3])})"
+        return f"{self.folder} holds no picture of it{' that can be read' if found else ''}"
 
 
 def _image_size(path: Path) -> tuple[int, int] | None:
@@ -97,7 +107,7 @@ def with_pixels(items: Iterable[Item], sizes: ImageSizes | None, *, needed: bool
             yield key, regions
             continue
         if size is None:
-            where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it"
+            where = "pass --images FOLDER" if sizes is None else sizes.missing(key)
             yield key, BadInput(f"image {key!r}: this format needs pixels but the size of the image is not known; {where}")
             continue
         boxes = regions.boxes if regions.boxes is not None else pixel_boxes(regions.norm_bb, size)
@@ -163,37 +173,6 @@ def best_classes(regions: RegionFeatures) -> dict[str, NDArray[Any]]:
 def refuse(key: str, regions: RegionFeatures, error: BadInput) -> None:
     """The `Skip` that ends the writing."""
     raise error
-
-
-@contextmanager
-def written_aside(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A place beside `path` to write a file or folder to; it takes the place of `path` at the end, and is removed if anything fails.
-
-    Raises:
-        BadInput: there is a folder where a file is to be written, or a file where a folder is.
-    """
-    if path.exists() and path.is_dir() != folder:
-        raise BadInput(
-            f"{path} is a {'file' if folder else 'folder'}, and this format is a {'folder' if folder else 'file'}; choose another name"
-        )
-    path = path.resolve()  # what a link leads to is replaced, not the link
-    temporary = path.with_name(f"{path.name}.tmp")
-    _remove(temporary)
-    try:
-        yield temporary
-        if folder and path.is_dir():  # the callers have looked at what is in it
-            shutil.rmtree(path)
-        temporary.replace(path)
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def npz_name(key: str) -> str:
