@@ -60,6 +60,34 @@ def test_the_same_captions_and_vocabulary_by_other_names_are_the_same(tmp_path: 
     assert other.exit_code == 1 and "has other contents now" in other.stderr and files_of(out) == before
 
 
+def test_lists_of_exclusions_count_by_content(tmp_path: Path) -> None:
+    captions, out = captions_file(tmp_path / "captions.jsonl", "a red cat", "a dog"), tmp_path / "out.db"
+    for name, content in (("one", "0.jpg\n"), ("same", "0.jpg\n"), ("other", "1.jpg\n")):
+        (tmp_path / f"{name}.txt").write_text(content)
+    assert build(captions, out, "--exclude", tmp_path / "one.txt").exit_code == 0
+    assert "Already complete" in build(captions, out, "--exclude", tmp_path / "same.txt").output
+    other = build(captions, out, "--exclude", tmp_path / "other.txt")
+    assert other.exit_code == 1 and "exclude (other.txt) has other contents now" in other.stderr
+    without = build(captions, out)
+    assert without.exit_code == 1 and "exclude was there, now absent" in without.stderr
+
+
+def test_lists_replace_nothing_but_lists(tmp_path: Path) -> None:
+    """Neither what they are made from, nor somebody's file."""
+    photos, thesis = tmp_path / "train.txt", tmp_path / "thesis.json"
+    photos.write_text("12345\n")
+    thesis.write_text('{"chapter": 1}')
+    for out, said in (
+        (photos, "is one of the files that the lists are made from"),
+        (thesis, "holds no lists of `uniter-build-db exclude`"),
+    ):
+        before = out.read_text()
+        refused = build("exclude", photos, "--out", out)
+        assert refused.exit_code == 1 and said in refused.stderr and out.read_text() == before
+    for _ in range(2):
+        assert build("exclude", photos, "--out", tmp_path / "excluded.json").exit_code == 0
+
+
 def test_tars_are_told_apart_by_name_and_size(tmp_path: Path) -> None:
     def shard(*texts: str) -> Path:
         with tarfile.open(tmp_path / "0.tar", "w") as tar:
