@@ -1,8 +1,8 @@
 """What all formats share: an item is a key with its regions, or with the reason why it cannot be read."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.published import count_boxes
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes, pixel_boxes
 
@@ -59,50 +60,16 @@ class Selection:
 
 
 class ImageSizes:
-    """Sizes of images by key, read from a folder of pictures when a format needs pixels and the record does not know them.
-
-    A key names a picture by its path, or by the end of it; where several pictures could be meant, none is taken: boxes in pixels of
-    another picture would be wrong.
-    """
+    """Sizes of images by key, read from a folder of pictures when a format needs pixels and the record does not know them."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise BadInput(f"--images {folder} is no folder")
         self.folder = folder
-        self._by_name: dict[str, list[PurePath]] | None = None
+        self._photographs = Photographs(folder)
 
     def find(self, key: str) -> tuple[int, int] | None:
-        """(height, width) of the upright image; None if the folder holds no such image, several, or one that cannot be read."""
-        found = self._meant(key)
-        return _image_size(self.folder / found[0]) if len(found) == 1 else None
-
-    def missing(self, key: str) -> str:
-        """Why there is no size."""
-        found = self._meant(key)
-        if len(found) > 1:
-            return f"{self.folder} holds several pictures of that name ({', '.join(sorted(map(str, found))[:3])})"
-        return f"{self.folder} holds no picture of it{' that can be read' if found else ''}"
-
-    def _meant(self, key: str) -> list[PurePath]:
-        if self._by_name is None:
-            self._by_name = {}
-            for path in self.folder.rglob("*"):
-                relative = PurePath(path.relative_to(self.folder))
-                for name in {relative.name.casefold(), relative.stem.casefold()}:
-                    self._by_name.setdefault(name, []).append(relative)
-        for form in dict.fromkeys((key, key.removesuffix(".npz"))):
-            parts = PurePath(form.casefold()).parts
-            ends = [path for path in self._by_name.get(parts[-1], ()) if _ends_alike(path, parts)] if parts else []
-            whole = [path for path in ends if len(path.parts) == len(parts)]
-            if ends:
-                return whole or ends
-        return []
-
-
-def _ends_alike(path: PurePath, parts: Sequence[str]) -> bool:
-    """Whether the folders of a picture and of a key agree as far as both have any."""
-    folders = [part.casefold() for part in path.parts[:-1]]
-    return all(one == other for one, other in zip(reversed(folders), reversed(parts[:-1]), strict=False))
+        """(height, width) of the upright image; None if the folder holds no such image, or several, or it cannot be read."""
+        path = self._photographs.find(key)
+        return _image_size(path) if path is not None else None
 
 
 def _image_size(path: Path) -> tuple[int, int] | None:
@@ -128,7 +95,7 @@ def with_pixels(items: Iterable[Item], sizes: ImageSizes | None, *, needed: bool
             yield key, regions
             continue
         if size is None:
-            where = "pass --images FOLDER" if sizes is None else sizes.missing(key)
+            where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it, or several of that name"
             yield key, BadInput(f"image {key!r}: this format needs pixels but the size of the image is not known; {where}")
             continue
         boxes = regions.boxes if regions.boxes is not None else pixel_boxes(regions.norm_bb, size)
