@@ -21,8 +21,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from numpy.typing import NDArray
-
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.storage.cards import CARD_FILE, has_foreign_readme
 from uniter.datasets.storage.files import (
@@ -217,9 +215,9 @@ _READ: Final = (".npz", ".mdb", ".json", ".jsonl", ".tsv", ".csv", ".txt", ".par
 def content_of(path: Path, known: Any = None, *, without: Path | None = None) -> dict[str, Any]:
     """What a source holds, in a few fields that are equal exactly where the contents are.
 
-    A database of ours: the digest of its index (keys, numbers, checksums; where it has none, also the SHA-256 of data.mdb). A file, or
-    the data.mdb of a published database: SHA-256, read again only where size or time differ from those of `known`. A tar: its name and
-    size. Another folder: names and sizes of photographs and tars, SHA-256 of the rest, by the same rule.
+    A database of ours: the digest of its index (keys, numbers, checksums). A file, or the data.mdb of a published database or of texts
+    whose index has no checksums yet: SHA-256, read again only where size or time differ from those of `known`. A tar: its name and size.
+    Another folder: names and sizes of photographs and tars, SHA-256 of the rest, by the same rule.
 
     Args:
         path: the file or folder.
@@ -232,27 +230,20 @@ def content_of(path: Path, known: Any = None, *, without: Path | None = None) ->
     if not path.exists():
         raise BadInput(f"{path} does not exist")
     known = known if isinstance(known, dict) else {}
-    data = path / "data.mdb"
-    if (path / INDEX).is_file():
-        columns = map_arrays(path / INDEX)
-        told = {"name": path.name, "index": _digest_of_columns(columns)}
-        # The index of texts had no checksums in earlier versions: those records are told apart by the file.
-        return told if "checksums" in columns or not data.is_file() else {**told, **_content_of_file(data, known)}
-    if path.suffix.lower() == ".tar" and path.is_file():
-        named = hashlib.sha256(f"{path.name}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
-        return {"name": path.name, "names_and_sizes": named.hexdigest()}
-    if path.is_file():
-        return {"name": path.name, **_content_of_file(path, known)}
-    if data.is_file() and not (path / SETTINGS).exists():
-        return {"name": path.name, **_content_of_file(data, known)}
+    ours = path.is_dir() and (path / INDEX).is_file()
+    if ours and (digest := _digest_of_index(path / INDEX)) is not None:
+        return {"name": path.name, "index": digest}
+    published = path.is_dir() and (path / "data.mdb").is_file() and not (path / SETTINGS).exists()
+    file = path / "data.mdb" if ours or published else path
+    if file.is_file():
+        status = file.stat()
+        if file.suffix.lower() == ".tar":
+            named = hashlib.sha256(f"{file.name}\0{status.st_size}\n".encode(errors="surrogateescape"))
+            return {"name": path.name, "bytes": status.st_size, "names_and_sizes": named.hexdigest()}
+        same = (known.get("bytes"), known.get("modified")) == (status.st_size, status.st_mtime_ns)
+        sha256 = known["sha256"] if same and isinstance(known.get("sha256"), str) else sha256_of(file)
+        return {"name": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256}
     return {"name": path.name, **_content_of_folder(path, known, without)}
-
-
-def _content_of_file(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    status = path.stat()
-    same = (known.get("bytes"), known.get("modified")) == (status.st_size, status.st_mtime_ns)
-    sha256 = known["sha256"] if same and isinstance(known.get("sha256"), str) else sha256_of(path)
-    return {"bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256}
 
 
 def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | None) -> dict[str, Any]:
@@ -278,9 +269,12 @@ def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | N
     return {**told, "modified": times.hexdigest(), "sha256": content.hexdigest()}
 
 
-def _digest_of_columns(columns: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of the columns of an index that tell what a database holds."""
+def _digest_of_index(index: Path) -> str | None:
+    """SHA-256 of the columns that tell what a database holds; None where it does not tell the contents of the records."""
     digest = hashlib.sha256()
+    columns = map_arrays(index)
+    if "checksums" not in columns:
+        return None
     for name, column in sorted(columns.items()):
         if name not in _PLACES:
             digest.update(f"{name} {column.dtype} {column.shape}\n".encode())
@@ -298,11 +292,15 @@ def _asked(settings: Mapping[str, Any], sources: Mapping[str, Source] | None, ou
         known: dict[str, Any] = {}
         for folder in (out, _beside(out, _ASIDE)):
             known |= _stored_contents(folder / SETTINGS)
-        asked[MADE_FROM] = {
-            name: content_of(source, known.get(name), without=out) if isinstance(source, Path) else dict(source)
-            for name, source in sources.items()
-        }
+        asked[MADE_FROM] = _contents(sources, known, without=out)
     return asked
+
+
+def _contents(sources: Mapping[str, Source], known: Mapping[str, Any], *, without: Path | None = None) -> dict[str, Any]:
+    return {
+        name: content_of(source, known.get(name), without=without) if isinstance(source, Path) else dict(source)
+        for name, source in sources.items()
+    }
 
 
 def _stored_contents(path: Path) -> dict[str, Any]:

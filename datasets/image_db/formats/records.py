@@ -60,11 +60,7 @@ class Selection:
 
 
 class ImageSizes:
-    """Sizes of images by key, read from a folder of pictures when a format needs pixels and the record does not know them.
-
-    A key names a picture by its path, or by the end of it; where several pictures could be meant, none is taken: boxes in pixels of
-    another picture would be wrong.
-    """
+    """Sizes of images by key, read from a folder of pictures when a format needs pixels and the record does not know them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,14 +70,6 @@ class ImageSizes:
         """(height, width) of the upright image; None if the folder holds no such image, several, or one that cannot be read."""
         path = self._photographs.find(key)
         return _image_size(path) if path is not None else None
-
-    def missing(self, key: str) -> str:
-        """Why there is no size."""
-        found = self._photographs.meant(key)
-        if len(found) > 1:
-            names = sorted(path.relative_to(self.folder).as_posix() for path in found)
-            return f"{self.folder} holds several pictures of that name ({', '.join(names[:3])})"
-        return f"{self.folder} holds no picture of it{' that can be read' if found else ''}"
 
 
 def _image_size(path: Path) -> tuple[int, int] | None:
@@ -107,7 +95,7 @@ def with_pixels(items: Iterable[Item], sizes: ImageSizes | None, *, needed: bool
             yield key, regions
             continue
         if size is None:
-            where = "pass --images FOLDER" if sizes is None else sizes.missing(key)
+            where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it, or several of that name"
             yield key, BadInput(f"image {key!r}: this format needs pixels but the size of the image is not known; {where}")
             continue
         boxes = regions.boxes if regions.boxes is not None else pixel_boxes(regions.norm_bb, size)
