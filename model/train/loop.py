@@ -31,7 +31,7 @@ from uniter.model.tasks.task import Task
 from uniter.model.train import state
 from uniter.model.train.distributed import Processes
 from uniter.model.train.optim import clear_gradients, clip_gradients, learning_rate, set_learning_rate
-from uniter.model.train.scoring import validate
+from uniter.model.train.scoring import Scoring, validate
 
 logger = logging.getLogger(__name__)
 
@@ -320,20 +320,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _validate_all(learner: Learner, recipe: Recipe, *, processes: Processes) -> dict[str, dict[str, float]]:
-    figures = {}
-    for task, part in learner.validation:
-        figures[part.name] = validate(
-            learner.model,
-            task,
-            part,
-            budget=learner.mixture.budget,
-            seed=recipe.seed,
-            masking=learner.assembler.masking,
-            processes=processes,
-            precision=recipe.precision,
-            workers=0,
-        )
-    return figures
+    scoring = Scoring(learner.model, processes, learner.mixture.budget, recipe.seed, learner.assembler.masking, precision=recipe.precision)
+    return {part.name: validate(scoring, task, part) for task, part in learner.validation}
 
 
 def _note_validation(figures: Mapping[str, Mapping[str, float]], progressed: state.Progressed, log: RunLog | None) -> None:
