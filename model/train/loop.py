@@ -34,8 +34,6 @@ from uniter.model.train.scoring import Scoring, validate
 
 logger = logging.getLogger(__name__)
 
-Normalisation = Literal["global-mean", "published"]
-
 
 class NotFinite(UniterError):
     """A loss or gradient became infinite or no number."""
@@ -50,7 +48,7 @@ class Recipe:
     learning_rate: float
     warmup_steps: int
     clip: float
-    normalisation: Normalisation
+    normalisation: losses.Normalisation
     unused_gradients: Literal["none", "zero"]
     precision: str
     seed: int
@@ -225,32 +223,18 @@ def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
             outputs = task.head(learner.model, batch)
             terms = task.losses(outputs, batch.targets)
-        _loss(terms, task, recipe.normalisation).backward()  # type: ignore[no-untyped-call]
-        window.rows += next(iter(terms.values())).shape[0]
+        loss = losses.of(terms, weights=task.weights, reduction=task.reduction, normalisation=recipe.normalisation)
+        loss.number.backward()  # type: ignore[no-untyped-call]
+        window.rows += loss.rows
         window.examples += len(made.batch)
         window.tokens += made.batch.tokens
         with torch.no_grad():
-            for name, term in terms.items():
-                total, count = losses.sum_and_count(term, "elements" if task.reduction == "elements" else "rows")
+            for name, (total, count) in loss.sums.items():
                 window.add(f"loss_{name}", total, count)
             for name, values in task.metric(outputs, batch.targets).items():
                 window.add(name, values.sum(), len(values))
-        sums = {name: term.detach().sum() for name, term in terms.items()}
-        window.per_batch.append((made.plan, made.batch.example_ids, sums))
+        window.per_batch.append((made.plan, made.batch.example_ids, {name: total for name, (total, _) in loss.sums.items()}))
     return window
-
-
-def _loss(terms: Mapping[str, Tensor], task: Task, normalisation: Normalisation) -> Tensor:
-    """What one micro-batch differentiates: the published mean, or under global-mean the sum over rows of each row's share."""
-    if normalisation == "published":
-        return losses.training_loss(terms, weights=task.weights, reduction=task.reduction)
-    rows = {name: term.shape[0] for name, term in terms.items()}
-    if len(set(rows.values())) != 1:
-        raise ValueError(f"the terms of a task must have equally many rows, got {rows}")
-    per_row = {
-        name: term.flatten(1).mean(dim=1) if term.dim() > 1 and task.reduction == "elements" else term for name, term in terms.items()
-    }
-    return losses.training_loss(per_row, weights=task.weights, reduction="sum")
 
 
 def _normalise(parameters: Sequence[Tensor], factor: float) -> None:

@@ -113,8 +113,7 @@ def validate(
     means = Means()
     for made, batch, outputs in scoring.scored(part, task.head):
         note(made, outputs)
-        for name, term in task.losses(outputs, batch.targets).items():
-            total, count = losses.sum_and_count(term, "elements" if task.reduction == "elements" else "rows")
+        for name, (total, count) in losses.of(task.losses(outputs, batch.targets), reduction=task.reduction).sums.items():
             means.add(f"loss_{name}", total.double(), count)
         for name, values in task.metric(outputs, batch.targets).items():
             means.add_values(name, values)

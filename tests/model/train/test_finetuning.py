@@ -25,11 +25,11 @@ from uniter.datasets.image_db import ImageDB
 from uniter.datasets.storage.run_log import read_log
 from uniter.datasets.storage.step_folders import checkpoint_steps
 from uniter.datasets.text_db import TextDB
-from uniter.model import UniterConfig
+from uniter.model import UniterConfig, losses
 from uniter.model.checkpoints.export import export_published
 from uniter.model.checkpoints.read import find_weights, read_state
 from uniter.model.evaluation.finetuned import evaluate_finetuned, predict
-from uniter.model.losses import ranking, training_loss
+from uniter.model.losses import ranking
 from uniter.model.metrics import referring_accuracy
 from uniter.model.settings.gather import gather_settings
 from uniter.model.settings.settings import TrainSettings
@@ -291,7 +291,7 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
         if "draw" in batch.targets:
             batch.targets["draw"] += 1  # as in training, where every pass draws others to compare with
         outputs = task.head(model, batch)
-        loss = training_loss(task.losses(outputs, batch.targets), weights=task.weights, reduction=task.reduction)
+        loss = losses.of(task.losses(outputs, batch.targets), weights=task.weights, reduction=task.reduction).number
         loss.backward()
         if not losses:
             assert model.uniter.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
@@ -391,7 +391,7 @@ def test_hard_negatives_weigh_texts_and_pictures_as_published() -> None:
     terms = task.losses({"scores": scores}, {"group_sizes": torch.tensor([9, 7])})
     text, picture = (ranking({"scores": half}, {}, group_size=4)["margin"].mean() for half in scores.split(4))
     assert text != picture
-    torch.testing.assert_close(training_loss(terms, weights=task.weights, reduction=task.reduction), text + picture)
+    torch.testing.assert_close(losses.of(terms, weights=task.weights, reduction=task.reduction).number, text + picture)
 
 
 @pytest.mark.parametrize("name", ["vqa", "nlvr2"])
