@@ -7,7 +7,6 @@ accumulates twice as long.
 """
 
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,11 +190,7 @@ def train(
                 if progress is not None:
                     progress.close()
                 number = int(max(processes.gather(told[0] if told else 0)))
-                raise Stopped(
-                    f"stopped by {signal.Signals(number).name} after update {step:,} of {recipe.steps:,}; a checkpoint is written and "
-                    "the same command resumes",
-                    number,
-                )
+                raise Stopped.after(step, recipe.steps, number)
     if progress is not None:
         progress.close()
     return {
