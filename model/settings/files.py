@@ -67,6 +67,14 @@ def shipped_configs() -> list[str]:
     )
 
 
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a mapping."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+    values[last] = value
+
+
 def assign(values: dict[str, Any], assignment: str) -> None:
     """Apply one `--set a.b=c` (c as YAML) to a mapping; `corpora.0.name=x` reaches into lists.
 

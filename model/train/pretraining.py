@@ -27,7 +27,7 @@ from uniter.model.checkpoints.grow import load_state, second_stage
 from uniter.model.checkpoints.read import find_weights, read_state
 from uniter.model.heads.downstream import VCR_TOKEN_TYPES
 from uniter.model.heads.pretraining import UniterForPretraining
-from uniter.model.settings.settings import CorpusSettings, TrainSettings
+from uniter.model.settings.settings import DEFAULT_TASK, CorpusSettings, TrainSettings
 from uniter.model.tasks.rows import LONGEST_CHOICE
 from uniter.model.tasks.table import DEFAULT_PRETRAINING, PRETRAINING, check_soft_labels, default_tasks, pretraining_task, task_name
 from uniter.model.tasks.task import Task
@@ -44,7 +44,7 @@ LENGTHS_OF_CHOICES = "id2len_qar.json"  # VCR's text databases have it, ours and
 
 def pretrain(settings: TrainSettings, run: Path) -> dict[str, Any]:
     """Start a pre-training run in the folder `run`, or go on with the one that is there; see `runs.begun` and `runs.learn`."""
-    if settings.task != TrainSettings.model_fields["task"].default:
+    if settings.task != DEFAULT_TASK:
         raise BadInput(f"these settings are of the task {settings.task!r}; use uniter-train finetune {settings.task}")
     texts = [Path(text) for corpus in settings.corpora for text in corpus.text]
     if "max_text_length" not in settings.model_fields_set and any((text / LENGTHS_OF_CHOICES).is_file() for text in texts):
