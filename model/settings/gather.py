@@ -39,8 +39,9 @@ def gather_settings(
     if text or images:
         if not (text and images):
             raise BadInput("give both --text and --images: texts without regions (or regions without texts) cannot be trained on")
-        corpora = values.get("corpora") or [{}]
-        kept = {key: value for key, value in corpora[0].items() if key == "tasks"} if isinstance(corpora[0], dict) else {}
+        corpora = values.get("corpora")
+        first = corpora[0] if isinstance(corpora, list) and corpora else None
+        kept = {"tasks": first["tasks"]} if isinstance(first, dict) and "tasks" in first else {}
         values["corpora"] = [{**kept, "text": list(text), "images": list(images)}]
     overruled: dict[str, Any] = {}
     if validation_text or validation_images:

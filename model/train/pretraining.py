@@ -32,7 +32,7 @@ from uniter.model.tasks.rows import LONGEST_CHOICE
 from uniter.model.tasks.table import DEFAULT_PRETRAINING, PRETRAINING, check_soft_labels, default_tasks, pretraining_task, task_name
 from uniter.model.tasks.task import Task
 from uniter.model.train.defaults import complete
-from uniter.model.train.fit import check_budget, check_shown, check_vocabulary, is_second_stage, that_fit
+from uniter.model.train.fit import check_budget, check_classes, check_shown, check_vocabulary, is_second_stage, that_fit
 from uniter.model.train.runs import begun, learn
 from uniter.model.train.work import Data, Work, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
@@ -138,12 +138,8 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
             f"region features are {width} wide, but {settings.from_} was trained on {config.image_feature_size}; use its detector"
         )
     of_classes = sorted({name for tasks in data.tasks.values() for name in tasks if PRETRAINING[name].needs_soft_labels})
-    if of_classes and any(corpus.images.label_classes not in (0, config.label_classes) for corpus in corpora):
-        found = sorted({corpus.images.label_classes for corpus in corpora})
-        raise BadInput(
-            f"the region databases have {found} detector classes, the model {config.label_classes}; use its detector, or leave "
-            f"{' and '.join(of_classes)} out of the tasks"
-        )
+    if of_classes:
+        check_classes(config, corpora, source=settings.from_ or "of these settings", tasks=of_classes)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model.train()
