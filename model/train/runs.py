@@ -7,7 +7,7 @@ task is the value `Work`.
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from uniter.datasets.batches.example import Masking
 from uniter.datasets.batches.loader import Assembler
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.origin import RegionOrigin
+from uniter.datasets.storage.claims import content_of
+from uniter.datasets.storage.files import read_json_object, write_json
+from uniter.datasets.storage.index_file import INDEX
 from uniter.datasets.storage.locks import only_writer
 from uniter.datasets.storage.run_log import RunLog
 from uniter.datasets.text_db.tokenizer import Tokenizer
@@ -78,16 +81,31 @@ class Begun:
         Raises:
             UniterError: somebody does, or has begun a run there since we looked.
         """
-        problem = ""
-        if self.everyone.writes:
-            try:
-                self.alone.enter_context(only_writer(self.run, doing="training in"))
-                if self.earlier is None and (self.run / CONFIG_FILE).is_file():
-                    problem = f"another command has begun a run in {self.run} meanwhile; repeat this one to go on with it"
-            except UniterError as error:
-                problem = str(error)
-        if problem := self.everyone.gather(problem)[0]:
-            raise UniterError(problem)
+        _by_the_first(self.everyone, self._claim)
+
+    def _claim(self) -> None:
+        self.alone.enter_context(only_writer(self.run, doing="training in"))
+        if self.earlier is None and (self.run / CONFIG_FILE).is_file():
+            raise UniterError(f"another command has begun a run in {self.run} meanwhile; repeat this one to go on with it")
+
+    def check_contents(self, data: Data) -> None:
+        """Remember what the databases hold, and see that it is what the run learnt from before; an older run learns it now.
+
+        Raises:
+            SettingsDiffer: a database has other contents.
+        """
+        _by_the_first(self.everyone, lambda: self._check_contents(data))
+
+    def _check_contents(self, data: Data) -> None:
+        now, path = contents_of(data), self.run / DATA_FILE
+        before = read_json_object(path) if self.earlier is not None and path.is_file() else {}
+        if changed := [name for name, content in now.items() if before.get(name, content) != content]:
+            raise SettingsDiffer(
+                f"{self.run} has learnt from other contents of {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}; "
+                "bring them back, or give another --out"
+            )
+        if before.keys() != now.keys():
+            write_json(path, {**before, **now})
 
 
 @contextlib.contextmanager
@@ -107,6 +125,30 @@ def begun(asked: TrainSettings, run: Path) -> Iterator[Begun]:
         if earlier is not None:
             start.claim()
         yield start
+
+
+def contents_of(data: Data) -> dict[str, Any]:
+    """What tells the contents of the databases, by path: of ours the digest of the index, of published ones the size."""
+    found: dict[str, Any] = {}
+    for corpus in (*data.training.values(), *data.validation.values()):
+        for path in (*(text.path for text in corpus.texts), *corpus.images.folders):
+            if (path / INDEX).is_file():
+                found[str(path)] = content_of(path)["index"]
+            elif (path / "data.mdb").is_file():  # to read it all would take longer than many a run
+                found[str(path)] = (path / "data.mdb").stat().st_size
+    return found
+
+
+def _by_the_first(everyone: Processes, act: Callable[[], None]) -> None:
+    """Let the first process do it alone; if that fails, all of them fail."""
+    error: UniterError | None = None
+    if everyone.writes:
+        try:
+            act()
+        except UniterError as caught:
+            error = caught
+    if problem := everyone.gather("" if error is None else str(error))[0]:
+        raise error or UniterError(problem)
 
 
 def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: RegionOrigin | None) -> dict[str, Any]:
@@ -138,7 +180,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
     if everyone.writes and (start.earlier is None or (detector is not None and start.earlier.detector is None)):
         # An older run is stamped with what is known of its regions now.
         write_config(run / CONFIG_FILE, settings if start.earlier is None else _with_detector(start.earlier, detector))
-    everyone.wait_for_all()
+    start.check_contents(work.data)
     progressed = state.resume(run, model=model, optimizer=optimizer, read_model=lambda folder: read_model(folder, model))
     accumulation = _accumulation(settings, start, progressed)
     if progressed is None:
@@ -173,6 +215,8 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
 def _with_detector(settings: TrainSettings, detector: RegionOrigin | None) -> TrainSettings:
     return settings if detector is None else settings.model_copy(update={"detector": detector.to_dict()})
 
+
+DATA_FILE = "data.json"  # of a run: what its databases held
 
 SPLIT_FROM_WIDTH = 256  # hidden columns
 
