@@ -21,7 +21,6 @@ from uniter.datasets.batches.loader import Assembler
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.storage.claims import content_of
-from uniter.datasets.storage.files import read_json_object, write_json
 from uniter.datasets.storage.index_file import INDEX
 from uniter.datasets.storage.locks import only_writer
 from uniter.datasets.storage.run_log import RunLog
@@ -88,25 +87,6 @@ class Begun:
         if self.earlier is None and (self.run / CONFIG_FILE).is_file():
             raise UniterError(f"another command has begun a run in {self.run} meanwhile; repeat this one to go on with it")
 
-    def check_contents(self, data: Data) -> None:
-        """Remember what the databases hold, and see that it is what the run learnt from before; an older run learns it now.
-
-        Raises:
-            SettingsDiffer: a database has other contents.
-        """
-        _by_the_first(self.everyone, lambda: self._check_contents(data))
-
-    def _check_contents(self, data: Data) -> None:
-        now, path = contents_of(data), self.run / DATA_FILE
-        before = read_json_object(path) if self.earlier is not None and path.is_file() else {}
-        if changed := [name for name, content in now.items() if before.get(name, content) != content]:
-            raise SettingsDiffer(
-                f"{self.run} has learnt from other contents of {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}; "
-                "bring them back, or give another --out"
-            )
-        if before.keys() != now.keys():
-            write_json(path, {**before, **now})
-
 
 @contextlib.contextmanager
 def begun(asked: TrainSettings, run: Path) -> Iterator[Begun]:
@@ -137,6 +117,16 @@ def contents_of(data: Data) -> dict[str, Any]:
             elif (path / "data.mdb").is_file():  # to read it all would take longer than many a run
                 found[str(path)] = (path / "data.mdb").stat().st_size
     return found
+
+
+def _check_contents(progressed: state.Progressed, data: Data, run: Path) -> None:
+    """Let the run remember what its databases hold; raise SettingsDiffer where it learnt from other contents before."""
+    now = contents_of(data)
+    changed = [name for name, content in now.items() if progressed.contents.get(name, content) != content]
+    if changed:
+        named = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+        raise SettingsDiffer(f"{run} has learnt from other contents of {named}; bring them back, or give another --out")
+    progressed.contents |= now
 
 
 def _by_the_first(everyone: Processes, act: Callable[[], None]) -> None:
@@ -180,7 +170,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
     if everyone.writes and (start.earlier is None or (detector is not None and start.earlier.detector is None)):
         # An older run is stamped with what is known of its regions now.
         write_config(run / CONFIG_FILE, settings if start.earlier is None else _with_detector(start.earlier, detector))
-    start.check_contents(work.data)
+    everyone.wait_for_all()
     progressed = state.resume(run, model=model, optimizer=optimizer, read_model=lambda folder: read_model(folder, model))
     accumulation = _accumulation(settings, start, progressed)
     if progressed is None:
@@ -188,6 +178,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
         everyone.copy_from_first(parameter.data for parameter in model.parameters())
     else:
         logger.info("resuming after update %s", f"{progressed.step:,}")
+    _by_the_first(everyone, lambda: _check_contents(progressed, work.data, run))
     about = {"task": settings.task, **work.about, **({} if detector is None else {DETECTOR: detector.to_dict()})}
     masking = Masking(settings.masking.words, settings.masking.regions)
     learner = Learner(
@@ -215,8 +206,6 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
 def _with_detector(settings: TrainSettings, detector: RegionOrigin | None) -> TrainSettings:
     return settings if detector is None else settings.model_copy(update={"detector": detector.to_dict()})
 
-
-DATA_FILE = "data.json"  # of a run: what its databases held
 
 SPLIT_FROM_WIDTH = 256  # hidden columns
 

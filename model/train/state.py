@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +34,7 @@ class Progressed:
         first: the loss of each part in the run's first validation, None before it.
         best: of the best validation so far the two numbers it is judged by (best.py) and its step, None before the first.
         seed: the run's seed.
+        contents: what its databases hold, by path; empty in older runs.
     """
 
     step: int = 0
@@ -43,6 +45,7 @@ class Progressed:
     first: dict[str, float] | None = None
     best: tuple[float, float, int] | None = None
     seed: int = 0
+    contents: dict[str, Any] = field(default_factory=dict)
 
 
 def save(
