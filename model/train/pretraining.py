@@ -139,7 +139,7 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
         )
     of_classes = sorted({name for tasks in data.tasks.values() for name in tasks if PRETRAINING[name].needs_soft_labels})
     if of_classes:
-        check_classes(config, corpora, source=settings.from_ or "of these settings", tasks=of_classes)
+        check_classes(config, corpora, tasks=of_classes)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model.train()
