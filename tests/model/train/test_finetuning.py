@@ -285,7 +285,7 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
     count = 1 if name == "retrieval-hard" else 8
     batch = collate([task.sample(example(corpus, number), random.Random(number), Masking()) for number in range(count)])
     optimizer = AdamW(parameter_groups(model, weight_decay=0.0), lr=2e-3)
-    losses = []
+    values: list[float] = []
     for _ in range(80):
         optimizer.zero_grad()
         if "draw" in batch.targets:
@@ -293,11 +293,11 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
         outputs = task.head(model, batch)
         loss = losses.of(task.losses(outputs, batch.targets), weights=task.weights, reduction=task.reduction).number
         loss.backward()
-        if not losses:
+        if not values:
             assert model.uniter.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.35 * losses[0]
+        values.append(loss.item())
+    assert values[-1] < 0.35 * values[0]
     measured = task.metric(outputs, batch.targets)
     assert (measured["q2ar"] if name == "vcr" else measured["accuracy"]).mean() == 1
     if extras(task).predicted is not None:
