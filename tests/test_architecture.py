@@ -54,10 +54,10 @@ FOLDERS = {
     "model/heads": {"datasets/batches", "datasets/text_db/annotations", "model"},
     "model/tasks": {*_NETWORK, "datasets/storage", "datasets/text_db/annotations"},
     "model/settings": {"datasets/batches", "datasets/storage", "model", "model/tasks"},
-    "model/checkpoints": {*_TEXTS, "model", "model/heads", "model/settings"},
+    "model/checkpoints": {*_ON_DISK, "model", "model/heads", "model/settings"},  # a model knows whose regions it learnt from
     "model/train": {*_NETWORK, *_ON_DISK, "datasets/text_db/annotations", "model/checkpoints", "model/settings", "model/tasks"},
     "model/evaluation": {*_NETWORK, *_TEXTS, "model/checkpoints", "model/tasks", "model/train"},
-    "model/understanding": {*_NETWORK, "datasets/image_db", "datasets/text_db", "datasets/view", "model/checkpoints"},
+    "model/understanding": {*_NETWORK, "datasets/image_db", "datasets/text_db", "datasets/view", "model/checkpoints", "model/tasks"},
 }
 # library -> the paths (folders or files, from the root) inside which it may be imported
 ONLY_IN = {

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,24 @@ import orjson
 from uniter.datasets.errors import BadInput
 
 # ---------------------------------------------------------------------------------------------------------------- small files
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file to: made durable, it takes the place of `path` at the end; if anything fails, it is removed.
+
+    So a file is there whole or not at all, however the process ends. What a killed one leaves is called `NAME.*.tmp`.
+    """
+    # Processes in containers on several machines often have the same id.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        sync_folder(temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,3 +132,25 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise BadInput(f"{path} holds a JSON {type(document).__name__}; expected an object")
     return document
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it appears as `path` by rename once all in it is durable, or not at all.
+
+    Raises:
+        BadInput: there is such a folder.
+    """
+    if path.exists():
+        raise BadInput(f"{path} exists already; name a new folder or remove that one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    aside.mkdir()
+    try:
+        yield aside
+        for inner in (*aside.rglob("*"), aside):
+            sync_folder(inner)
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(path.parent)

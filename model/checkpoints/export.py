@@ -1,7 +1,6 @@
 """`uniter-train export`: UNITER's flat state dict, or a folder for the hub."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from uniter.datasets.storage.files import complete_folder, write_json, written_aside
 from uniter.model.checkpoints.beside import vocabulary_name
 from uniter.model.checkpoints.card import model_card, run_card
 from uniter.model.checkpoints.read import CARD_FILE
-from uniter.model.checkpoints.write import Weights, as_weights, complete_file, complete_folder, write_weights
+from uniter.model.checkpoints.write import Weights, as_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +22,11 @@ def export_published(model: nn.Module | Weights, path: str | Path) -> None:
     beside it under the same name ending in `.json`, its vocabulary in `-vocab.txt`. Complete or absent; an existing file is replaced."""
     path, weights = Path(path), as_weights(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete_file(path.with_suffix(".json")) as aside:
-        aside.write_text(json.dumps({**weights.config.to_dict(), **weights.about}, indent=2) + "\n", encoding="utf-8")
+    write_json(path.with_suffix(".json"), {**weights.config.to_dict(), **weights.about})
     if weights.tokenizer is not None:
-        with complete_file(path.with_name(vocabulary_name(path, lowercase=weights.tokenizer.lowercase))) as aside:
+        with written_aside(path.with_name(vocabulary_name(path, lowercase=weights.tokenizer.lowercase))) as aside:
             weights.tokenizer.write_vocabulary(aside)
-    with complete_file(path) as aside:
+    with written_aside(path) as aside:
         torch.save(weights.published(), aside, _use_new_zipfile_serialization=False)
 
 

@@ -94,6 +94,13 @@ class UniterForVqa(DownstreamModel):
     def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"answers": len(state["vqa_output.3.weight"])} if "vqa_output.3.weight" in state else {}
 
+    @property
+    def answer_count(self) -> int:
+        """A, how many answers it knows."""
+        last = self.vqa_output[3]
+        assert isinstance(last, nn.Linear)
+        return last.out_features
+
     def answers(self, batch: PackedBatch) -> Outputs:
         """scores (B, A), logits."""
         return {"scores": self.vqa_output(self.pooled(batch))}

@@ -139,9 +139,9 @@ def run_of(weights: Path) -> tuple[Path, TrainSettings] | None:
     return run, read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
 
 
-def differences(old: TrainSettings, new: TrainSettings) -> list[str]:
-    """What a repeated command says otherwise than the run: "key: old -> new", without what may change."""
-    before, after = dict(_flat(old.model_dump(mode="json", by_alias=True))), dict(_flat(new.model_dump(mode="json", by_alias=True)))
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a repeated command says otherwise than the run, both as YAML holds them: "key: old -> new", without what may change."""
+    before, after = dict(_flat(old)), dict(_flat(new))
     keys = sorted(before.keys() | after.keys())
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"

@@ -280,3 +280,10 @@ def row_of(name: str) -> Task:
         BadInput: there is none of that name.
     """
     return DOWNSTREAM[task_name(name, DOWNSTREAM)]
+
+
+def made_by(model: type) -> str:
+    """The command that trains a model of this class: pre-training, or the first task with such a head."""
+    named = (name for name, row in DOWNSTREAM.items() if row.finetuning is not None and row.finetuning.model is model)
+    task = next(named, None)
+    return "uniter-train pretrain" if task is None else f"uniter-train finetune {task}"

@@ -5,29 +5,18 @@ No random state is saved because there is none: every draw is a function of the 
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.step_folders import (
-    ASIDE,
-    BEST,
-    CHECKPOINTS,
-    LATEST,
-    checkpoint_path,
-    checkpoint_steps,
-    make_durable,
-    point,
-    remove_old,
-    sync,
-)
+from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps, write_step
+from uniter.datasets.storage.tensors import write_tensors
 
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 
@@ -72,24 +61,15 @@ def save(
         model, optimizer: the optimizer's state is saved by the model's parameter names.
         keep: how many of the newest checkpoints stay; the best one stays besides.
     """
-    folder = run / CHECKPOINTS
-    folder.mkdir(parents=True, exist_ok=True)
-    target = checkpoint_path(run, progressed.step)
-    if not target.exists():
-        aside = folder / f"{ASIDE}{progressed.step}-{os.getpid()}"
-        aside.mkdir()
-        write_model(aside)
+
+    def fill(folder: Path) -> None:
+        write_model(folder)
         tensors, numbers = optimizer_state(model, optimizer)
-        save_file(tensors, aside / OPTIMIZER_FILE)
-        (aside / STATE_FILE).write_text(json.dumps({**asdict(progressed), "optimizer": numbers}, indent=1), encoding="utf-8")
-        make_durable(aside)
-        aside.rename(target)
-        sync(folder)
-    point(folder / LATEST, target.name)
-    if progressed.best is not None and progressed.best[1] == progressed.step:
-        point(folder / BEST, target.name)
-    remove_old(run, keep=keep)
-    return target
+        write_tensors(folder / OPTIMIZER_FILE, tensors)
+        (folder / STATE_FILE).write_text(json.dumps({**asdict(progressed), "optimizer": numbers}, indent=1), encoding="utf-8")
+
+    best = progressed.best is not None and progressed.best[1] == progressed.step
+    return write_step(run, progressed.step, fill, keep=keep, best=best)
 
 
 def resume(run: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, read_model: Callable[[Path], None]) -> Progressed | None:

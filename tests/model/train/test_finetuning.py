@@ -35,10 +35,10 @@ from uniter.model.settings.gather import gather_settings
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.tasks.table import DOWNSTREAM
 from uniter.model.tasks.task import Task, extras
-from uniter.model.train.finetuning import finetune, kind_of
-from uniter.model.train.kind import Data
+from uniter.model.train.finetuning import build_mixture, finetune
 from uniter.model.train.optim import AdamW, parameter_groups
 from uniter.model.train.pretraining import pretrain
+from uniter.model.train.work import Data
 
 Make = Callable[..., TrainSettings]
 EACH_TASK = pytest.mark.parametrize("name", list(DOWNSTREAM))
@@ -266,7 +266,7 @@ def test_published_batches_of_pairs_count_no_special_tokens(world: dict[str, Pat
         settings = TrainSettings(
             task=name, corpora=[{"text": ["x"], "images": ["x"]}], batch_tokens=10**6, ordering="published", device="cpu"
         )
-        _, mixture = kind_of(name).build_mixture(settings, Data({"toy": corpus}, {}, {}))
+        _, mixture = build_mixture(settings, Data({"toy": corpus}, {}, {}))
         next(mixture.plans([0], first_step=1, last_step=1, accumulation=1))
         assert counted.pop() == (times * corpus.text_lengths_N + boxes).tolist()
 
