@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Self
 
 from uniter.datasets.errors import UniterError
 
@@ -14,6 +15,15 @@ class Stopped(UniterError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+    @classmethod
+    def after(cls, step: int, steps: int, signal_number: int) -> Self:
+        """Of a training that wrote a checkpoint after update `step` of `steps`."""
+        return cls(
+            f"stopped by {signal.Signals(signal_number).name} after update {step:,} of {steps:,}; a checkpoint is written and the same "
+            "command resumes",
+            signal_number,
+        )
 
 
 @contextmanager

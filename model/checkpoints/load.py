@@ -161,7 +161,7 @@ _HEADS: tuple[tuple[str, type[DownstreamModel] | type[UniterForPretraining]], ..
 )
 
 
-def kind_of(state: State, told: Mapping[str, Any]) -> type[DownstreamModel] | type[UniterForPretraining]:
+def kind_of(state: Mapping[str, Tensor], told: Mapping[str, Any]) -> type[DownstreamModel] | type[UniterForPretraining]:
     """The class of a checkpoint: as its configuration says, else by its heads; without any (BERT) that of pre-training."""
     named = told.get("architectures")
     by_name = {kind.__name__: kind for _, kind in _HEADS} | {UniterForNlvr2Triplet.__name__: UniterForNlvr2Triplet}

@@ -25,7 +25,15 @@ from uniter.model.tasks.predictions import answer_table
 from uniter.model.tasks.table import row_of
 from uniter.model.tasks.task import Task, extras
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.fit import check_fit, check_pictures, regions_of_run, regions_to_read, tokenizer_of_texts
+from uniter.model.train.fit import (
+    check_detector,
+    check_fit,
+    check_pictures,
+    origin_of_start,
+    regions_of_run,
+    regions_to_read,
+    tokenizer_of_texts,
+)
 from uniter.model.train.scoring import Scoring, validate
 
 
@@ -105,6 +113,7 @@ def evaluate_finetuned(
     device: str | None = None,
     precision: str = "fp32",
     scores: Path | None = None,
+    other_detector: bool = False,
 ) -> dict[str, Any]:
     """The figures of a down-stream model: its loss and metric, and the official ones.
 
@@ -112,10 +121,11 @@ def evaluate_finetuned(
 
     Args:
         scores: the folder where retrieval keeps its scores; the same call goes on where it was stopped.
+        other_detector: regions of another detector than the model learnt from are meant.
     """
     _check_scores(name, scores)
     with processes(device) as everyone:
-        run = _open(name, start_from, text, images, everyone, batch_tokens, seed, max_text_length, precision, workers)
+        run = _open(name, start_from, text, images, everyone, batch_tokens, seed, max_text_length, precision, workers, other_detector)
         if extras(run.task).pairs is not None:
             matrix, own, keys = run.every_pair(scores)
             figures = retrieval_recalls(matrix, own)
@@ -138,16 +148,18 @@ def predict(
     device: str | None = None,
     precision: str = "fp32",
     scores: Path | None = None,
+    other_detector: bool = False,
 ) -> dict[str, Any]:
     """Write what a model answers as the file that the task's official evaluation takes (retrieval: each side's best ten).
 
     Args:
         answers: `ans2label.json`, where neither the model nor the texts know the names of the answers.
         scores: as for `evaluate_finetuned`, and the same folder serves both.
+        other_detector: as for `evaluate_finetuned`.
     """
     _check_scores(name, scores)
     with processes(device) as everyone:
-        run = _open(name, start_from, text, images, everyone, batch_tokens, 42, -1, precision, workers)
+        run = _open(name, start_from, text, images, everyone, batch_tokens, 42, -1, precision, workers, other_detector)
         if extras(run.task).pairs is not None:
             matrix, _, keys = run.every_pair(scores)
             if everyone.writes:
@@ -196,11 +208,13 @@ def _open(
     max_text_length: int,
     precision: str,
     workers: int,
+    other_detector: bool,
 ) -> _Opened:
     row = row_of(name)
     regions = regions_to_read(images, *regions_of_run(start_from), extras(row).regions)
     corpus = open_corpus(name, text, images, max_text_length=max_text_length, image_options=regions)
     check_pictures(corpus, row, name)
+    check_detector([corpus], origin_of_start(start_from), source=start_from, meant=other_detector)
     model = load_downstream(extras(row).model, start_from).to(everyone.device)
     check_fit(model.config, corpus, source=start_from)
     tokenizer_of_texts([corpus], start=start_from)

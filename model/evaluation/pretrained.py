@@ -22,7 +22,16 @@ from uniter.model import losses
 from uniter.model.checkpoints.load import load_uniter
 from uniter.model.heads.pretraining import Outputs, UniterForPretraining
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.fit import check_fit, check_shown, regions_of_run, regions_to_read, tokenizer_of_texts
+from uniter.model.train.fit import (
+    check_classes,
+    check_detector,
+    check_fit,
+    check_shown,
+    origin_of_start,
+    regions_of_run,
+    regions_to_read,
+    tokenizer_of_texts,
+)
 from uniter.model.train.scoring import Head, Means, Scoring
 
 # A small held-out part is masked several times over, until so many words were asked for.
@@ -244,6 +253,7 @@ def evaluate_run(
     workers: int = 0,
     device: str | None = None,
     precision: str = "fp32",
+    other_detector: bool = False,
 ) -> dict[str, Any]:
     """The figures of `evaluate.evaluate_pretraining` of a run or checkpoint on databases, grouped: {"mlm": {"accuracy": ...}, ...}.
 
@@ -251,6 +261,7 @@ def evaluate_run(
         start: a run directory, a checkpoint file or folder, or a hub id.
         text, images: held-out databases.
         words: words whose accuracy is reported besides, split into the texts' word pieces.
+        other_detector: regions of another detector than the model learnt from are meant.
 
     Raises:
         BadInput: databases and model do not fit.
@@ -258,6 +269,7 @@ def evaluate_run(
     regions = regions_to_read(images, *regions_of_run(start))
     corpus = open_corpus("data", text, images, max_text_length=max_text_length, image_options=regions)
     check_shown(corpus)
+    check_detector([corpus], origin_of_start(start), source=start, meant=other_detector)
     pieces: list[int] = []
     if words:
         name = corpus.texts[0].tokenizer_name
@@ -269,6 +281,7 @@ def evaluate_run(
     with processes(device) as everyone:
         model = load_uniter(start).to(everyone.device)
         check_fit(model.config, corpus, source=start)
+        check_classes(model.config, [corpus])
         tokenizer_of_texts([corpus], start=start)
         figures = evaluate_pretraining(
             model,

@@ -67,6 +67,22 @@ def shipped_configs() -> list[str]:
     )
 
 
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a mapping.
+
+    Raises:
+        BadInput: something else than a mapping is on the way.
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise BadInput(f"settings: {parent!r} is a {type(values).__name__}, expected a mapping with the key {last!r}")
+    values[last] = value
+
+
 def assign(values: dict[str, Any], assignment: str) -> None:
     """Apply one `--set a.b=c` (c as YAML) to a mapping; `corpora.0.name=x` reaches into lists.
 

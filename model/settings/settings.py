@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from uniter.datasets.batches.order import BUCKET
 
+DEFAULT_TASK = "pretrain"
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -80,7 +82,7 @@ class TrainSettings(Settings):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True)
 
-    task: str = Field(default="pretrain", description="pretrain, or the down-stream task that is fine-tuned")
+    task: str = Field(default=DEFAULT_TASK, description="pretrain, or the down-stream task that is fine-tuned")
     corpora: list[CorpusSettings] = Field(min_length=1)
     model: ModelSettings = Field(default_factory=ModelSettings)
     from_: str | None = Field(default=None, alias="from", description="a run, checkpoint or BERT to start from; none: random numbers")

@@ -27,12 +27,12 @@ from uniter.model.checkpoints.grow import load_state, second_stage
 from uniter.model.checkpoints.read import find_weights, read_state
 from uniter.model.heads.downstream import VCR_TOKEN_TYPES
 from uniter.model.heads.pretraining import UniterForPretraining
-from uniter.model.settings.settings import CorpusSettings, TrainSettings
+from uniter.model.settings.settings import DEFAULT_TASK, CorpusSettings, TrainSettings
 from uniter.model.tasks.rows import LONGEST_CHOICE
 from uniter.model.tasks.table import DEFAULT_PRETRAINING, PRETRAINING, check_soft_labels, default_tasks, pretraining_task, task_name
 from uniter.model.tasks.task import Task
 from uniter.model.train.defaults import complete
-from uniter.model.train.fit import check_budget, check_shown, check_vocabulary, is_second_stage, that_fit
+from uniter.model.train.fit import check_budget, check_classes, check_shown, check_vocabulary, is_second_stage, that_fit
 from uniter.model.train.runs import begun, learn
 from uniter.model.train.work import Data, Work, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
@@ -44,7 +44,7 @@ LENGTHS_OF_CHOICES = "id2len_qar.json"  # VCR's text databases have it, ours and
 
 def pretrain(settings: TrainSettings, run: Path) -> dict[str, Any]:
     """Start a pre-training run in the folder `run`, or go on with the one that is there; see `runs.begun` and `runs.learn`."""
-    if settings.task != TrainSettings.model_fields["task"].default:
+    if settings.task != DEFAULT_TASK:
         raise BadInput(f"these settings are of the task {settings.task!r}; use uniter-train finetune {settings.task}")
     texts = [Path(text) for corpus in settings.corpora for text in corpus.text]
     if "max_text_length" not in settings.model_fields_set and any((text / LENGTHS_OF_CHOICES).is_file() for text in texts):
@@ -138,12 +138,8 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
             f"region features are {width} wide, but {settings.from_} was trained on {config.image_feature_size}; use its detector"
         )
     of_classes = sorted({name for tasks in data.tasks.values() for name in tasks if PRETRAINING[name].needs_soft_labels})
-    if of_classes and any(corpus.images.label_classes not in (0, config.label_classes) for corpus in corpora):
-        found = sorted({corpus.images.label_classes for corpus in corpora})
-        raise BadInput(
-            f"the region databases have {found} detector classes, the model {config.label_classes}; use its detector, or leave "
-            f"{' and '.join(of_classes)} out of the tasks"
-        )
+    if of_classes:
+        check_classes(config, corpora, tasks=of_classes)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model.train()

@@ -7,7 +7,7 @@ task is the value `Work`.
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import nn
 from uniter.datasets.batches.example import Masking
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.origin import RegionOrigin
+from uniter.datasets.storage.claims import content_of
+from uniter.datasets.storage.index_file import INDEX
 from uniter.datasets.storage.locks import only_writer
 from uniter.datasets.storage.run_log import RunLog
 from uniter.datasets.text_db.tokenizer import Tokenizer
@@ -77,16 +79,12 @@ class Begun:
         Raises:
             UniterError: somebody does, or has begun a run there since we looked.
         """
-        problem = ""
-        if self.everyone.writes:
-            try:
-                self.alone.enter_context(only_writer(self.run, doing="training in"))
-                if self.earlier is None and (self.run / CONFIG_FILE).is_file():
-                    problem = f"another command has begun a run in {self.run} meanwhile; repeat this one to go on with it"
-            except UniterError as error:
-                problem = str(error)
-        if problem := self.everyone.gather(problem)[0]:
-            raise UniterError(problem)
+        _by_the_first(self.everyone, self._claim)
+
+    def _claim(self) -> None:
+        self.alone.enter_context(only_writer(self.run, doing="training in"))
+        if self.earlier is None and (self.run / CONFIG_FILE).is_file():
+            raise UniterError(f"another command has begun a run in {self.run} meanwhile; repeat this one to go on with it")
 
 
 @contextlib.contextmanager
@@ -106,6 +104,40 @@ def begun(asked: TrainSettings, run: Path) -> Iterator[Begun]:
         if earlier is not None:
             start.claim()
         yield start
+
+
+def contents_of(data: Data) -> dict[str, Any]:
+    """What tells the contents of the databases, by path: of ours the digest of the index, of published ones the size."""
+    found: dict[str, Any] = {}
+    for corpus in (*data.training.values(), *data.validation.values()):
+        for path in (*(text.path for text in corpus.texts), *corpus.images.folders):
+            if (path / INDEX).is_file():
+                found[str(path)] = content_of(path)["index"]
+            elif (path / "data.mdb").is_file():  # to read it all would take longer than many a run
+                found[str(path)] = (path / "data.mdb").stat().st_size
+    return found
+
+
+def _check_contents(progressed: state.Progressed, data: Data, run: Path) -> None:
+    """Let the run remember what its databases hold; raise SettingsDiffer where it learnt from other contents before."""
+    now = contents_of(data)
+    changed = [name for name, content in now.items() if progressed.contents.get(name, content) != content]
+    if changed:
+        named = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+        raise SettingsDiffer(f"{run} has learnt from other contents of {named}; bring them back, or give another --out")
+    progressed.contents |= now
+
+
+def _by_the_first(everyone: Processes, act: Callable[[], None]) -> None:
+    """Let the first process do it alone; if that fails, all of them fail."""
+    error: UniterError | None = None
+    if everyone.writes:
+        try:
+            act()
+        except UniterError as caught:
+            error = caught
+    if problem := everyone.gather("" if error is None else str(error))[0]:
+        raise error or UniterError(problem)
 
 
 def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: RegionOrigin | None) -> dict[str, Any]:
@@ -145,6 +177,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
         everyone.copy_from_first(parameter.data for parameter in model.parameters())
     else:
         logger.info("resuming after update %s", f"{progressed.step:,}")
+    _by_the_first(everyone, lambda: _check_contents(progressed, work.data, run))
     about = {"task": settings.task, **work.about, **({} if detector is None else {DETECTOR: detector.to_dict()})}
     masking = Masking(settings.masking.words, settings.masking.regions)
     learner = Learner(

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,8 +31,10 @@ class Progressed:
         taken: micro-batches taken from each part's stream, by the part's name.
         micro_batches: micro-batches of one update, of all processes together.
         examples, tokens: what the run has trained on so far.
-        best: the best validation loss so far and its step, None before the first.
+        first: the loss of each part in the run's first validation, None before it.
+        best: of the best validation so far the two numbers it is judged by (best.py) and its step, None before the first.
         seed: the run's seed.
+        contents: what its databases hold, by path; empty in older runs.
     """
 
     step: int = 0
@@ -39,8 +42,10 @@ class Progressed:
     micro_batches: int = 1
     examples: int = 0
     tokens: int = 0
-    best: tuple[float, int] | None = None
+    first: dict[str, float] | None = None
+    best: tuple[float, float, int] | None = None
     seed: int = 0
+    contents: dict[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -68,7 +73,7 @@ def save(
         write_tensors(folder / OPTIMIZER_FILE, tensors)
         (folder / STATE_FILE).write_text(json.dumps({**asdict(progressed), "optimizer": numbers}, indent=1), encoding="utf-8")
 
-    best = progressed.best is not None and progressed.best[1] == progressed.step
+    best = progressed.best is not None and progressed.best[2] == progressed.step
     return write_step(run, progressed.step, fill, keep=keep, best=best)
 
 
@@ -100,7 +105,8 @@ def read_state(path: Path) -> tuple[Progressed, dict[str, dict[str, float]]]:
         values = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         numbers = values.pop("optimizer")
         best = values.pop("best")
-        return Progressed(**values, best=None if best is None else (best[0], best[1])), numbers
+        # Of older runs it is a mean of losses and a step: what is best is told anew (best.py).
+        return Progressed(**values, best=(best[0], best[1], best[2]) if best is not None and "first" in values else None), numbers
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"checkpoint {path}: cannot read {STATE_FILE} ({error}); remove this folder to resume from the one before"

@@ -10,6 +10,7 @@ result says so. It cannot compare regions, so "the left one" is beyond it. (On a
 found 98 % of "a red star" so, and 45 % by its transport plan between words and regions, where chance was 31 %.)
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +39,7 @@ from uniter.model.understanding.looking import attention_to_regions
 from uniter.model.understanding.pictures import SHOWN_PHOTOGRAPHS, SHOWN_REGIONS, SHOWN_WORDS, pixels
 from uniter.model.understanding.results import Answer, Grounding, Match, Photograph, Ranking, Seen, in_words, name_of
 
-"""A file, or the upright picture as (H, W, 3) uint8 BGR."""
-
+log = logging.getLogger(__name__)
 
 RegionSource = Callable[[Sequence[Any]], list[RegionFeatures]]
 
@@ -337,6 +337,9 @@ def _check_detector(found: Checkpoint, origin: RegionOrigin | None, *, meant: bo
             f"{found.source} learnt from the regions of {found.detector}, but these are of {origin}; use its detector, or say that another "
             "one is meant (--other-detector)"
         )
+    if found.detector is None or origin is None:
+        unknown = found.source if found.detector is None else "the source of regions"
+        log.info("%s does not say of which detector its regions are; they are taken to be of one", unknown)
 
 
 def _tokenizer(model: Checkpoint) -> Tokenizer:
