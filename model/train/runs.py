@@ -17,7 +17,6 @@ import yaml
 from torch import nn
 
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.storage.claims import content_of
@@ -186,7 +185,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
         optimizer=optimizer,
         tasks=work.tasks,
         mixture=work.mixture,
-        assembler=Assembler(work.mixture.parts, settings.seed, masking),
+        masking=masking,
         validation=work.validation,
         workers=_workers(settings, everyone),
         write_model=lambda folder: write_model(folder, model, about=about, tokenizer=tokenizer),
