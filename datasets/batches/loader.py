@@ -5,7 +5,6 @@ any number of workers gives the same batches, and any process can make any batch
 """
 
 import random
-import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from uniter.datasets.batches.example import Example, Masking
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Mixture, Part, Plan, sequential_plans
 from uniter.datasets.errors import UniterError
+from uniter.datasets.stopping import leave_signals
 
 PREFETCH = 4  # batches that each worker keeps ready
 
@@ -93,7 +93,7 @@ def load_once(
 
 def _made(assembler: Assembler, plans: Iterator[Plan], *, workers: int, pin_memory: bool = False) -> Iterator[MicroBatch]:
     """The batches of `plans`, which are consumed a little ahead of what is yielded."""
-    options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _leave_signals_to_the_trainer} if workers else {}
+    options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": leave_signals} if workers else {}
     loader: DataLoader[MicroBatch | _Failed] = DataLoader(
         _Telling(assembler) if workers else assembler,
         batch_size=None,
@@ -156,9 +156,3 @@ class _Once:
 
 def _as_it_is(made: Any) -> Any:
     return made
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A pre-emption signals every process of the group; the trainer needs its workers until its checkpoint is written."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
