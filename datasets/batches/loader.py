@@ -5,11 +5,7 @@ any number of workers gives the same batches, and any process can make any batch
 """
 
 import random
-<<<<<<< HEAD
-import signal
 import traceback
-=======
->>>>>>> wt-D
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,16 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.example import Example, Masking
-<<<<<<< HEAD
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Mixture, Part, Plan, sequential_plans
 from uniter.datasets.errors import UniterError
+from uniter.datasets.stopping import leave_signals
 
 PREFETCH = 4  # batches that each worker keeps ready
-=======
-from uniter.datasets.batches.plans import Part, Plan
-from uniter.datasets.stopping import leave_signals
->>>>>>> wt-D
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +74,6 @@ def load(
     Raises:
         BadInput: an example is not usable; as it was raised, whichever process made the batch.
     """
-<<<<<<< HEAD
     plans = mixture.plans(taken, first_step=first_step, last_step=last_step, accumulation=accumulation, rank=rank, world=world)
     return _made(Assembler(mixture.parts, mixture.seed, masking), plans, workers=workers, pin_memory=pin_memory)
 
@@ -102,14 +93,9 @@ def load_once(
 
 def _made(assembler: Assembler, plans: Iterator[Plan], *, workers: int, pin_memory: bool = False) -> Iterator[MicroBatch]:
     """The batches of `plans`, which are consumed a little ahead of what is yielded."""
-    options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _leave_signals_to_the_trainer} if workers else {}
+    options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": leave_signals} if workers else {}
     loader: DataLoader[MicroBatch | _Failed] = DataLoader(
         _Telling(assembler) if workers else assembler,
-=======
-    options: dict[str, Any] = {"prefetch_factor": prefetch, "worker_init_fn": leave_signals} if workers else {}
-    loader: DataLoader[MicroBatch] = DataLoader(
-        assembler,
->>>>>>> wt-D
         batch_size=None,
         sampler=_Once(plans),
         num_workers=workers,
