@@ -299,7 +299,7 @@ FOREIGN: dict[str, Foreign] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", list(FOREIGN))
+@pytest.mark.parametrize("case", FOREIGN)
 def test_overwrite_does_not_touch_a_folder_of_others(case: str, tmp_path: Path, trained: Any) -> None:
     folder, words = FOREIGN[case](tmp_path, trained)
     before = tree(folder)
