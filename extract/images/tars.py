@@ -64,9 +64,21 @@ def _tar_items(path: Path, rule: KeyRule) -> Iterator[ImageItem]:
                 item = _tar_item(member, path, shown, rule)
                 if item is not None:
                     yield item
+            _refuse_cut(path, tar.offset)
     except (tarfile.TarError, EOFError, ValueError) as error:
         # Downloads that were stopped leave such files: what precedes the cut is used.
         yield ImageItem(f"{text_of(path.name)}#end", shown, str(path), fault=f"the tar cannot be read to its end ({error}); write it again")
+
+
+def _refuse_cut(path: Path, end: int) -> None:
+    """The library takes the first header that it cannot read for the tar's end. There are zeros, or nothing."""
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+        if any(block) or 0 < len(block) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"no header at byte {end:,}, where one should be")
+        if not block and file.seek(0, 2) < end:
+            raise tarfile.ReadError("unexpected end of data")
 
 
 def _tar_item(member: tarfile.TarInfo, path: Path, shown: str, rule: KeyRule) -> ImageItem | None:

@@ -1,5 +1,6 @@
 """The database of a run: claimed, settled, headed."""
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -13,28 +14,27 @@ from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.writing.side_files import BOX_IDS
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.progress import human_bytes
+from uniter.datasets.storage.files import read_json_object
 from uniter.extract.detector.protocol import Detector
 from uniter.extract.images.given_boxes import GivenBoxes
 from uniter.extract.images.items import ImageList
-from uniter.extract.run.options import Work, selection_settings
+from uniter.extract.run.options import Options, Work
 
 log = logging.getLogger(__name__)
 
 
-def open_store(
-    out: str | os.PathLike[str], listed: ImageList, detector: Detector, work: Work, *, key: str | None, overwrite: bool, retry_failed: bool
-) -> UnitStore:
+def open_store(out: str | os.PathLike[str], listed: ImageList, detector: Detector, work: Work, options: Options) -> UnitStore:
     """Begin or continue the database.
 
     Raises:
         SettingsDiffer: it was begun with other settings, or for other images.
         BadInput: `out` is a folder of other things, for instance the photographs themselves.
     """
-    if not overwrite:
+    if not options.overwrite:
         _refuse_foreign_folder(Path(out))
-    settings = run_settings(listed, detector, work, key=key)
+    settings = run_settings(listed, detector, work, key=options.key)
     try:
-        store = UnitStore(Path(out), settings=settings, overwrite=overwrite)
+        store = UnitStore(Path(out), settings=settings, overwrite=options.overwrite)
     except SettingsDiffer:
         if (begun := other_images(Path(out), settings)) is None:
             raise
@@ -42,7 +42,7 @@ def open_store(
             f"{out} was begun for other images ({begun:,} then, {listed.images:,} now): extract those that were "
             "added into another OUT (a .txt list can name them) and join the two with `uniter-db merge`; or --overwrite to begin anew"
         ) from None
-    if retry_failed:
+    if options.retry_failed:
         log.info("%d units hold images that failed and are tried again", len(store.forget_failures()))
     return store
 
@@ -65,7 +65,7 @@ def run_settings(listed: ImageList, detector: Detector, work: Work, *, key: str 
     return {
         "kind": "regions",
         "detector": detector.settings(),
-        "selection": selection_settings(work),
+        "selection": work.selection(),
         "key": key or ("path" if listed.unit_images is None else "stem"),
         "images": {"count": listed.images, "units": listed.units, "unit_images": listed.unit_images, "keys_sha256": listed.keys_sha256},
         "batch_size": work.batch_size,
@@ -82,6 +82,33 @@ def other_images(out: Path, settings: Mapping[str, Any]) -> int | None:
     return int(was.get("count", 0))
 
 
+def complete(store: UnitStore, listed: ImageList, detector: Detector, work: Work) -> dict[str, Any] | None:
+    """Complete the database if all units are there.
+
+    Returns:
+        Its header; None where units are still to do, here or by other processes.
+
+    Raises:
+        UniterError: not one image could be used; there is no header then.
+    """
+    if not store.is_complete() and len(store.finished_units()) == listed.units:
+        _refuse_nothing(store, listed)
+        if work.given is not None:
+            with contextlib.suppress(FileNotFoundError):  # another process has completed the database meanwhile, ids and all
+                write_box_ids(store.path, listed, work.given)
+    if not store.finish(units=listed.units, header=run_header(detector, work)):
+        return None
+    return read_json_object(store.path / "header.json")
+
+
+def _refuse_nothing(store: UnitStore, listed: ImageList) -> None:
+    failed = store.failures()
+    if len(failed) >= listed.images:
+        first = "; ".join(f"{row['path']}: {row['error']}" for row in failed[:3])
+        more = f"; and {len(failed) - 3:,} more" if len(failed) > 3 else ""
+        raise UniterError(f"none of {listed.images:,} images could be used ({first}{more}); nothing was extracted")
+
+
 def run_header(detector: Detector, work: Work) -> dict[str, Any]:
     """What `header.json` says besides the counts."""
     settings = detector.settings()
@@ -94,7 +121,7 @@ def run_header(detector: Detector, work: Work) -> dict[str, Any]:
         "weights": weights,
         "weights_sha256": weights.get("sha256"),
         "box_kind": "given" if work.given is not None else settings.get("box_kind", "proposal"),
-        "selection": selection_settings(work),
+        "selection": work.selection(),
         "batch_size": work.batch_size,
         "software": f"uniter-toolkit {importlib.metadata.version('uniter-toolkit')}",
         "class_names": list(detector.class_names),
