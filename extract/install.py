@@ -10,6 +10,7 @@ A Detectron2 that can be imported already (conda-forge, a source build) is left 
 
 import base64
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import os

@@ -8,6 +8,8 @@ import re
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Collection
 from pathlib import Path

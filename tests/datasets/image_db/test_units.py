@@ -128,7 +128,7 @@ def test_a_unit_that_another_process_holds_is_refused(tmp_path: Path) -> None:
     store = UnitStore(tmp_path / "out", settings={})
     code = f"""
         import time
-        from uniter.datasets.lmdb_store import UnitStore
+        from uniter.datasets.image_db.writing.units import UnitStore
         with UnitStore({str(store.path)!r}, settings={{}}).unit(0) as writer:
             print("mine", flush=True)
             time.sleep(60)

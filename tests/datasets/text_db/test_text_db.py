@@ -160,7 +160,7 @@ def test_what_goes_in_comes_out(bert: Tokenizer, tmp_path: Path) -> None:
 def test_small_runs_and_forgotten_images_give_the_same_bytes(bert: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = some_captions(3000)
     build_text_db(captions, tmp_path / "whole", tokenizer=bert, meta={"output": "db"})
-    monkeypatch.setattr("uniter.datasets.text_db.building.spool.BATCH", 100)
+    monkeypatch.setattr("uniter.datasets.text_db.building.build.BATCH", 100)
     monkeypatch.setattr("uniter.datasets.text_db.building.spool.RUN_BYTES", 20_000)
     monkeypatch.setattr("uniter.datasets.text_db.building.spool.REMEMBERED_IMAGES", 50)
     build_text_db(iter(captions), tmp_path / "bits", tokenizer=bert, meta={"output": "db"})
@@ -304,17 +304,17 @@ def test_two_builders_of_one_database(bert: Tokenizer, tmp_path: Path) -> None:
 
 KILLED = """
 import sys, random
-from uniter.datasets import build_text
-from uniter.datasets.captions.caption import Caption
-from uniter.datasets.tokenizer import Tokenizer
-build_text.BATCH, build_text.RUN_BYTES = 200, 40_000
+from uniter.datasets.text_db.building import build, spool
+from uniter.datasets.text_db.caption import Caption
+from uniter.datasets.text_db.tokenizer import Tokenizer
+build.BATCH, spool.RUN_BYTES = 200, 40_000
 words = "a red green disc square left right of near".split()
 rng = random.Random(3)
 captions = [Caption(str(rng.randrange(10**6) * 10_000 + n), f"i{n // 3}.jpg", " ".join(rng.choices(words, k=9))) for n in range(20000)]
 import time
 start = time.monotonic()
 print("ready", flush=True)
-build_text.build_text_db(captions, sys.argv[1], tokenizer=Tokenizer.load(), meta={"output": "db"})
+build.build_text_db(captions, sys.argv[1], tokenizer=Tokenizer.load(), meta={"output": "db"})
 print("done", time.monotonic() - start, flush=True)
 """
 
@@ -501,9 +501,9 @@ print(time.perf_counter() - start, (kilobytes() - before) / 1024, count)
 @pytest.mark.slow
 def test_ten_million_examples_open_at_once(tmp_path: Path) -> None:
     script = f"""
-from uniter.datasets.build_text import build_text_db
-from uniter.datasets.captions.caption import Caption
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.text_db.building.build import build_text_db
+from uniter.datasets.text_db.caption import Caption
+from uniter.datasets.text_db.tokenizer import Tokenizer
 captions = (Caption(str(n), str(n // 5), "a dog") for n in range(10_000_000))
 build_text_db(captions, {str(tmp_path / "db")!r}, tokenizer=Tokenizer.load())
 """

@@ -138,7 +138,7 @@ def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LEARN = """
-from uniter.datasets.tokenizer import Tokenizer
+from uniter.datasets.text_db.tokenizer import Tokenizer
 sizes = [(c, g) for c in ("red", "green", "bluish") for g in ("dark", "pale")]
 texts = [f"a {c} disc on the {g} ground , near a {c}ish square thing!" for c, g in sizes]
 print("\\n".join(Tokenizer.learn(texts, size=120).vocabulary))

@@ -16,7 +16,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_detector import build
-from uniter.extract.pipeline import extract_images
+from uniter.extract import extract_images
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
@@ -37,7 +37,7 @@ print(json.dumps(seen))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_stays_flat_with_a_network(make_photos: Callable[..., Path], tmp_path: Path) -> None:
     """Resident size after 50 and after 2,000 small images, batches of mixed sizes, a narrow Bottom-Up-Attention detector."""
-    command = [sys.executable, "-c", RUN, str(Path(__file__).parents[1]), str(make_photos(20)), str(tmp_path)]
+    command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(make_photos(20)), str(tmp_path)]
     seen = {
         int(count): size for count, size in json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout).items()
     }

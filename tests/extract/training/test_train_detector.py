@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from detectron2.structures import Boxes
 from safetensors.torch import load_file
 
 from uniter.cli.train_detector import detector_command
@@ -135,7 +136,7 @@ def test_its_folder_is_a_detector(world: Path, finished: Path) -> None:
     with torch.no_grad():
         heads = network.roi_heads
         maps = network.backbone(network.preprocess_image([item]).tensor)
-        rows = heads.box_head(heads.box_pooler([maps["p3"]], [training.Boxes(torch.from_numpy(boxes).float())]))
+        rows = heads.box_head(heads.box_pooler([maps["p3"]], [Boxes(torch.from_numpy(boxes).float())]))
         scores = heads.box_predictor.cls_score(rows).softmax(dim=1)
     np.testing.assert_allclose(given.features, rows, atol=1e-4)
     np.testing.assert_allclose(given.probabilities, torch.cat([scores[:, -1:], scores[:, :-1]], dim=1), atol=1e-5)

@@ -12,9 +12,9 @@ from uniter.datasets.batches.corpus import Corpus, open_corpus
 from uniter.datasets.batches.example import Masking
 from uniter.datasets.errors import BadInput
 from uniter.model import UniterConfig, UniterForPretraining, load_uniter
+from uniter.model.evaluation import pretrained as evaluate
 from uniter.model.evaluation.pretrained import _Run, evaluate_pretraining, evaluate_run, retrieval, retrieval_groups
 from uniter.model.settings.settings import TrainSettings
-from uniter.model.train import scoring as evaluate
 from uniter.model.train.distributed import Processes
 from uniter.model.train.pretraining import pretrain
 from uniter.model.train.scoring import Means

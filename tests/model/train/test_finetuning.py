@@ -25,7 +25,7 @@ from uniter.datasets.image_db import ImageDB
 from uniter.datasets.storage.run_log import read_log
 from uniter.datasets.storage.step_folders import checkpoint_steps
 from uniter.datasets.text_db import TextDB
-from uniter.model import UniterConfig
+from uniter.model import UniterConfig, load_uniter
 from uniter.model.checkpoints.export import export_published
 from uniter.model.checkpoints.read import find_weights, read_state
 from uniter.model.evaluation.finetuned import evaluate_finetuned, predict
@@ -303,7 +303,26 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
     if extras(task).predicted is not None:
         asked = collate([extras(task).predicted(example(corpus, number), random.Random(number), Masking()) for number in range(count)])
         outputs = task.head(model, asked)
-    assert len(extras(task).answer(outputs)) in (8, 24, 32, 48)
+    are_right(name, extras(task).answer(outputs), {field: values.numpy() for field, values in batch.targets.items()})
+
+
+def are_right(name: str, answers: list[Any], targets: dict[str, np.ndarray]) -> None:
+    """The answers to eight examples (retrieval: the scores of its groups, a positive first) that were learned by heart."""
+    if name.startswith("retrieval"):
+        groups = targets.get("group_sizes", np.full(8, 3))  # of mined groups as many negatives are scored as the smallest has
+        assert len(answers) == len(groups) * min(groups)
+        assert all(max(negatives) < positive for positive, *negatives in np.split(np.array(answers), len(groups)))
+    elif name == "vcr":
+        assert np.shape(answers) == (8, 4 + 4 * 4)
+        for scores, correct in zip(np.array(answers), targets["correct"].reshape(8, 2, 4), strict=True):
+            answer, reason = correct.argmax(axis=1)
+            assert scores[:4].argmax() == answer and scores[4 + 4 * answer :][:4].argmax() == reason
+    elif name.startswith("refcoco"):
+        assert answers == targets["region"].tolist()
+    elif name.startswith("nlvr2"):
+        assert answers == [bool(truth) for truth in targets["truth"]]
+    else:
+        assert answers == targets["answers"].argmax(axis=1).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -410,8 +429,27 @@ def test_evaluation_asks_each_example_once(
 
 
 def test_a_pretrained_model_retrieves_zero_shot(world: dict[str, Path], pretrained: Path) -> None:
+    """The ranks are those of ITM's own logit of "they match", one text after the other and counted by hand."""
     figures = evaluate_finetuned("retrieval", str(pretrained), text=[str(world["retrieval"])], images=[str(world["images"])], device="cpu")
-    assert figures["pictures"] == 24 and 0 <= figures["r_mean"] <= 1
+    model, corpus = load_uniter(pretrained), corpus_of("retrieval", world)
+    pictures = np.unique(corpus.image_rows_NK).tolist()
+    scores = np.zeros((len(corpus), len(pictures)))
+    for text in range(len(corpus)):
+        batch = collate([matched_pair(Example(corpus, text, (picture,)), random.Random(0), Masking()) for picture in pictures])
+        with torch.inference_mode():
+            scores[text] = model.pairs(batch)["scores"][:, 1]
+    own = [pictures.index(own_picture(corpus, text)) for text in range(len(corpus))]
+    of_texts = [int((scores[text] > scores[text, picture]).sum()) for text, picture in enumerate(own)]
+    of_pictures = []
+    for picture in range(len(pictures)):
+        best = max(scores[text, picture] for text in range(len(corpus)) if own[text] == picture)
+        of_pictures.append(int((scores[:, picture] > best).sum()))
+    expected = {f"img_r{depth}": float(np.mean([rank < depth for rank in of_texts])) for depth in (1, 5, 10)}
+    expected |= {f"txt_r{depth}": float(np.mean([rank < depth for rank in of_pictures])) for depth in (1, 5, 10)}
+    assert len(set(expected.values())) > 4, "figures that can tell a difference"
+    expected |= {"r_mean": float(np.mean(list(expected.values())))}
+    assert {name: figures[name] for name in expected} == pytest.approx(expected)
+    assert (figures["texts"], figures["pictures"]) == (200, 24)
 
 
 @pytest.mark.slow

@@ -73,12 +73,31 @@ def test_the_rate_warms_up_and_decays(small: Make, tmp_path: Path) -> None:
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 5e-4 / 0.6, 4e-4 / 0.6, 3e-4 / 0.6, 2e-4 / 0.6, 1e-4 / 0.6, 1e-8])
 
 
+def logs_of_both_precisions(make: Make, folder: Path, **changes: Any) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """The losses of float32's and of bf16's run, line by line."""
+    logs = []
+    for precision in ("fp32", "bf16"):
+        pretrain(make(precision=precision, steps=4, **changes), folder / precision)
+        logs.append(read_log(folder / precision))
+    assert [(line["kind"], line["step"]) for line in logs[0]] == [(line["kind"], line["step"]) for line in logs[1]]
+    return [tuple({name: line[name] for name in line if "loss" in name} for line in lines) for lines in zip(*logs, strict=True)]
+
+
 def test_bf16_trains(small: Make, tmp_path: Path) -> None:
-    pretrain(small(precision="bf16", steps=4), tmp_path / "run")
-    losses = [line["loss"] for line in read_log(tmp_path / "run") if line["kind"] == "train"]
-    assert all(loss == loss for loss in losses)
-    weights = load_file(checkpoint_path(tmp_path / "run", 4) / "model.safetensors")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    """Near float32 and not it: a run that forgot to compute in half precision would log float32's losses to the last digit."""
+    for whole, half in logs_of_both_precisions(small, tmp_path):
+        assert whole and half == pytest.approx(whole, rel=0.02, abs=0.01)
+        assert all(half[name] != whole[name] for name in whole)
+    weights = [load_file(checkpoint_path(tmp_path / "bf16", step) / "model.safetensors") for step in (2, 4)]
+    assert {tensor.dtype for tensors in weights for tensor in tensors.values()} == {torch.float32}
+    assert not torch.equal(*(tensors["uniter.pooler.dense.weight"] for tensors in weights))
+
+
+def test_bf16_validates(small: Make, tmp_path: Path) -> None:
+    """Under a rate that leaves the weights as they were only the validation's own precision can tell the runs apart."""
+    *_, (whole, half) = logs_of_both_precisions(small, tmp_path, optimizer={"learning_rate": 1e-12}, validate_every=4)
+    assert len(whole) > 4 and half == pytest.approx(whole, rel=0.02, abs=0.01)
+    assert all(abs(half[name] - whole[name]) > 1e-6 * abs(whole[name]) for name in whole)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_learned(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
