@@ -8,7 +8,7 @@ anything else is refused in words. What an older folder does not know is said on
 
 What a reader would get wrong: `overwrite` does not touch OUT until its successor is whole. The work goes on in `OUT.overwriting/`, and
 `Claim.publish` swaps the two; what killed it may have left in between, the next claim puts right. Several processes may hold one claim
-(extraction by shards); where only one may write, it also takes `locks.only_writer(claim.folder)`.
+(extraction by shards); where only one may write, it also takes `claim.alone("building")`.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from uniter.datasets.storage.files import (
 )
 from uniter.datasets.storage.index_file import INDEX, map_arrays
 from uniter.datasets.storage.lmdb_files import full_disk_said
-from uniter.datasets.storage.locks import file_lock
+from uniter.datasets.storage.locks import file_lock, only_writer
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +82,14 @@ class Claim:
         folder: where to write: `out`, or its successor beside it.
         maker: who writes.
         settings: what `settings.json` says.
+        identity: of the folder to write to, whatever it is called by now.
     """
 
     out: Path
     folder: Path
     maker: Maker
     settings: Mapping[str, Any]
+    identity: tuple[int, int]
 
     @property
     def complete(self) -> bool:
@@ -96,17 +98,37 @@ class Claim:
 
     def published(self) -> bool:
         """Whether the successor that was written to has taken its place, by this process or another one."""
-        return self.folder != self.out and not self.folder.exists() and (self.out / self.maker.complete).is_file()
+        return self.folder != self.out and _identity(self.out) == self.identity
+
+    @contextlib.contextmanager
+    def alone(self, doing: str) -> Iterator[None]:
+        """Be the only process that writes to the folder.
+
+        Args:
+            doing: as in the sentence "another process is building OUT".
+
+        Raises:
+            UniterError: somebody else is.
+        """
+        self._refuse_if_lost()
+        with only_writer(self.folder, doing=doing):
+            self._refuse_if_lost()
+            yield
+
+    def _refuse_if_lost(self) -> None:
+        if _identity(self.folder) != self.identity:
+            raise UniterError(f"another process has overwritten {self.out} at this moment; look at what it wrote, or run the command again")
 
     def publish(self) -> None:
         """Put the successor, which is whole, in its place; what lay in the old folder and is not ours goes along.
 
         Raises:
-            UniterError: the folder cannot be renamed.
+            UniterError: the folder cannot be renamed, or another process put another one in its place.
         """
         if self.folder != self.out:
             with _changing(self.out):
                 if not self.published():
+                    self._refuse_if_lost()
                     _swap(self.out, self.folder, self.maker)
 
     def abandon(self) -> None:
@@ -157,15 +179,16 @@ def claim(
                 elif (aside / maker.complete).is_file():  # killed with everything done
                     _swap(out, aside, maker)
                     folder = out
-    folder.mkdir(parents=True, exist_ok=True)
-    with full_disk_said(folder):
-        first_json(folder / SETTINGS, asked)
-    stored = read_json_object(folder / SETTINGS)
-    if phrases := _differences(stored, asked, may_differ):
-        raise SettingsDiffer(
-            f"{out} was begun with other settings ({first_phrases(phrases)}): use the same ones, another folder, or --overwrite"
-        )
-    return Claim(out, folder, maker, _stamped(folder, stored, asked))
+        folder.mkdir(parents=True, exist_ok=True)
+        with full_disk_said(folder):
+            first_json(folder / SETTINGS, asked)
+        stored = read_json_object(folder / SETTINGS)
+        if phrases := _differences(stored, asked, may_differ):
+            raise SettingsDiffer(
+                f"{out} was begun with other settings ({first_phrases(phrases)}): use the same ones, another folder, or --overwrite"
+            )
+        status = folder.stat()
+        return Claim(out, folder, maker, _stamped(folder, stored, asked), (status.st_dev, status.st_ino))
 
 
 def refuse_source_inside(out: Path, source: Path) -> None:
@@ -314,6 +337,14 @@ def _begun(folder: Path, maker: Maker) -> bool:
 def _plain(out: Path) -> Path:
     """The folder that a link, "." or ".." stands for: it is what is replaced, not the link."""
     return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _beside(out: Path, ending: str) -> Path:

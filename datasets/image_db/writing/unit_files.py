@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.index_file import INDEX, key_columns, save_arrays
 from uniter.datasets.storage.lmdb_files import FIRST_MAP_BYTES, open_writer
-from uniter.datasets.storage.lmdb_pages import PageFile
+from uniter.datasets.storage.lmdb_pages import PageFile, is_empty_file
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def tidy_partial(folder: Path) -> None:
 
 def drop_if_damaged(data: Path) -> None:
     """Remove a unit's LMDB that cannot be read any more (a broken disk, a copy that was cut off): its images are then done again."""
-    if not data.exists() or data.stat().st_size < 2 * 4096:
+    if not data.exists() or is_empty_file(data):
         return
     try:
         with PageFile(data) as pages:

@@ -40,7 +40,7 @@ from uniter.datasets.image_db.writing.unit_files import (
     unit_names,
 )
 from uniter.datasets.storage.cards import CARD_FILE, has_foreign_readme, region_card
-from uniter.datasets.storage.files import difference_in_words, first_json, first_phrases, read_json, sync_folder, write_bytes, write_json
+from uniter.datasets.storage.files import difference_in_words, first_json, first_phrases, read_json, sync, write_bytes, write_json
 from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, key_columns, map_arrays, save_arrays
 from uniter.datasets.storage.lmdb_files import FIRST_MAP_BYTES, checked_key, full_disk_said, open_writer
 from uniter.datasets.storage.locks import file_lock
@@ -97,7 +97,7 @@ class UnitStore:
         The header goes first and the settings last: in between this is an unfinished database, not one that was made elsewhere.
         """
         (self.path / _OVERWRITING).touch()
-        sync_folder(self.path)
+        sync(self.path)
         for name in ("header.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS):
             (self.path / name).unlink(missing_ok=True)
         if not has_foreign_readme(self.path):
@@ -226,9 +226,9 @@ class UnitStore:
                 folder / INDEX, [keys.raw(int(row)) for row in mine], columns["region_counts"][mine], columns["checksums"][mine]
             )
             write_failures(folder / "failures.jsonl", [row for row, unit in zip(rows, failed_units, strict=True) if unit == number])
-        sync_folder(remade)
+        sync(remade)
         (self.path / "header.json").unlink()
-        sync_folder(self.path)
+        sync(self.path)
         shutil.rmtree(self.units_folder, ignore_errors=True)
         remade.rename(self.units_folder)
         for name in (INDEX, "failures.jsonl"):
@@ -283,7 +283,7 @@ class UnitStore:
                 environment.close()
         (folder / "data.mdb").unlink()
         (folder / "lock.mdb").unlink(missing_ok=True)
-        sync_folder(folder)
+        sync(folder)
 
     def finish(self, *, units: int, header: Mapping[str, Any]) -> bool:
         """Complete the database if all units are there: `data.mdb`, index, `failures.jsonl`, and `header.json` last.
@@ -349,7 +349,7 @@ class UnitStore:
         )
         write_failures(self.path / "failures.jsonl", failed)
         (self.path / "lock.mdb").unlink(missing_ok=True)
-        sync_folder(self.path)
+        sync(self.path)
         told = {
             "format_version": FORMAT_VERSION,
             "kind": "regions",
@@ -400,7 +400,7 @@ class UnitWriter:
         """Store a record at the next `commit`.
 
         Raises:
-            BadInput: the key is empty, longer than 511 bytes of UTF-8, or was already written in this unit.
+            BadInput: the key is empty, too long for LMDB, or was already written in this unit.
         """
         raw = checked_key(key)
         if key in self.done:
@@ -465,9 +465,9 @@ class UnitWriter:
             finished = self._store._folder(self.number)
             self._unit.environment.close()
             (self._folder / "lock.mdb").unlink(missing_ok=True)
-            sync_folder(self._folder)
+            sync(self._folder)
             self._folder.rename(finished)
-            sync_folder(finished.parent)
+            sync(finished.parent)
         self._stack.close()
         self._store.absorb()
 

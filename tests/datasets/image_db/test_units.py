@@ -211,7 +211,7 @@ def test_dying_at_each_step_of_absorbing_and_finishing(
             raise Died
         real(folder)
 
-    monkeypatch.setattr(lmdb_store, "sync_folder", dying)
+    monkeypatch.setattr(lmdb_store, "sync", dying)
     with pytest.raises(Died) if moment else pytest.MonkeyPatch.context():
         build(out)
         if moment > steps:
