@@ -107,8 +107,9 @@ class RegionExtractor:
             BadInput: a photograph cannot be read or used; the sentence names it. What was detected before it is kept.
         """
         if isinstance(images, str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim == 3):
-            images = [images]
-        several: Sequence[Any] = images
+            several: Sequence[Any] = [images]
+        else:
+            several = images  # type: ignore[assignment]  # an array of four dimensions is a sequence of pictures
         with quiet_libraries():
             return self._regions(several)
 

@@ -436,6 +436,7 @@ def test_reading_refuses_pipes_and_oversized_files(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no ordinary file"):
         read_bytes(item)
     with open(tmp_path / "huge.jpg", "wb") as huge:
+        huge.write(b"\xff\xd8\xff")
         huge.truncate(1 << 40)
     (item,) = list_images(tmp_path / "huge.jpg").unit(0)
     with pytest.raises(BadInput, match="--max-pixels"):
