@@ -442,7 +442,7 @@ def test_reading_refuses_pipes_and_oversized_files(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--max-pixels"):
         read_bytes(item)
     (tmp_path / "empty.jpg").touch()
-    (item,) = list_images(tmp_path / "empty.jpg").unit(0)
+    item = list_images([tmp_path / "empty.jpg", tmp_path / "huge.jpg"]).unit(0)[0]
     with pytest.raises(BadInput, match="the file is empty"):
         read_bytes(item)
 
