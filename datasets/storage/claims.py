@@ -130,6 +130,8 @@ class Claim:
                 if not self.published():
                     self._refuse_if_lost()
                     _swap(self.out, self.folder, self.maker)
+                elif self.folder.is_dir() and not (self.folder / SETTINGS).exists():
+                    remove(self.folder)  # locks of a process that was too late
 
     def abandon(self) -> None:
         """Take away the begun folder of a command that failed for good; what stood at `out` before it, and what is not ours, stays."""
