@@ -171,13 +171,11 @@ def _refuse_useless(context: click.Context) -> None:
 
 def _say(summary: "ExtractSummary", out: Path, *, alone: bool, strict: bool, as_json: bool) -> None:
     """Print what was done; exit where it is not all, or not all of it good."""
-    print_summary(
-        summary.as_dict() if as_json else summary.as_table(),
-        as_json=as_json,
-        title=f"{out}: {'complete' if summary.complete else 'not complete yet'}",
-    )
-    if summary.only_fillers:
-        log.warning("%s, kept because of --min-boxes; is it the right detector, with the right weights?", summary.fillers_in_words())
+    if not summary.complete:
+        state = "not complete yet"
+    else:
+        state = "complete" if summary.extracted or summary.failed else "already complete"
+    print_summary(summary.as_dict() if as_json else summary.as_table(), as_json=as_json, title=f"{out}: {state}")
     if summary.failures:
         where = f"see {out / 'failures.jsonl'}" if summary.complete else "failures.jsonl is written when all units are done"
         log.warning("%s images failed: %s", f"{summary.failures:,}", where)

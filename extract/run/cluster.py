@@ -23,7 +23,7 @@ from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.storage.files import read_json_object
 from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions
 from uniter.extract.images.items import ImageItem, ImageList
-from uniter.extract.run.extraction import Job, extract_listed, spread
+from uniter.extract.run.extraction import Job, extract_listed
 from uniter.extract.run.options import Options, Work
 from uniter.extract.run.summary import ExtractSummary
 from uniter.extract.run.units import Tally, UnitRun, in_words
@@ -186,13 +186,13 @@ class Crew:
         """
         queue = deque(job.pending)
         settings = read_json_object(job.store.path / "settings.json")
-        task = self._ray.put(Task(str(job.store.path), settings, job.work, job.workers, list(spread(job.listed))))
+        task = self._ray.put(Task(str(job.store.path), settings, job.work, job.workers, list(job.samples())))
         # Where the run is asked to stop, the batches at hand are lost and will be done again.
         while (queue or self._running) and not job.stop.is_set():
             self._fit(len(queue))
             while queue and self._idle:
                 number, worker = queue.popleft(), self._idle.pop()
-                self._running[worker.run.remote(number, job.listed.unit(number), task)] = (worker, number)
+                self._running[worker.run.remote(number, job.images.unit(number), task)] = (worker, number)
             ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=1) if self._running else ([], [])
             for future in ready:
                 worker, number = self._running.pop(future)
@@ -204,7 +204,7 @@ class Crew:
                 if not done.finished:
                     log.warning("unit %d is left to another process, which has it", number)
                 elif job.report is not None:
-                    job.report(job.listed.count(number))
+                    job.report(job.images.count(number))
 
     def dismiss(self) -> None:
         """End all actors."""

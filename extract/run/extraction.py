@@ -6,11 +6,12 @@ several, and a killed and repeated run write the same bytes at the same batch si
 """
 
 import contextlib
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +89,9 @@ class Job:
     """Units that are to be done, by threads here or by a crew elsewhere.
 
     Attributes:
-        listed: all images.
+        images: all of them, by unit.
         pending: numbers of the units to do.
+        samples: some images that tell whether the machine is at fault, see `faults.Doubts`.
         store: where they are written.
         workers: threads that read and decode, in each process.
         tally: counted up in it.
@@ -97,8 +99,9 @@ class Job:
         stop: when it is set, no more is begun.
     """
 
-    listed: ImageList
+    images: ImageList
     pending: Sequence[int]
+    samples: Callable[[], Iterable[ImageItem]]
     store: UnitStore
     detector: Detector
     work: Work
@@ -112,9 +115,9 @@ def on_threads(job: Job) -> None:
     """Work off in this process."""
     run = UnitRun(
         job.store, job.detector, job.work, job.tally,
-        workers=job.workers, samples=lambda: spread(job.listed), report=job.report, stop=job.stop,
+        workers=job.workers, samples=job.samples, report=job.report, stop=job.stop,
     )  # fmt: skip
-    run.work_off((number, job.listed.unit(number)) for number in job.pending)
+    run.work_off((number, job.images.unit(number)) for number in job.pending)
 
 
 def extract_listed(
@@ -136,22 +139,26 @@ def extract_listed(
     if options.given is not None:
         options.given.refuse_ambiguous(item for number in range(listed.units) for item in listed.unit(number))
     work = plan_work(options, detector, begun=None if options.overwrite else begun_with(Path(out)))
-    store = open_store(out, listed, detector, work, options)
+    store, wanted = open_store(out, listed, detector, work, options)
     finished = store.finished_units()
-    mine = range(options.shard[0], listed.units, options.shard[1])
+    mine = range(options.shard[0], wanted.units, options.shard[1])
     pending = [number for number in mine if number not in finished]
-    to_do = sum(map(listed.count, pending))
+    to_do = sum(map(wanted.count, pending))
     if options.check_space and pending:
         refuse_full_disk(store.path, images=to_do, detector=detector, work=work)
-    total = sum(map(listed.count, mine))
+    total = sum(map(wanted.count, mine))
     tally, start = Tally(), time.monotonic()
     with progress_report(total, done=total - to_do, tally=tally, shown=options.show_progress) as report:
-        work_off(Job(listed, pending, store, detector, work, options.workers, tally, report, stop))
+        samples = functools.partial(spread, listed)
+        work_off(Job(wanted, pending, samples, store, detector, work, options.workers, tally, report, stop))
     seconds = time.monotonic() - start
     if stop.is_set():
         raise Stopped(f"stopped after {tally.done:,} images of this run; {out} is kept and the same command continues it")
-    header = complete(store, listed, detector, work)
-    return summarised(store, listed, detector, work, tally, header=header, seconds=seconds)
+    header = complete(store, wanted, detector, work)
+    summary = summarised(store, wanted, detector, work, tally, header=header, seconds=seconds)
+    if summary.only_fillers:
+        log.warning("%s, kept because of --min-boxes; is it the right detector, with the right weights?", summary.fillers_in_words())
+    return summary
 
 
 def spread(listed: ImageList, units: int = 4) -> Iterator[ImageItem]:

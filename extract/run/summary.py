@@ -9,6 +9,7 @@ from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.progress import human_bytes
 from uniter.extract.detector.protocol import Detector
 from uniter.extract.images.items import ImageList
+from uniter.extract.run.growth import GrownImages
 from uniter.extract.run.options import Work
 from uniter.extract.run.units import Tally
 
@@ -26,6 +27,7 @@ class ExtractSummary:
         seconds, images_per_second: of this run's work, loading not counted.
         bytes_on_disk: of the folder.
         detector, box_kind, feature_width, classes: what was made.
+        gone: images that the database accounts for and the list no longer names; they count as requested.
         only_fillers: of the images extracted by this run, how many have no region above `conf_threshold`: theirs are fillers, kept for
             `min_boxes` alone.
         first_failures: the first images that failed in this run, as "path: why".
@@ -49,6 +51,7 @@ class ExtractSummary:
     box_kind: str
     feature_width: int
     classes: int
+    gone: int = 0
     only_fillers: int = 0
     conf_threshold: float | None = None
     first_failures: tuple[str, ...] = ()
@@ -64,6 +67,7 @@ class ExtractSummary:
             "regions": self.regions,
             "regions per image": self.mean_regions,
             "failures": self.failures,
+            **({"no longer there, kept": self.gone} if self.gone else {}),
             "this run": f"{self.extracted:,} images, {self.failed:,} failures, {self.images_per_second:g} images/s",
             **({} if self.complete else {"units still to do": self.units_left}),
             **({"fillers": self.fillers_in_words()} if self.only_fillers else {}),
@@ -92,6 +96,7 @@ def summarised(
         out=str(store.path),
         complete=header is not None,
         requested=listed.images,
+        gone=listed.gone if isinstance(listed, GrownImages) else 0,
         images=images,
         regions=regions,
         mean_regions=round(regions / images, 2) if images else 0.0,

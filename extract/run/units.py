@@ -22,7 +22,7 @@ from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.units import UnitStore, UnitWriter
 from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions, is_out_of_memory, release_memory
 from uniter.extract.images.decoding import DECODING, decode_image
-from uniter.extract.images.items import ImageItem, read_bytes
+from uniter.extract.images.items import CutTar, ImageItem, NeverReadable, read_bytes
 from uniter.extract.run.faults import Doubts
 from uniter.extract.run.options import Work, fitting_workers
 from uniter.extract.select import keep_given, select_regions
@@ -225,7 +225,8 @@ class UnitRun:
                 self._tally.regions += regions
                 self._tally.fillers += not sure
             else:
-                batch.writer.fail(item.key, item.path, in_words(error))
+                retry = True if isinstance(error, CutTar) else False if isinstance(error, NeverReadable) else None
+                batch.writer.fail(item.key, item.path, in_words(error), retry=retry)
                 self._tally.count_failure(item.path, in_words(error))
         batch.writer.commit()
         self._report(len(batch.items))
