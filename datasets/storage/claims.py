@@ -39,8 +39,13 @@ from uniter.datasets.storage.locks import file_lock, only_writer
 
 log = logging.getLogger(__name__)
 
+Source = Path | Mapping[str, Any]
+"""A file, a database or another folder; or what `content_of` would give, of a source that is none or of which only a part counts."""
+
 SETTINGS: Final = "settings.json"
 MADE_FROM: Final = "made_from"  # the key of settings.json
+REPORT: Final = "report"
+NOTE: Final = "made_by.json"  # what settings.json is to us, in layouts of others
 _ASIDE, _REPLACED, _CLAIMING = ".overwriting", ".replaced", ".claim"
 _GOING: Final = ".replaced"  # a file in a folder that is being replaced: what is called OUT.replaced without it is somebody's own
 
@@ -144,7 +149,7 @@ def claim(
     settings: Mapping[str, Any],
     *,
     maker: Maker,
-    sources: Mapping[str, Path | Mapping[str, Any]] | None = None,
+    sources: Mapping[str, Source] | None = None,
     overwrite: bool = False,
     may_differ: Sequence[str] = (),
 ) -> Claim:
@@ -153,8 +158,7 @@ def claim(
     Args:
         out: the folder; made if it is absent.
         settings: JSON; all that decides what is written, but for the contents of the sources.
-        sources: what the contents are made from, by the names under which `settings.json` remembers them: files, databases, folders; or
-            what `content_of` would say, of what is none of these (the photographs that a list names).
+        sources: what the contents are made from, by the names under which `settings.json` remembers them.
         overwrite: begin anew, beside what is there.
         may_differ: keys of `settings` that are remembered but refuse nothing.
 
@@ -204,16 +208,16 @@ def refuse_source_inside(out: Path, source: Path) -> None:
 _PLACES: Final = ("offsets", "sizes", "data_file", "units", "failure_units")
 """Columns of an index that say where a record lies and in which order it came: no part of what a database holds."""
 
-_READ: Final = (".npz", ".mdb", ".json", ".jsonl", ".tsv", ".csv", ".txt", ".h5", ".hdf5", INDEX)
+_READ: Final = (".npz", ".mdb", ".json", ".jsonl", ".tsv", ".csv", ".txt", ".parquet", ".h5", ".hdf5", INDEX)
 """Endings of files in a folder that are told apart by what is in them; all others, photographs and tars for instance, by their size."""
 
 
 def content_of(path: Path, known: Any = None, *, without: Path | None = None) -> dict[str, Any]:
     """What a source holds, in a few fields that are equal exactly where the contents are.
 
-    A database of ours: the digest of its index (keys, numbers, checksums). A file, or the data.mdb of a published database: SHA-256, read
-    again only where size or time differ from those of `known`. Another folder: names and sizes of photographs and tars, SHA-256 of the
-    rest, by the same rule.
+    A database of ours: the digest of its index (keys, numbers, checksums). A file, or the data.mdb of a published database or of texts
+    whose index has no checksums yet: SHA-256, read again only where size or time differ from those of `known`. A tar: its name and size.
+    Another folder: names and sizes of photographs and tars, SHA-256 of the rest, by the same rule.
 
     Args:
         path: the file or folder.
@@ -226,11 +230,16 @@ def content_of(path: Path, known: Any = None, *, without: Path | None = None) ->
     if not path.exists():
         raise BadInput(f"{path} does not exist")
     known = known if isinstance(known, dict) else {}
-    if path.is_dir() and (path / INDEX).is_file():
-        return {"name": path.name, "index": _digest_of_index(path / INDEX)}
-    file = path / "data.mdb" if path.is_dir() and (path / "data.mdb").is_file() and not (path / SETTINGS).exists() else path
+    ours = path.is_dir() and (path / INDEX).is_file()
+    if ours and (digest := _digest_of_index(path / INDEX)) is not None:
+        return {"name": path.name, "index": digest}
+    published = path.is_dir() and (path / "data.mdb").is_file() and not (path / SETTINGS).exists()
+    file = path / "data.mdb" if ours or published else path
     if file.is_file():
         status = file.stat()
+        if file.suffix.lower() == ".tar":
+            named = hashlib.sha256(f"{file.name}\0{status.st_size}\n".encode(errors="surrogateescape"))
+            return {"name": path.name, "bytes": status.st_size, "names_and_sizes": named.hexdigest()}
         same = (known.get("bytes"), known.get("modified")) == (status.st_size, status.st_mtime_ns)
         sha256 = known["sha256"] if same and isinstance(known.get("sha256"), str) else sha256_of(file)
         return {"name": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256}
@@ -241,7 +250,7 @@ def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | N
     named, times = hashlib.sha256(), hashlib.sha256()
     to_read: list[Path] = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not (without is not None and path.is_relative_to(without)):
+        if path.is_file() and path.name != "lock.mdb" and not (without is not None and path.is_relative_to(without)):
             status = path.stat()
             row = f"{path.relative_to(folder).as_posix()}\0{status.st_size}\n".encode(errors="surrogateescape")
             if path.name.endswith(_READ):
@@ -260,10 +269,13 @@ def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | N
     return {**told, "modified": times.hexdigest(), "sha256": content.hexdigest()}
 
 
-def _digest_of_index(index: Path) -> str:
-    """SHA-256 of the columns that tell what a database holds."""
+def _digest_of_index(index: Path) -> str | None:
+    """SHA-256 of the columns that tell what a database holds; None where it does not tell the contents of the records."""
     digest = hashlib.sha256()
-    for name, column in sorted(map_arrays(index).items()):
+    columns = map_arrays(index)
+    if "checksums" not in columns:
+        return None
+    for name, column in sorted(columns.items()):
         if name not in _PLACES:
             digest.update(f"{name} {column.dtype} {column.shape}\n".encode())
             if column.size:
@@ -274,19 +286,28 @@ def _digest_of_index(index: Path) -> str:
 _CONTENT: Final = ("index", "sha256", "names_and_sizes")
 
 
-def _asked(settings: Mapping[str, Any], sources: Mapping[str, Path | Mapping[str, Any]] | None, out: Path, maker: Maker) -> dict[str, Any]:
+def _asked(settings: Mapping[str, Any], sources: Mapping[str, Source] | None, out: Path, maker: Maker) -> dict[str, Any]:
     asked: dict[str, Any] = {"kind": maker.kind, **json.loads(json.dumps(settings))}
     if sources:
         known: dict[str, Any] = {}
         for folder in (out, _beside(out, _ASIDE)):
-            with contextlib.suppress(BadInput):
-                stored = read_json_object(folder / SETTINGS).get(MADE_FROM)
-                known |= stored if isinstance(stored, dict) else {}
-        asked[MADE_FROM] = {
-            name: content_of(source, known.get(name), without=out) if isinstance(source, Path) else dict(source)
-            for name, source in sources.items()
-        }
+            known |= _stored_contents(folder / SETTINGS)
+        asked[MADE_FROM] = _contents(sources, known, without=out)
     return asked
+
+
+def _contents(sources: Mapping[str, Source], known: Mapping[str, Any], *, without: Path | None = None) -> dict[str, Any]:
+    return {
+        name: content_of(source, known.get(name), without=without) if isinstance(source, Path) else dict(source)
+        for name, source in sources.items()
+    }
+
+
+def _stored_contents(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(BadInput):
+        stored = read_json_object(path).get(MADE_FROM)
+        return stored if isinstance(stored, dict) else {}
+    return {}
 
 
 def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any], may_differ: Sequence[str] = ()) -> list[str]:
@@ -314,6 +335,48 @@ def _stamped(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> dic
     with contextlib.suppress(PermissionError):  # somebody else's database, which is only read
         write_json(folder / SETTINGS, stamped)
     return stamped
+
+
+# ----------------------------------------------------------------------------------------------- what is not in a layout of ours
+
+
+def note_of(out: Path) -> Path:
+    """Where a file or folder in somebody else's layout has our note of what it was made from: in the folder, or beside the file."""
+    return out / NOTE if out.is_dir() else out.with_name(f"{out.name}.{NOTE}")
+
+
+def may_replace(out: Path, settings: Mapping[str, Any], *, sources: Mapping[str, Path], overwrite: bool) -> dict[str, Any] | None:
+    """Whether to write a file or folder in somebody else's layout, which appears whole by rename.
+
+    Returns:
+        What `write_note` takes before it appears (new files), with it (folders) or after it (files that are replaced), and once more,
+        with a "report", when all is done; None if it is there already, made from the same.
+
+    Raises:
+        SettingsDiffer: it is ours, made with other settings or from other contents.
+        BadInput: it is not known to be ours, or is one of the sources.
+    """
+    for source in sources.values():
+        refuse_source_inside(out, source)
+    known = _stored_contents(note_of(out))
+    asked: dict[str, Any] = json.loads(json.dumps(settings)) | {
+        MADE_FROM: {name: content_of(path, known.get(name)) for name, path in sources.items()}
+    }
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return asked
+    if not note_of(out).is_file():
+        raise BadInput(f"{out} is there already, and is not known to be made by this command; choose another OUT, or remove it yourself")
+    stored = read_json_object(note_of(out))
+    if overwrite:
+        return asked
+    if phrases := _differences(stored, asked, (REPORT,)):
+        raise SettingsDiffer(f"{out} is there already, made otherwise ({first_phrases(phrases)}): choose another OUT, or --overwrite")
+    return None if REPORT in stored else asked
+
+
+def write_note(out: Path, note: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> None:
+    """Remember of a file or folder in somebody else's layout what it was made from and, when it is whole, what was reported."""
+    write_json(note_of(out), note if report is None else {**note, REPORT: report})
 
 
 # ------------------------------------------------------------------------------------ nothing is destroyed before its successor is whole
@@ -347,6 +410,11 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
+
+
+def is_passing(path: Path) -> bool:
+    """Whether a folder is the successor or the predecessor of the one beside it, there only while that is overwritten."""
+    return any(path.name.endswith(ending) and path.with_name(path.name.removesuffix(ending)).exists() for ending in (_ASIDE, _REPLACED))
 
 
 def _beside(out: Path, ending: str) -> Path:
