@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise BadInput(f"{path} holds a JSON {type(document).__name__}; expected an object")
     return document
+
+
+def keep_others(old: Path, new: Path, *, ours: Callable[[str], bool]) -> None:
+    """Let the folder `new`, which takes the place of `old`, also hold what lies there and is not ours, at any depth.
+
+    Files are linked, or copied where they cannot be: until `old` goes, both have them.
+    """
+    if not old.is_dir():
+        return
+    for path in sorted(old.rglob("*")):
+        inner = path.relative_to(old)
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if (len(inner.parts) == 1 and ours(inner.name)) or (new / inner).exists():
+            continue
+        (new / inner).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, new / inner, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            shutil.copy2(path, new / inner, follow_symlinks=False)

@@ -1,6 +1,10 @@
-"""Photographs beside a database: found by key, read, and checked to be the ones extracted from."""
+"""Photographs beside a database: found by key, read, and checked to be the ones extracted from.
 
-from collections.abc import Iterable
+What a reader would get wrong: a photograph of the right name may be another one. It is drawn on only where it has the shape (at any scale)
+of the image that the regions are of; else the boxes stand on an empty canvas, and the page says why.
+"""
+
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.view.pictures import empty_canvas, read_photograph, resized
 
+PICTURE_LONGEST, THUMBNAIL_LONGEST, THUMBNAIL_BOXES = 1200, 560, 12
 PHOTOGRAPH_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -67,7 +72,13 @@ def _enter(table: dict[str, Path | None], names: Iterable[str], path: Path) -> N
         table[name] = path if table.get(name, path) == path else None
 
 
-PICTURE_LONGEST, THUMBNAIL_LONGEST, THUMBNAIL_BOXES = 1200, 560, 12
+def refuse_if_none_is_there(photographs: Photographs, keys: Sequence[str]) -> None:
+    """BadInput if not one of these keys has its photograph in the folder: then it is another folder."""
+    if not any(photographs.find(key) is not None for key in keys):
+        raise BadInput(
+            f"{photographs.folder} holds {len(photographs):,} images, but none of the {len(keys):,} pictures to draw (such as {keys[0]!r}) "
+            f"has its photograph among them; give --images the folder that the regions were taken from, or leave it out"
+        )
 
 
 def photograph(
