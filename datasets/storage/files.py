@@ -116,9 +116,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def keep_others(old: Path, new: Path, *, ours: Callable[[str], bool]) -> None:
-    """Let the folder `new`, which takes the place of `old`, also hold what lies there and is not ours, at any depth.
+    """Let the folder `new`, which takes the place of `old`, also hold what lies there and is not ours.
 
     Files are linked, or copied where they cannot be: until `old` goes, both have them.
+
+    Args:
+        ours: whether a name at the top of the folders is ours, with all below it.
     """
     if not old.is_dir():
         return
@@ -126,7 +129,7 @@ def keep_others(old: Path, new: Path, *, ours: Callable[[str], bool]) -> None:
         inner = path.relative_to(old)
         if path.is_dir() and not path.is_symlink():
             continue
-        if (len(inner.parts) == 1 and ours(inner.name)) or (new / inner).exists():
+        if ours(inner.parts[0]) or (new / inner).exists():
             continue
         (new / inner).parent.mkdir(parents=True, exist_ok=True)
         try:
