@@ -5,6 +5,7 @@
 
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,3 +244,9 @@ def _described(result: "Seen") -> dict[str, Any]:
             ]
             return {**described, "ranking": order}
     raise TypeError(f"{type(result).__name__} is no result of Understanding")
+
+
+if __name__ == "__main__":
+    from uniter.cli.train import main
+
+    main(["predict", *sys.argv[1:]])

@@ -66,3 +66,7 @@ def detector_command(assignments: tuple[str, ...], strict: bool, as_json: bool, 
     print_summary(summary, as_json=as_json, title=f"a detector in {options['out']}")
     if strict and summary["skipped"]:
         sys.exit(SKIPPED_UNDER_STRICT)
+
+
+if __name__ == "__main__":
+    detector_command()
