@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from uniter.datasets.errors import BadInput, unknown_name
-
-LONGEST_KEY_BYTES = 511  # LMDB's limit
-
+from uniter.datasets.storage.lmdb_pages import MAX_KEY_BYTES
 
 FIELDS = ("stem", "name", "parent", "path", "id")
 
@@ -117,8 +115,8 @@ def key_fault(key: str) -> str | None:
     length = len(key.encode())
     if length == 0:
         return "its key is empty; choose another --key"
-    if length > LONGEST_KEY_BYTES:
-        return f"its key has {length} bytes and a database takes at most {LONGEST_KEY_BYTES}; choose another --key"
+    if length > MAX_KEY_BYTES:
+        return f"its key has {length} bytes and a database takes at most {MAX_KEY_BYTES}; choose another --key"
     if key == "__keys__":
         return "its key is '__keys__', under which published databases keep their list; choose another --key"
     return None

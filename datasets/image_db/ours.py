@@ -14,7 +14,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.array_codec import find_arrays
 from uniter.datasets.storage.files import read_json
 from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, key_columns, map_arrays
-from uniter.datasets.storage.lmdb_pages import Fault, PageFile, check_data_file
+from uniter.datasets.storage.lmdb_pages import Fault, PageFile, check_data_file, is_empty_file
 
 # --------------------------------------------------------------------------------------------------------------------- parts
 
@@ -62,7 +62,7 @@ class _LiveStore:
             data = path / "data.mdb"
             if data.exists():
                 try:
-                    if data.stat().st_size < 2 * 4096:  # killed while LMDB wrote its first two pages
+                    if is_empty_file(data):
                         return None
                     check_data_file(data)
                     # Without a lock file nobody is writing there. To make one would take room, of a disk that may be full.

@@ -21,7 +21,7 @@ from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.maintenance.kinds import database_kind
-from uniter.datasets.storage.files import difference_in_words, read_json, sync_folder, write_json
+from uniter.datasets.storage.files import difference_in_words, read_json, sync, write_json
 from uniter.datasets.storage.lmdb_files import put_all
 from uniter.datasets.text_db.annotations.table import ANNOTATIONS
 from uniter.datasets.text_db.building.build import build_text_db
@@ -274,7 +274,7 @@ def _write_published_texts(out: Path, texts: Iterable[Text], sources: Sequence[P
     if out.exists():
         out.rename(old)  # not removed in place: half of it could still open
     temporary.rename(out)
-    sync_folder(out.parent)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
     return len(images) or max(map(len, lengths.values()))
 

@@ -1,42 +1,48 @@
 """Who made a folder, from what, is it ours, is it complete: one rule for every command that writes one.
 
-    OUT/settings.json    first: what decides the contents; "sources" says by content what they are made from
+    OUT/settings.json    first: what decides the contents; "made_from" says by content what they are made from
     OUT/header.json      last (a detector's is detector.json): complete
 
 The same command again goes on, or finds the folder complete, only where its settings *and* the contents of its sources are the same;
 anything else is refused in words. What an older folder does not know is said once and taken to be the same.
 
 What a reader would get wrong: `overwrite` does not touch OUT until its successor is whole. The work goes on in `OUT.overwriting/`, and
-`Claim.publish` swaps the two; what killed it may have left in between, the next claim puts right.
+`Claim.publish` swaps the two; what killed it may have left in between, the next claim puts right. Several processes may hold one claim
+(extraction by shards); where only one may write, it also takes `claim.alone("building")`.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from uniter.datasets.errors import BadInput, SettingsDiffer
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.storage.cards import CARD_FILE, has_foreign_readme
 from uniter.datasets.storage.files import (
     difference_in_words,
     first_json,
     first_phrases,
     read_json_object,
+    remove,
     sha256_of,
-    sync_folder,
+    sync,
     write_json,
 )
 from uniter.datasets.storage.index_file import INDEX, map_arrays
 from uniter.datasets.storage.lmdb_files import full_disk_said
+from uniter.datasets.storage.locks import file_lock, only_writer
 
 log = logging.getLogger(__name__)
 
 SETTINGS: Final = "settings.json"
-SOURCES: Final = "sources"  # the key of settings.json
-_ASIDE, _REPLACED = ".overwriting", ".replaced"
+MADE_FROM: Final = "made_from"  # the key of settings.json
+_ASIDE, _REPLACED, _CLAIMING = ".overwriting", ".replaced", ".claim"
+_GOING: Final = ".replaced"  # a file in a folder that is being replaced: what is called OUT.replaced without it is somebody's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +50,27 @@ class Maker:
     """What one kind of command leaves in its folder.
 
     Attributes:
-        kind: as in the sentence "it holds a text database": what `settings.json` calls "kind".
+        kind: as in the sentence "it holds regions": what `settings.json` calls "kind".
         complete: the file that is written last.
-        writes: glob patterns of all that it may write at the top of its folder; what else lies there is somebody else's, and stays.
+        writes: names (or glob patterns) of all that it may write at the top of its folder; what else lies there is somebody else's, and
+            stays. So does a README.md that is no card.
     """
 
     kind: str
     complete: str
     writes: tuple[str, ...]
 
+    def made(self, path: Path) -> bool:
+        """Whether something at the top of a folder of this maker's is by its name one of its files, whole or half written."""
+        if path.name == CARD_FILE:
+            return CARD_FILE in self.writes and not has_foreign_readme(path.parent)
+        patterns = (SETTINGS, self.complete, *self.writes)
+        return any(fnmatchcase(path.name, pattern + ending) for pattern in patterns for ending in ("", ".*.tmp", ".*.first"))
+
     def foreign(self, folder: Path) -> list[Path]:
         """What lies in the folder and is not ours, hidden files left aside."""
-        if not folder.is_dir():
-            return []
-        ours = (f"{SETTINGS}*", f"{self.complete}*", *self.writes)
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not any(path.match(one) for one in ours))
+        there = sorted(folder.iterdir()) if folder.is_dir() else []
+        return [path for path in there if not path.name.startswith(".") and not self.made(path)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +78,60 @@ class Claim:
     """A folder that may be written to.
 
     Attributes:
-        out: the folder as it was named.
+        out: the folder that was named.
         folder: where to write: `out`, or its successor beside it.
         maker: who writes.
         settings: what `settings.json` says.
+        identity: of the folder to write to, whatever it is called by now.
     """
 
     out: Path
     folder: Path
     maker: Maker
     settings: Mapping[str, Any]
+    identity: tuple[int, int]
 
     @property
     def complete(self) -> bool:
         """Whether the folder to write to is complete already."""
         return (self.folder / self.maker.complete).is_file()
 
+    def published(self) -> bool:
+        """Whether the successor that was written to has taken its place, by this process or another one."""
+        return self.folder != self.out and _identity(self.out) == self.identity
+
+    @contextlib.contextmanager
+    def alone(self, doing: str) -> Iterator[None]:
+        """Be the only process that writes to the folder.
+
+        Args:
+            doing: as in the sentence "another process is building OUT".
+
+        Raises:
+            UniterError: somebody else is.
+        """
+        self._refuse_if_lost()
+        with only_writer(self.folder, doing=doing):
+            self._refuse_if_lost()
+            yield
+
+    def _refuse_if_lost(self) -> None:
+        if _identity(self.folder) != self.identity:
+            raise UniterError(f"another process has overwritten {self.out} at this moment; look at what it wrote, or run the command again")
+
     def publish(self) -> None:
-        """Put the successor, which is whole, in its place; what lay in the old folder and is not ours goes along."""
+        """Put the successor, which is whole, in its place; what lay in the old folder and is not ours goes along.
+
+        Raises:
+            UniterError: the folder cannot be renamed, or another process put another one in its place.
+        """
         if self.folder != self.out:
-            if not self.complete:
-                raise ValueError(f"{self.folder} is not complete")
-            if self.out.exists():
-                self.out.rename(_beside(self.out, _REPLACED))
-            self.folder.rename(self.out)
-            sync_folder(self.out.parent)
-            _sweep(self.out, self.maker)
+            with _changing(self.out):
+                if not self.published():
+                    self._refuse_if_lost()
+                    _swap(self.out, self.folder, self.maker)
+                elif self.folder.is_dir() and not (self.folder / SETTINGS).exists():
+                    remove(self.folder)  # locks of a process that was too late
 
     def abandon(self) -> None:
         """Take away the begun folder of a command that failed for good; what stood at `out` before it, and what is not ours, stays."""
@@ -106,6 +146,7 @@ def claim(
     maker: Maker,
     sources: Mapping[str, Path] | None = None,
     overwrite: bool = False,
+    may_differ: Sequence[str] = (),
 ) -> Claim:
     """Begin a folder, or go on with it.
 
@@ -114,41 +155,40 @@ def claim(
         settings: JSON; all that decides what is written, but for the contents of the sources.
         sources: what the contents are made from, by the names under which `settings.json` remembers them: files, databases, folders.
         overwrite: begin anew, beside what is there.
+        may_differ: keys of `settings` that are remembered but refuse nothing.
 
     Raises:
         SettingsDiffer: the folder was begun with other settings, or from other contents; the difference in words.
         BadInput: it holds something that this command did not make, or is itself one of the sources.
     """
-    out = Path(out)
+    out = _plain(Path(out))
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; expected a folder to write into, or none")
     for source in (sources or {}).values():
         refuse_source_inside(out, source)
-    _recover(out, maker)
-    begun = (out / SETTINGS).is_file()
-    if begun:
-        found = read_json_object(out / SETTINGS).get("kind", maker.kind)
-        if found != maker.kind:
-            raise BadInput(f"{out} holds {found}, not {maker.kind}; choose another OUT")
-    elif out.is_dir() and ((there := maker.foreign(out)) or (out / maker.complete).exists()):
-        name = there[0].name if there else maker.complete
-        raise BadInput(f"{out} holds files that this command did not make (such as {name}), and is not overwritten; choose another OUT")
+    asked = _asked(settings, sources, out, maker)
+    aside = _beside(out, _ASIDE)
     folder = out
-    if overwrite and begun:
-        folder = _beside(out, _ASIDE)
-        if (folder / SETTINGS).is_file() and _differences(read_json_object(folder / SETTINGS), _asked(settings, sources, folder, maker)):
-            _remove_ours(folder, maker)  # an earlier attempt to overwrite, with other settings
-    folder.mkdir(parents=True, exist_ok=True)
-    asked = _asked(settings, sources, folder, maker)
-    with full_disk_said(folder):
-        stored = first_json(folder / SETTINGS, asked)
-    if not isinstance(stored, dict):
-        raise BadInput(f"{folder / SETTINGS} holds a JSON {type(stored).__name__}; expected an object")
-    if phrases := _differences(stored, asked):
-        raise SettingsDiffer(
-            f"{out} was begun with other settings ({first_phrases(phrases)}): use the same ones, another folder, or --overwrite"
-        )
-    return Claim(out, folder, maker, _stamped(folder, stored, asked))
+    with _changing(out) if overwrite or aside.exists() or _beside(out, _REPLACED).exists() else contextlib.nullcontext():
+        _recover(out, maker)
+        if _begun(out, maker) and overwrite:
+            folder = aside
+            if _begun(aside, maker):  # an earlier attempt to overwrite
+                if _differences(read_json_object(aside / SETTINGS), asked, may_differ):
+                    _remove_ours(aside, maker)
+                elif (aside / maker.complete).is_file():  # killed with everything done
+                    _swap(out, aside, maker)
+                    folder = out
+        folder.mkdir(parents=True, exist_ok=True)
+        with full_disk_said(folder):
+            first_json(folder / SETTINGS, asked)
+        stored = read_json_object(folder / SETTINGS)
+        if phrases := _differences(stored, asked, may_differ):
+            raise SettingsDiffer(
+                f"{out} was begun with other settings ({first_phrases(phrases)}): use the same ones, another folder, or --overwrite"
+            )
+        status = folder.stat()
+        return Claim(out, folder, maker, _stamped(folder, stored, asked), (status.st_dev, status.st_ino))
 
 
 def refuse_source_inside(out: Path, source: Path) -> None:
@@ -159,111 +199,207 @@ def refuse_source_inside(out: Path, source: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------- identity is content
 
+_PLACES: Final = ("offsets", "sizes", "data_file", "units", "failure_units")
+"""Columns of an index that say where a record lies and in which order it came: no part of what a database holds."""
 
-def content_of(path: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+_READ: Final = (".npz", ".mdb", ".json", ".jsonl", ".tsv", ".csv", ".txt", ".h5", ".hdf5", INDEX)
+"""Endings of files in a folder that are told apart by what is in them; all others, photographs and tars for instance, by their size."""
+
+
+def content_of(path: Path, known: Any = None, *, without: Path | None = None) -> dict[str, Any]:
     """What a source holds, in a few fields that are equal exactly where the contents are.
 
     A database of ours: the digest of its index (keys, numbers, checksums). A file, or the data.mdb of a published database: SHA-256, read
-    again only where size or time differ from those of `known`. Another folder: the names and sizes in it.
+    again only where size or time differ from those of `known`. Another folder: names and sizes of photographs and tars, SHA-256 of the
+    rest, by the same rule.
 
     Args:
         path: the file or folder.
         known: what this function gave for it earlier.
+        without: a folder inside `path` that does not count: what is being made there.
 
     Raises:
         BadInput: there is no such file or folder.
     """
     if not path.exists():
         raise BadInput(f"{path} does not exist")
+    known = known if isinstance(known, dict) else {}
     if path.is_dir() and (path / INDEX).is_file():
         return {"name": path.name, "index": _digest_of_index(path / INDEX)}
-    file = path / "data.mdb" if path.is_dir() and (path / "data.mdb").is_file() else path
+    file = path / "data.mdb" if path.is_dir() and (path / "data.mdb").is_file() and not (path / SETTINGS).exists() else path
     if file.is_file():
         status = file.stat()
-        same = known is not None and (known.get("bytes"), known.get("modified")) == (status.st_size, status.st_mtime_ns)
-        sha256 = known["sha256"] if known is not None and same and "sha256" in known else sha256_of(file)
+        same = (known.get("bytes"), known.get("modified")) == (status.st_size, status.st_mtime_ns)
+        sha256 = known["sha256"] if same and isinstance(known.get("sha256"), str) else sha256_of(file)
         return {"name": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256}
-    digest = hashlib.sha256()
-    for inner in sorted(path.rglob("*")):
-        if inner.is_file():
-            digest.update(f"{inner.relative_to(path).as_posix()}\0{inner.stat().st_size}\n".encode(errors="surrogateescape"))
-    return {"name": path.name, "names_and_sizes": digest.hexdigest()}
+    return {"name": path.name, **_content_of_folder(path, known, without)}
+
+
+def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | None) -> dict[str, Any]:
+    named, times = hashlib.sha256(), hashlib.sha256()
+    to_read: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not (without is not None and path.is_relative_to(without)):
+            status = path.stat()
+            row = f"{path.relative_to(folder).as_posix()}\0{status.st_size}\n".encode(errors="surrogateescape")
+            if path.name.endswith(_READ):
+                to_read.append(path)
+                times.update(row + str(status.st_mtime_ns).encode())
+            else:
+                named.update(row)
+    told = {"names_and_sizes": named.hexdigest()}
+    if not to_read:
+        return told
+    if known.get("modified") == times.hexdigest() and isinstance(known.get("sha256"), str):
+        return {**told, "modified": times.hexdigest(), "sha256": known["sha256"]}
+    content = hashlib.sha256()
+    for path in to_read:
+        content.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of(path)}\n".encode(errors="surrogateescape"))
+    return {**told, "modified": times.hexdigest(), "sha256": content.hexdigest()}
 
 
 def _digest_of_index(index: Path) -> str:
-    """SHA-256 of the columns that tell what a database holds; where the records lie in data.mdb is no part of it."""
+    """SHA-256 of the columns that tell what a database holds."""
     digest = hashlib.sha256()
     for name, column in sorted(map_arrays(index).items()):
-        if not name.startswith("value_"):
+        if name not in _PLACES:
             digest.update(f"{name} {column.dtype} {column.shape}\n".encode())
-            digest.update(column.tobytes())
+            if column.size:
+                digest.update(column.data.cast("B"))
     return digest.hexdigest()
 
 
-_CONTENT = ("index", "sha256", "names_and_sizes")
+_CONTENT: Final = ("index", "sha256", "names_and_sizes")
 
 
-def _asked(settings: Mapping[str, Any], sources: Mapping[str, Path] | None, folder: Path, maker: Maker) -> dict[str, Any]:
+def _asked(settings: Mapping[str, Any], sources: Mapping[str, Path] | None, out: Path, maker: Maker) -> dict[str, Any]:
     asked: dict[str, Any] = {"kind": maker.kind, **json.loads(json.dumps(settings))}
     if sources:
-        known: Mapping[str, Any] = {}
-        if (folder / SETTINGS).is_file():
-            known = read_json_object(folder / SETTINGS).get(SOURCES) or {}
-        asked[SOURCES] = {name: content_of(path, known.get(name)) for name, path in sources.items()}
+        known: dict[str, Any] = {}
+        for folder in (out, _beside(out, _ASIDE)):
+            with contextlib.suppress(BadInput):
+                stored = read_json_object(folder / SETTINGS).get(MADE_FROM)
+                known |= stored if isinstance(stored, dict) else {}
+        asked[MADE_FROM] = {name: content_of(path, known.get(name), without=out) for name, path in sources.items()}
     return asked
 
 
-def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any], may_differ: Sequence[str] = ()) -> list[str]:
     """In words; what the stored settings do not know of the contents is no difference, nor are names and times of files."""
-    before, wanted = ({name: value for name, value in one.items() if name not in (SOURCES, "kind")} for one in (stored, asked))
+    left = (MADE_FROM, "kind", *may_differ)
+    before, wanted = ({name: value for name, value in one.items() if name not in left} for one in (stored, asked))
     phrases = difference_in_words(before, wanted)
-    known, now = stored.get(SOURCES), asked.get(SOURCES)
+    known, now = stored.get(MADE_FROM), asked.get(MADE_FROM)
     if not isinstance(known, dict) or not isinstance(now, dict):
         return phrases
     for name in [*known, *(name for name in now if name not in known)]:
         if name not in now or name not in known:
             phrases.append(f"{name} was {'absent' if name not in known else 'there'}, now {'there' if name not in known else 'absent'}")
-        elif any(known[name].get(field) != now[name].get(field) for field in _CONTENT if field in known[name] or field in now[name]):
+        elif not isinstance(known[name], dict) or any(known[name].get(field) != now[name].get(field) for field in _CONTENT):
             phrases.append(f"{name} ({now[name]['name']}) has other contents now")
     return phrases
 
 
 def _stamped(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """The settings with the contents that are known now: those of an older folder are taken to be the same, and said to be."""
-    if SOURCES not in asked or stored.get(SOURCES) == asked[SOURCES]:
+    if MADE_FROM not in asked or MADE_FROM in stored:
         return stored
-    if SOURCES not in stored:
-        log.warning("%s does not know the contents of what it was made from; they are taken to be what they are now", folder)
-    stamped = {**stored, SOURCES: asked[SOURCES]}
-    write_json(folder / SETTINGS, stamped)
+    log.warning("what %s was made from is unknown, since an older version began it; it is taken to be what is there now", folder)
+    stamped = {**stored, MADE_FROM: asked[MADE_FROM]}
+    with contextlib.suppress(PermissionError):  # somebody else's database, which is only read
+        write_json(folder / SETTINGS, stamped)
     return stamped
 
 
 # ------------------------------------------------------------------------------------ nothing is destroyed before its successor is whole
 
 
+def _begun(folder: Path, maker: Maker) -> bool:
+    """Whether a folder is this maker's; BadInput if it is somebody else's. False where there is none, or nothing in it but a README."""
+    if (folder / SETTINGS).is_file():
+        found = read_json_object(folder / SETTINGS).get("kind")
+        if found == maker.kind or (found is None and ((folder / maker.complete).is_file() or not maker.foreign(folder))):
+            return True
+        raise BadInput(f"{folder} holds {found or 'files that this command did not make'}, not {maker.kind}; choose another OUT")
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    # Another process may be writing its settings at this moment.
+    there = [name for name in there if not name.startswith((".", f"{SETTINGS}.")) and name != CARD_FILE]
+    if there and not (folder / SETTINGS).is_file():
+        raise BadInput(
+            f"{folder} holds files that this command did not make (such as {there[0]}), and is not overwritten; choose another OUT"
+        )
+    return False
+
+
+def _plain(out: Path) -> Path:
+    """The folder that a link, "." or ".." stands for: it is what is replaced, not the link."""
+    return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _beside(out: Path, ending: str) -> Path:
     return out.with_name(out.name + ending)
 
 
+@contextlib.contextmanager
+def _changing(out: Path) -> Iterator[None]:
+    """Alone while folders are swapped."""
+    with file_lock(out.with_name(f".{out.name}{_CLAIMING}"), wait=True, remove=True):
+        yield
+
+
+def _swap(out: Path, aside: Path, maker: Maker) -> None:
+    """Put `aside`, which is complete, in the place of `out`."""
+    if not (aside / maker.complete).is_file():
+        raise ValueError(f"{aside} is not complete")
+    try:
+        if out.exists():
+            (out / _GOING).touch()
+            out.rename(_beside(out, _REPLACED))
+        aside.rename(out)
+    except OSError as error:
+        raise UniterError(f"{out} cannot be replaced ({error.strerror}); what was to take its place is whole in {aside}") from error
+    sync(out.parent)
+    _sweep(out, maker)
+
+
 def _recover(out: Path, maker: Maker) -> None:
-    """Bring what a kill inside `publish` left into one of the two plain states."""
+    """Bring what a kill inside `_swap` left into one of the two plain states."""
     replaced, aside = _beside(out, _REPLACED), _beside(out, _ASIDE)
-    if replaced.is_dir() and (replaced / SETTINGS).is_file():
+    (out / _GOING).unlink(missing_ok=True)
+    if (replaced / _GOING).is_file():
         if not out.exists():
-            (aside if (aside / maker.complete).is_file() else replaced).rename(out)
-            sync_folder(out.parent)
+            if not (aside / maker.complete).is_file():
+                replaced.rename(out)
+                (out / _GOING).unlink()
+            else:
+                aside.rename(out)
+            sync(out.parent)
         _sweep(out, maker)
 
 
 def _sweep(out: Path, maker: Maker) -> None:
     """Remove the folder that was replaced, once its successor stands; what is not ours in it moves over first."""
     replaced = _beside(out, _REPLACED)
-    if replaced.is_dir():
-        for path in [*maker.foreign(replaced), *replaced.glob(".*")]:
-            if not (out / path.name).exists():
-                path.rename(out / path.name)
-        shutil.rmtree(replaced, ignore_errors=True)
+    if not (replaced / _GOING).is_file():
+        return
+    for path in [*maker.foreign(replaced), *replaced.glob(".*")]:
+        target = out / path.name
+        if path.name != _GOING and (path.name == CARD_FILE or not target.exists()):
+            path.replace(target)
+    _remove_ours(replaced, maker)
+    (replaced / _GOING).unlink()
+    if any(replaced.iterdir()):
+        log.warning("%s is left of what was overwritten: it holds files of others that %s holds too", replaced, out)
+    else:
+        replaced.rmdir()
 
 
 def _remove_ours(folder: Path, maker: Maker) -> None:
@@ -271,13 +407,11 @@ def _remove_ours(folder: Path, maker: Maker) -> None:
     if not folder.is_dir():
         return
     (folder / maker.complete).unlink(missing_ok=True)
-    sync_folder(folder)
-    for pattern in (f"{maker.complete}.*", *maker.writes, f"{SETTINGS}.*", SETTINGS):
-        for path in folder.glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    sync(folder)
+    for path in folder.iterdir():
+        if maker.made(path) and path.name != SETTINGS:
+            remove(path)
+    (folder / SETTINGS).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 

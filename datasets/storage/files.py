@@ -1,13 +1,14 @@
 """Files written whole or not at all, and JSON read with errors in words."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -16,25 +17,54 @@ from uniter.datasets.errors import BadInput
 # ---------------------------------------------------------------------------------------------------------------- small files
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is there whole or not at all: temporary file, fsync, rename, fsync of the folder."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file to: made durable, it takes the place of `path` at the end; if anything fails, it is removed.
+
+    So a file is there whole or not at all, however the process ends. What a killed one leaves is called `NAME.*.tmp`.
+    """
+    # Processes in containers on several machines often have the same id.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def opened_aside(path: Path) -> Iterator[BinaryIO]:
+    """`written_aside`, opened for writing bytes."""
+    with written_aside(path) as temporary, open(temporary, "wb") as file:
+        yield file
+        file.flush()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    """Write a file so that it is there whole or not at all."""
+    with opened_aside(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (never what it leads to), or a folder with all that is in it; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def first_json(path: Path, value: Any) -> Any:
     """What the file holds; `value` is written if there was no file. Of several processes at once exactly one writes."""
     if not path.exists():
-        # Processes in containers on several machines often have the same id.
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.first")
         write_json(temporary, value)
         try:
@@ -44,25 +74,48 @@ def first_json(path: Path, value: Any) -> Any:
         except OSError:  # a file system without hard links
             temporary.replace(path)
         temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        sync(path.parent)
     return read_json(path)
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of ours; BadInput with the path if it is damaged."""
+    """A JSON file of ours. (Other people's, which may be packed, large or hostile: `streams.whole_json`.)
+
+    Raises:
+        BadInput: it is damaged; with the path.
+        FileNotFoundError: it is not there.
+    """
     try:
         return orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
         raise BadInput(f"{path} is no valid JSON ({error}); was it cut off?") from None
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and deletions inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of ours.
+
+    Raises:
+        BadInput: it is missing, cut off, or something else.
+    """
+    try:
+        document = read_json(path)
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing; was the folder copied whole?") from None
+    if not isinstance(document, dict):
+        raise BadInput(f"{path} holds a JSON {type(document).__name__}; expected an object")
+    return document
+
+
+def sync(path: Path) -> None:
+    """Make a file durable; of a folder, the renames and deletions in it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+sync_folder = sync
 
 
 def sha256_of(path: Path) -> str:
@@ -96,23 +149,6 @@ def first_phrases(phrases: Sequence[str], most: int = 4) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a side file.
-
-    Raises:
-        BadInput: it is missing, cut off, or something else.
-    """
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing; was the database copied whole?") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not JSON ({error}); was it cut off?") from None
-    if not isinstance(document, dict):
-        raise BadInput(f"{path} holds a JSON {type(document).__name__}; expected an object")
-    return document
 
 
 def keep_others(old: Path, new: Path, *, ours: Callable[[str], bool]) -> None:

@@ -7,7 +7,6 @@ as well; written here because an index of ten million keys is mapped, never load
 import bisect
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.files import opened_aside
 
 _CODES = {"U8": "|u1", "I16": "<i2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
@@ -30,7 +30,7 @@ KEY_COLUMNS = ("key_bytes", "key_ends", "hashes", "hash_rows")
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], *, note: Mapping[str, str] | None = None) -> None:
-    """Write arrays to `path` (temporary file, fsync, rename). Wide items first, so that every array stays aligned.
+    """Write arrays to `path`, whole or not at all. Wide items first, so that every array stays aligned.
 
     Args:
         arrays: name -> array of a plain number type.
@@ -49,17 +49,13 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], *, note: Mapping
         offset += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 64)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with opened_aside(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
             array = np.ascontiguousarray(arrays[name], dtype=arrays[name].dtype.newbyteorder("<"))
             if array.size:
                 file.write(array.data.cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def map_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[Any]]:

@@ -11,10 +11,7 @@ from pathlib import Path
 import lmdb
 
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.datasets.storage.lmdb_pages import check_data_file
-
-MAX_KEY_BYTES = 511
-
+from uniter.datasets.storage.lmdb_pages import MAX_KEY_BYTES, check_data_file, is_empty_file
 
 FIRST_MAP_BYTES = 1 << 24
 
@@ -126,7 +123,7 @@ def checked_key(key: str) -> bytes:
 def open_writer(folder: Path, map_bytes: int, *, max_dbs: int = 0) -> lmdb.Environment:
     data = folder / "data.mdb"
     with contextlib.suppress(FileNotFoundError):
-        if data.stat().st_size < 2 * 4096:  # killed while LMDB wrote its first two pages: nothing is in it
+        if is_empty_file(data):
             data.unlink()
         else:
             check_data_file(data)

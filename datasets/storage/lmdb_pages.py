@@ -10,6 +10,7 @@ Source: LMDB 0.9's `mdb.c` (MDB_page, MDB_node, MDB_meta), and the verifier of p
 """
 
 import itertools
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,35 @@ _EMPTY: Final = (1 << 64) - 1
 _MAX_DEPTH: Final = 32
 
 
+MAX_KEY_BYTES: Final = 511
+"""Of a key; LMDB's own limit."""
+
+
+_SMALLEST_PAGE, _LARGEST_PAGE = 512, 32768
+
+
+def own_page_size() -> int:
+    """Bytes of a page in the LMDB files that this machine makes: the operating system's (Apple Silicon has 16 KiB)."""
+    return min(mmap.PAGESIZE, _LARGEST_PAGE)
+
+
+def is_empty_file(data: Path) -> bool:
+    """Whether its writer was killed, or is, while LMDB wrote the first two pages: nothing is in it."""
+    return data.stat().st_size < 2 * _stated_page_size(data)
+
+
+def _stated_page_size(data: Path) -> int:
+    """What the file's first page says, where it can be one; else this machine's."""
+    with open(data, "rb") as file:
+        head = file.read(44)
+    stated = struct.unpack_from("<I", head, 40)[0] if len(head) == 44 else 0
+    return stated if _is_page_size(stated) else own_page_size()
+
+
+def _is_page_size(number: int) -> bool:
+    return _SMALLEST_PAGE <= number <= _LARGEST_PAGE and number & (number - 1) == 0
+
+
 def check_data_file(data: Path) -> None:
     """Look at the two meta pages of a `data.mdb` without LMDB: right format, sane, and the file as long as they say.
 
@@ -59,14 +89,16 @@ def check_data_file(data: Path) -> None:
             size = os.fstat(file.fileno()).st_size  # after the header was read: the file may be growing
     except FileNotFoundError:
         raise BadInput(f"{data.parent} holds no data.mdb; is it a database?") from None
-    if len(head) < 4096:
+    if len(head) < 2 * _SMALLEST_PAGE:
         raise BadInput(f"{data} has {size} bytes, less than an empty LMDB; was it cut off?")
     page_size = struct.unpack_from("<I", head, 16 + 24)[0]
     best = (-1, 0)
     for number in range(2):
         start = number * page_size
-        if number and (page_size < 512 or page_size > 32768 or page_size & (page_size - 1) or len(head) < start + 160):
+        if number and not _is_page_size(page_size):
             raise BadInput(f"{data} is damaged: its first page names a page size of {page_size}")
+        if len(head) < start + 160:
+            raise BadInput(f"{data} has {size} bytes, less than an empty LMDB; was it cut off?")
         magic, version = struct.unpack_from("<II", head, start + 16)
         if magic != _MAGIC:
             if struct.unpack_from("<I", head, start + 24)[0] == _MAGIC:
@@ -116,9 +148,7 @@ class PageFile:
         self._descriptor = os.open(data, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
         head = os.pread(self._descriptor, 1 << 17, 0)
-        stated = struct.unpack_from("<I", head, 40)[0] if len(head) >= 44 else 0
-        # With a damaged first page the usual size is the best guess.
-        self.page_size = stated if 512 <= stated <= 32768 and stated & (stated - 1) == 0 else 4096
+        self.page_size = _stated_page_size(data)  # with a damaged first page this machine's is the best guess
         metas: list[tuple[int, tuple[int, ...]]] = []
         for number in range(2):
             start = number * self.page_size + 16
@@ -216,7 +246,7 @@ class PageFile:
         size = low | high << 16
         begin = start + 8 + key_length
         key = page[start + 8 : begin]
-        if not 0 < key_length <= 511 or begin > self.page_size:
+        if not 0 < key_length <= MAX_KEY_BYTES or begin > self.page_size:
             return f"a key of {key_length} bytes"
         if flags & _DUPLICATES or (flags & _SUBTREE and not subtrees):
             return f"key {key[:60]!r} is a database inside the database"

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from uniter.datasets.storage.files import sync as sync
+
 CHECKPOINTS, LATEST, BEST = "checkpoints", "latest", "best"
 
 
@@ -49,14 +51,6 @@ def make_durable(folder: Path) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def point(link: Path, name: str) -> None:

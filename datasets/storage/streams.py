@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -10,10 +11,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 import ijson
+import orjson
 
 from uniter.datasets.errors import BadInput
 
 LONGEST_LINE = 16 << 20  # bytes; a text of that length is no caption
+
+
+MOST_WHOLE_BYTES = 1 << 30  # of a JSON file that is read as a whole
+
+
+MOST_UNPACKING = 100  # times its own size a packed one may become, beyond `FREE_BYTES`; JSON packs to a fifth or a twentieth
+
+
+FREE_BYTES = 16 << 20
 
 
 DEEPEST = 500  # JSON inside JSON; ijson keeps a path for each level, so 100,000 levels would take 25 GB
@@ -72,6 +83,55 @@ def lines_of(path: Path) -> Iterator[str]:
             if len(line) == LONGEST_LINE:
                 raise BadInput(f"line {number:,} of {path} is longer than {LONGEST_LINE >> 20} MiB; is it a text file of captions?")
             yield line.decode("utf-8", "replace").rstrip("\r\n")
+
+
+def whole_json(path: Path, wanted: str = "", *, most_bytes: int = MOST_WHOLE_BYTES) -> Any:
+    """Somebody's JSON file as a whole, packed or not.
+
+    Args:
+        wanted: what was expected of it, for the sentence: "COCO's instances".
+        most_bytes: how large it may be, unpacked.
+
+    Raises:
+        BadInput: it is not there, no JSON, cut off, too large, or nested too deeply.
+    """
+    with open_stream(path) as stream:
+        most = most_bytes
+        if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, gzip.GzipFile):
+            most = min(most, FREE_BYTES + MOST_UNPACKING * path.stat().st_size)
+        content = stream.read(most + 1)
+        if len(content) > most:
+            raise BadInput(f"{path} has more than {most:,} bytes of JSON; expected {wanted or 'a smaller file'}, is it the right file?")
+    return json_value(content, str(path), wanted)
+
+
+def json_lines(path: Path, wanted: str = "one object a line") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of somebody's JSONL file, each with where it stands ("line 3 of train.jsonl"); empty lines are passed over.
+
+    Raises:
+        BadInput: a line is no JSON object; it is cut off, or the file is a single JSON document.
+    """
+    for number, line in enumerate(lines_of(path), start=1):
+        if line and not line.isspace():
+            where = f"line {number:,} of {path}"
+            yield where, object_of(json_value(line, where, wanted), where)
+
+
+def json_value(text: str | bytes, where: str, wanted: str = "") -> Any:
+    """What a piece of JSON says; halves of surrogate pairs and NaN, which Python's json writes, are taken.
+
+    Raises:
+        BadInput: it is no JSON, naming `where` and what was `wanted`.
+    """
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        reason = str(error)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        expected = f"; expected {wanted}, was it cut off?" if wanted else "; was it cut off?"
+        raise BadInput(f"{where} is not JSON ({reason}){expected}") from None
 
 
 def json_items(path: Path, prefix: str) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.image_db.writing.side_files import write_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.storage.array_codec import pack_arrays
-from uniter.datasets.storage.files import sync_folder, write_json
+from uniter.datasets.storage.files import sync, write_json
 from uniter.datasets.storage.index_file import hash_key
 from uniter.datasets.storage.lmdb_files import checked_key, put_all
 from uniter.datasets.storage.npz import pack_npz
@@ -86,7 +86,7 @@ def write_uniter(
             environment.close()
         if not selection.keep_all and selection.conf_th != -1:
             write_json(path / f"nbb_{rule}.json", counts)
-    sync_folder(path)
+    sync(path)
 
 
 def write_ours(
