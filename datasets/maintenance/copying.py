@@ -21,6 +21,7 @@ from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.maintenance.kinds import database_kind
+from uniter.datasets.storage.claims import source_names
 from uniter.datasets.storage.files import difference_in_words, read_json, sync, write_json
 from uniter.datasets.storage.lmdb_files import put_all
 from uniter.datasets.text_db.annotations.table import ANNOTATIONS
@@ -172,6 +173,7 @@ def write_texts(
         out,
         tokenizer=Tokenizer.load(sources[0]),
         settings=settings,
+        sources=source_names(sources),
         images=lambda key: (key, "exact"),
         lengths=None if task is None else task.lengths,
         meta={name: value for name, value in stated_settings(sources[0], "meta.json").items() if name in ("task", "annotations")}

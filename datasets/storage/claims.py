@@ -39,6 +39,9 @@ from uniter.datasets.storage.locks import file_lock, only_writer
 
 log = logging.getLogger(__name__)
 
+Source = Path | Mapping[str, Any]
+"""A file, a database or another folder; or what `content_of` would give, of a source that is none or of which only a part counts."""
+
 SETTINGS: Final = "settings.json"
 MADE_FROM: Final = "made_from"  # the key of settings.json
 _ASIDE, _REPLACED, _CLAIMING = ".overwriting", ".replaced", ".claim"
@@ -144,7 +147,7 @@ def claim(
     settings: Mapping[str, Any],
     *,
     maker: Maker,
-    sources: Mapping[str, Path] | None = None,
+    sources: Mapping[str, Source] | None = None,
     overwrite: bool = False,
     may_differ: Sequence[str] = (),
 ) -> Claim:
@@ -153,7 +156,7 @@ def claim(
     Args:
         out: the folder; made if it is absent.
         settings: JSON; all that decides what is written, but for the contents of the sources.
-        sources: what the contents are made from, by the names under which `settings.json` remembers them: files, databases, folders.
+        sources: what the contents are made from, by the names under which `settings.json` remembers them.
         overwrite: begin anew, beside what is there.
         may_differ: keys of `settings` that are remembered but refuse nothing.
 
@@ -165,7 +168,8 @@ def claim(
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; expected a folder to write into, or none")
     for source in (sources or {}).values():
-        refuse_source_inside(out, source)
+        if isinstance(source, Path):
+            refuse_source_inside(out, source)
     asked = _asked(settings, sources, out, maker)
     aside = _beside(out, _ASIDE)
     folder = out
@@ -202,16 +206,16 @@ def refuse_source_inside(out: Path, source: Path) -> None:
 _PLACES: Final = ("offsets", "sizes", "data_file", "units", "failure_units")
 """Columns of an index that say where a record lies and in which order it came: no part of what a database holds."""
 
-_READ: Final = (".npz", ".mdb", ".json", ".jsonl", ".tsv", ".csv", ".txt", ".h5", ".hdf5", INDEX)
+_READ: Final = (".npz", ".mdb", ".json", ".jsonl", ".tsv", ".csv", ".txt", ".parquet", ".h5", ".hdf5", INDEX)
 """Endings of files in a folder that are told apart by what is in them; all others, photographs and tars for instance, by their size."""
 
 
 def content_of(path: Path, known: Any = None, *, without: Path | None = None) -> dict[str, Any]:
     """What a source holds, in a few fields that are equal exactly where the contents are.
 
-    A database of ours: the digest of its index (keys, numbers, checksums). A file, or the data.mdb of a published database: SHA-256, read
-    again only where size or time differ from those of `known`. Another folder: names and sizes of photographs and tars, SHA-256 of the
-    rest, by the same rule.
+    A database of ours: the digest of its index (keys, numbers, checksums). A file, or the data.mdb of a published database or of texts
+    whose index has no checksums yet: SHA-256, read again only where size or time differ from those of `known`. A tar: its name and size.
+    Another folder: names and sizes of photographs and tars, SHA-256 of the rest, by the same rule.
 
     Args:
         path: the file or folder.
@@ -224,11 +228,16 @@ def content_of(path: Path, known: Any = None, *, without: Path | None = None) ->
     if not path.exists():
         raise BadInput(f"{path} does not exist")
     known = known if isinstance(known, dict) else {}
-    if path.is_dir() and (path / INDEX).is_file():
-        return {"name": path.name, "index": _digest_of_index(path / INDEX)}
-    file = path / "data.mdb" if path.is_dir() and (path / "data.mdb").is_file() and not (path / SETTINGS).exists() else path
+    ours = path.is_dir() and (path / INDEX).is_file()
+    if ours and (digest := _digest_of_index(path / INDEX)) is not None:
+        return {"name": path.name, "index": digest}
+    published = path.is_dir() and (path / "data.mdb").is_file() and not (path / SETTINGS).exists()
+    file = path / "data.mdb" if ours or published else path
     if file.is_file():
         status = file.stat()
+        if file.suffix.lower() == ".tar":
+            named = hashlib.sha256(f"{file.name}\0{status.st_size}\n".encode(errors="surrogateescape"))
+            return {"name": path.name, "bytes": status.st_size, "names_and_sizes": named.hexdigest()}
         same = (known.get("bytes"), known.get("modified")) == (status.st_size, status.st_mtime_ns)
         sha256 = known["sha256"] if same and isinstance(known.get("sha256"), str) else sha256_of(file)
         return {"name": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256}
@@ -258,10 +267,13 @@ def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | N
     return {**told, "modified": times.hexdigest(), "sha256": content.hexdigest()}
 
 
-def _digest_of_index(index: Path) -> str:
-    """SHA-256 of the columns that tell what a database holds."""
+def _digest_of_index(index: Path) -> str | None:
+    """SHA-256 of the columns that tell what a database holds; None where it does not tell the contents of the records."""
     digest = hashlib.sha256()
-    for name, column in sorted(map_arrays(index).items()):
+    columns = map_arrays(index)
+    if "checksums" not in columns:
+        return None
+    for name, column in sorted(columns.items()):
         if name not in _PLACES:
             digest.update(f"{name} {column.dtype} {column.shape}\n".encode())
             if column.size:
@@ -272,7 +284,7 @@ def _digest_of_index(index: Path) -> str:
 _CONTENT: Final = ("index", "sha256", "names_and_sizes")
 
 
-def _asked(settings: Mapping[str, Any], sources: Mapping[str, Path] | None, out: Path, maker: Maker) -> dict[str, Any]:
+def _asked(settings: Mapping[str, Any], sources: Mapping[str, Source] | None, out: Path, maker: Maker) -> dict[str, Any]:
     asked: dict[str, Any] = {"kind": maker.kind, **json.loads(json.dumps(settings))}
     if sources:
         known: dict[str, Any] = {}
@@ -280,7 +292,10 @@ def _asked(settings: Mapping[str, Any], sources: Mapping[str, Path] | None, out:
             with contextlib.suppress(BadInput):
                 stored = read_json_object(folder / SETTINGS).get(MADE_FROM)
                 known |= stored if isinstance(stored, dict) else {}
-        asked[MADE_FROM] = {name: content_of(path, known.get(name), without=out) for name, path in sources.items()}
+        asked[MADE_FROM] = {
+            name: content_of(source, known.get(name), without=out) if isinstance(source, Path) else dict(source)
+            for name, source in sources.items()
+        }
     return asked
 
 

@@ -1,14 +1,17 @@
-"""Files written whole or not at all, and JSON read with errors in words."""
+"""Files written whole or not at all, JSON read with errors in words, and names with braces in them."""
 
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import orjson
 
@@ -172,3 +175,33 @@ def keep_others(old: Path, new: Path, *, ours: Callable[[str], bool]) -> None:
             os.link(path, new / inner, follow_symlinks=False)
         except OSError:  # a file system without hard links
             shutil.copy2(path, new / inner, follow_symlinks=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------- many names
+
+
+_BRACES: Final = re.compile(r"\{([^{}]*)\}")
+_MOST_NAMES: Final = 1_000_000
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a name with braces stands for, in order: {00000..00331} counts, {train,val} lists.
+
+    Raises:
+        BadInput: it counts downwards, or stands for more than a million names.
+    """
+    pieces = _BRACES.split(pattern)
+    choices = [[piece] if place % 2 == 0 else _choices(piece, pattern) for place, piece in enumerate(pieces)]
+    if math.prod(map(len, choices)) > _MOST_NAMES:
+        raise BadInput(f"{pattern!r} stands for more than {_MOST_NAMES:,} names; name the folder that holds them")
+    return ["".join(parts) for parts in product(*choices)]
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    counted = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inside)
+    if counted is None:
+        return inside.split(",")
+    first, last = int(counted[1]), int(counted[2])
+    if last < first or last - first >= _MOST_NAMES:
+        raise BadInput(f"{{{inside}}} in {pattern!r} counts from {first} to {last}; expected at most a million, upwards")
+    return [f"{number:0{len(counted[1])}d}" for number in range(first, last + 1)]

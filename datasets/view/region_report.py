@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db import ImageDB
+from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.records import ALL_FIELDS
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.progress import Progress
@@ -26,7 +27,7 @@ from uniter.datasets.view.charts import histogram
 from uniter.datasets.view.drawing import draw_regions
 from uniter.datasets.view.labels import class_colour, label_regions
 from uniter.datasets.view.page import INDEX, PICTURES, render, report_folder, write_page
-from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, Photographs, photograph, refuse_if_none_is_there
+from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, photograph, refuse_if_none_is_there
 from uniter.datasets.view.pictures import resized, write_picture
 
 log = logging.getLogger(__name__)

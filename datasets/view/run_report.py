@@ -15,12 +15,13 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.view.charts import LINE_COLOURS, curves
 from uniter.datasets.view.drawing import draw_regions, draw_weights
 from uniter.datasets.view.labels import label_regions
 from uniter.datasets.view.page import INDEX, PICTURES, report_folder, write_page
-from uniter.datasets.view.photographs import Photographs, photograph, refuse_if_none_is_there
+from uniter.datasets.view.photographs import photograph, refuse_if_none_is_there
 from uniter.datasets.view.pictures import resized, write_picture
 
 _Figures = dict[str, dict[str, tuple[list[float], list[float]]]]  # of each figure each run's updates and values

@@ -174,9 +174,9 @@ def scores_of_other_regions(folder: Path) -> Iterator[Step]:
         pytest.param(conversion_of_a_folder_exported_again, marks=not_yet(1, "the old data, exit 0")),
         pytest.param(conversion_of_another_database, marks=not_yet(1, "the old data, exit 0")),
         pytest.param(merge_of_other_databases, marks=not_yet(1, "the old data, exit 0")),
-        pytest.param(merge_of_other_texts, marks=not_yet(1, "the old data, exit 0")),
+        merge_of_other_texts,
         texts_of_another_file,
-        pytest.param(texts_for_regions_of_other_keys, marks=not_yet(3, "called complete, with the old keys")),
+        texts_for_regions_of_other_keys,
         regions_of_other_boxes,
         pytest.param(detector_of_other_photographs, marks=not_yet(1, "the old detector, exit 0")),
         pytest.param(pre_training_on_other_regions, marks=not_yet(1, "the old run is resumed, exit 0")),
@@ -269,7 +269,6 @@ FOLDERS = ("cats/0001.jpg", "dogs/0001.jpg", "cars/0001.jpg")
 
 
 @pytest.mark.parametrize("with_regions", [False, True])
-@not_yet(5, "all three are about the image 0001, exit 0")
 def test_names_of_different_folders_that_share_a_key_are_refused(with_regions: bool, tmp_path: Path) -> None:
     words: tuple[object, ...] = (world.captions_file(tmp_path / "captions.jsonl", FOLDERS), tmp_path / "out.db")
     if with_regions:
@@ -283,7 +282,6 @@ def test_names_of_different_folders_have_keys_of_their_own_by_path(tmp_path: Pat
     assert told["images"] == 3
 
 
-@not_yet(5, "not a word")
 def test_names_of_one_folder_that_share_a_key_are_counted(tmp_path: Path) -> None:
     captions = world.captions_file(tmp_path / "captions.jsonl", ["cats/0001.jpg", "cats/0001.png", "cats/0002.jpg"])
     accepted(run("build-db", captions, tmp_path / "out.db"), "shar|same key|same_key|one key|equal key")

@@ -1,6 +1,5 @@
 """What all formats share: an item is a key with its regions, or with the reason why it cannot be read."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.published import count_boxes
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes, pixel_boxes
 
@@ -65,27 +65,13 @@ class ImageSizes:
     """Sizes of images by key, read from a folder of pictures when a format needs pixels and the record does not know them."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise BadInput(f"--images {folder} is no folder")
         self.folder = folder
-        self._by_name: dict[str, Path] | None = None
+        self._photographs = Photographs(folder)
 
     def find(self, key: str) -> tuple[int, int] | None:
-        """(height, width) of the upright image; None if the folder holds no such image or it cannot be read."""
-        if self._by_name is None:
-            self._by_name = {}
-            for root, _, names in os.walk(self.folder):
-                for name in sorted(names):
-                    path = Path(root) / name
-                    relative = path.relative_to(self.folder)
-                    for form in (str(relative), str(relative.with_suffix("")), name, path.stem):
-                        self._by_name.setdefault(form.casefold(), path)
-        plain = key.removesuffix(".npz")
-        for form in (key, plain, plain.rsplit("/", 1)[-1]):
-            path_found = self._by_name.get(form.casefold())
-            if path_found is not None:
-                return _image_size(path_found)
-        return None
+        """(height, width) of the upright image; None if the folder holds no such image, or several, or it cannot be read."""
+        path = self._photographs.find(key)
+        return _image_size(path) if path is not None else None
 
 
 def _image_size(path: Path) -> tuple[int, int] | None:

@@ -11,15 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.photographs import IMAGE_SUFFIXES
 from uniter.datasets.storage.streams import first_character, id_of, json_items, object_of, text_of
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.downloads import DONE, URL_COLUMNS, parquet_rows
 from uniter.datasets.text_db.captions.rows import CAPTION_COLUMNS, column_named
 
 LARGEST_TEXT = 1 << 20  # bytes of a caption or of an image's JSON in a tar
-
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def read_img2dataset(
@@ -109,7 +107,7 @@ def _tar_captions(path: Path, counts: Counter[str]) -> Iterator[Caption]:
                         raise BadInput(f"{member.name} in {path} has {member.size:,} bytes; expected a caption of at most {LARGEST_TEXT:,}")
                     file = tar.extractfile(member)
                     sample[suffix] = file.read() if file is not None else b""
-                elif f".{suffix}" in IMAGE_SUFFIXES:
+                elif PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
                     sample["image"] = suffix.encode()
             # tarfile takes a file that stops between two members, or within a header, for a whole one.
             assert tar.fileobj is not None
