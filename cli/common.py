@@ -1,8 +1,8 @@
 """What all commands share: errors as one line, exit codes, `--json`, `--traceback`, `--version`.
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but inputs were skipped and `--strict` was given; 141 whoever read the output
-left before its end (`| head`), as every command ends then. Logs go to stderr; stdout holds the summary only (one JSON object under
-`--json`).
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but inputs were skipped and `--strict` was given; 128 + N stopped by signal N
+with a checkpoint written, or (141) because whoever read the output left before its end, as in `| head`. Logs go to stderr; stdout holds the
+summary only (one JSON object under `--json`).
 
 What a reader would get wrong: other libraries' logs are shown from warnings on, ours from information on.
 """
@@ -21,6 +21,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import click
 
 from uniter.datasets.errors import UniterError
+from uniter.datasets.stopping import Stopped
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +48,9 @@ def common_options(function: Callable[P, R]) -> Callable[..., R]:
             return function(*args, **kwargs)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except Stopped as stopped:
+            click.echo(str(stopped), err=True)
+            sys.exit(128 + stopped.signal_number)
         except UniterError as error:
             _fail(str(error), show_traceback)
         except KeyboardInterrupt:

@@ -69,17 +69,18 @@ class UnitWriter:
         self._values[raw] = (value, regions)
         self.done.add(key)
 
-    def fail(self, key: str, path: str, error: str, *, retry: bool = False) -> None:
+    def fail(self, key: str, path: str, error: str, *, retry: bool | None = None) -> None:
         """Record at the next `commit` that the image `key` could not be done.
 
         Args:
-            retry: whether mending its file can mend it, as with a tar that was cut off: the row says so.
+            retry: True where it is tried again once its file is mended, as with a tar that was cut off; False where no retry can mend it.
+                The row says so.
         """
         # File names need not be valid UTF-8; what JSON cannot hold is written as \\udc80.
         plain = [text.encode(errors="backslashreplace").decode() for text in (key, path, " ".join(error.split()))]
         row: dict[str, Any] = dict(zip(("key", "path", "error"), plain, strict=True))
-        if retry:
-            row["retry"] = True
+        if retry is not None:
+            row["retry"] = retry
         self._failures[failure_digest(key)] = json.dumps(row, ensure_ascii=True).encode()
         self.done.add(key)
 

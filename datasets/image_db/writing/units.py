@@ -36,7 +36,7 @@ from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, key_
 from uniter.datasets.storage.lmdb_files import FIRST_MAP_BYTES, full_disk_said, open_writer
 from uniter.datasets.storage.locks import file_lock
 
-__all__ = ["REGIONS", "UnitStore", "UnitWriter"]
+__all__ = ["ADDED", "REGIONS", "UnitStore", "UnitWriter"]
 
 FORMAT_VERSION = 1
 
@@ -44,10 +44,11 @@ FORMAT_VERSION = 1
 _OLD_MARK = "overwriting"  # a file of older versions, which cleared the folder first: they were killed meanwhile
 
 
+ADDED = "added.json"  # while a database grows: what is to be added
 REGIONS = Maker(
     "regions",
     "header.json",
-    ("data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS, CARD_FILE, "units", "units.tmp", _OLD_MARK),
+    ("data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS, CARD_FILE, "units", "units.tmp", ADDED, _OLD_MARK),
 )
 
 
@@ -409,6 +410,7 @@ class UnitStore:
     def _sweep(self) -> None:
         """Remove what only an unfinished database needs, and temporary files of killed processes."""
         shutil.rmtree(self.units_folder, ignore_errors=True)
+        (self.path / ADDED).unlink(missing_ok=True)
         for path in self.path.glob("*.*.*"):
             if path.suffix in (".tmp", ".first") and REGIONS.made(path):
                 path.unlink(missing_ok=True)

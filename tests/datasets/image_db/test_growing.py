@@ -34,7 +34,7 @@ def fill(store: UnitStore, units: range, *, fail: bool = True, pause: float = 0.
                     key = f"{number}-{image}"
                     if key not in writer.done:
                         if image == 2 and fail:
-                            writer.fail(key, f"{key}.jpg", "cut off", retry=number % 2 == 1)
+                            writer.fail(key, f"{key}.jpg", "cut off", retry=True if number % 2 == 1 else None)
                         else:
                             writer.put(key, key.encode() * 100, regions=number + 1)
                     time.sleep(pause)

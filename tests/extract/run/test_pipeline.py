@@ -28,6 +28,7 @@ from uniter.datasets.maintenance.split import split
 from uniter.extract import extract_images
 from uniter.extract.detector.preparation import CaffePreparation
 from uniter.extract.detector.protocol import RawRegions
+from uniter.extract.images.decoding import DECODING
 from uniter.extract.run.extraction import Stopped
 from uniter.extract.run.shares import share_from_environment
 
@@ -285,7 +286,7 @@ def test_large_images_are_prepared_one_at_a_time(
                 at_once -= 1
             return prepared
 
-    monkeypatch.setattr("uniter.extract.run.units.LARGE_IMAGE_BYTES", 1000 if large else 1 << 30)
+    monkeypatch.setattr(DECODING, "total", 1000 if large else 1 << 30)
     assert extract_images(make_photos(12), tmp_path / "out", detector=Watched(), batch_size=4, workers=4).complete
     assert (most == 1) == large
 

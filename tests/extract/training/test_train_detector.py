@@ -11,19 +11,23 @@ import pytest
 import torch
 from click.testing import CliRunner
 from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 from safetensors.torch import load_file
 
 from uniter.cli.train_detector import detector_command
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.made_up.files import write_world
 from uniter.datasets.made_up.world import WORLDS
+from uniter.extract.detector.configuration import merged_config, read_config
 from uniter.extract.detector.detectron import build_detector
+from uniter.extract.detector.preparation import ShortestEdgePreparation
 from uniter.extract.images.decoding import decode_image
 from uniter.extract.training import loop as training
 from uniter.extract.training.batches import Batches, thumbnail
 from uniter.extract.training.configs import FULL, fitted_anchors, fitted_ratios, learning_rate_factor, r101_c4_config, tiny_config
 from uniter.extract.training.labelled_images import read_labelled_images
 from uniter.extract.training.loop import train_detector
+from uniter.extract.training.plan import Choices
 from uniter.extract.training.predictor import build_network
 
 
@@ -50,7 +54,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def short_run(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "validate_every": 3}
-    return train_detector(world / "images", world / "instances_train.json", out, **{**options, **changes})
+    overwrite = changes.pop("overwrite", False)
+    return train_detector(world / "images", world / "instances_train.json", out, Choices(**{**options, **changes}), overwrite=overwrite)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,7 @@ def test_a_finished_run_is_not_repeated(world: Path, finished: Path, monkeypatch
     summary = short_run(world, finished)
     assert summary["steps"] == 4
     assert {"ap", "ap50", "train_images", "skipped"} <= set(summary)
-    with pytest.raises(SettingsDiffer, match="steps 4 there, 5 now"):
+    with pytest.raises(SettingsDiffer, match="steps was 4, now 5"):
         short_run(world, finished, steps=5)
 
 
@@ -128,8 +133,8 @@ def test_its_folder_is_a_detector(world: Path, finished: Path) -> None:
     assert given.attributes.shape == (2, 9)
     # What the extraction computes is what the trained network's own parts compute, background and "no attribute" first.
     labelled = read_labelled_images(world / "images", world / "instances_train.json")
-    cfg = training.merged_config(training.read_config(finished / "config.yaml"), path=finished)
-    network: Any = build_network(cfg, classes=8, attributes=8, seed=9)
+    cfg = merged_config(read_config(finished / "config.yaml"), path=finished)
+    network: Any = build_network(cfg, attributes=8, seed=9)
     network.load_state_dict(load_file(finished / "model.safetensors"), strict=False)
     network.eval()
     item = {"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy()), "height": pixels.shape[0], "width": pixels.shape[1]}
@@ -154,7 +159,7 @@ def test_without_attributes(tmp_path: Path) -> None:
 
 def test_batches_follow_from_seed_and_number(world: Path) -> None:
     labelled = read_labelled_images(world / "images", world / "instances_train.json")
-    preparation = training.ShortestEdgePreparation(128, 400, "BGR")
+    preparation = ShortestEdgePreparation(128, 400, "BGR")
     made = [
         Batches(labelled.images, preparation, batch_size=3, attributes=8, seed=seed, cache=cache)
         for seed, cache in ((5, True), (5, False), (6, True))
@@ -170,7 +175,7 @@ def test_batches_follow_from_seed_and_number(world: Path) -> None:
 
 def test_mirrored_images_keep_boxes_and_thumbnails_with_their_things(world: Path) -> None:
     labelled = read_labelled_images(world / "images", world / "instances_train.json")
-    batches = Batches(labelled.images, training.ShortestEdgePreparation(128, 400, "BGR"), batch_size=1, attributes=8, seed=0, cache=True)
+    batches = Batches(labelled.images, ShortestEdgePreparation(128, 400, "BGR"), batch_size=1, attributes=8, seed=0, cache=True)
     plain, mirrored = batches._item(0, False), batches._item(0, True)
     torch.testing.assert_close(plain["image"].flip(2), mirrored["image"])
     for item in (plain, mirrored):
@@ -204,7 +209,7 @@ def test_numbers_that_run_away_are_said(world: Path, tmp_path: Path, monkeypatch
         ({"overrides": {"MODEL.BACKBONE.NAME": "nothing"}}, "cannot build this configuration"),
         ({"model": "small"}, "unknown model 'small'"),
         ({"held_out": 1.5}, "between 0 and 1"),
-        ({"device": "cuda:99"}, "cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99': PyTorch sees"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence(world: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -222,7 +227,7 @@ def test_a_hostile_configuration_executes_nothing(world: Path, tmp_path: Path) -
 
 def test_starting_from_weights(world: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "detector"
-    short_run(world, out, steps=1, learning_rate=1e-12, from_weights=finished / "model.safetensors", overrides={"SEED": 4})
+    short_run(world, out, steps=1, learning_rate=1e-12, from_weights=finished / "model.safetensors")
     before, after = load_file(finished / "model.safetensors"), load_file(out / "model.safetensors")
     name = "roi_heads.box_head.fc1.weight"
     torch.testing.assert_close(before[name], after[name])
@@ -259,12 +264,12 @@ def test_the_full_model_is_bottom_up_attentions_size(world: Path) -> None:
     resnets = cfg.MODEL.RESNETS
     resnets.DEPTH, resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS, resnets.WIDTH_PER_GROUP = 50, 16, 32, 8
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
-    network: Any = build_network(cfg, classes=8, attributes=8, seed=0)
+    network: Any = build_network(cfg, attributes=8, seed=0)
     assert network.roi_heads.box_predictor.cls_score.in_features == 8 * 32
-    batches = Batches(labelled.images, training.ShortestEdgePreparation(96, 160, "BGR"), batch_size=1, attributes=8, seed=0, cache=True)
+    batches = Batches(labelled.images, ShortestEdgePreparation(96, 160, "BGR"), batch_size=1, attributes=8, seed=0, cache=True)
     optimizer = training._optimizer(network, FULL, 1e-3)
     network.train()
-    with training.EventStorage(0):
+    with EventStorage(0):
         losses = training._update(network, optimizer, batches[0], rate=1e-3, seed=0)
     assert losses["loss_attribute"] > 0
     assert math.isfinite(losses["loss"])
@@ -323,9 +328,8 @@ def test_the_defaults_learn_a_world(tmp_path: Path, name: str) -> None:
     torch.set_num_threads(2)
     write_world(tmp_path / "world", world=WORLDS[name], images=1200, held_out=200)
     folder = tmp_path / "world"
-    summary = train_detector(
-        folder / "images", folder / "instances_train.json", tmp_path / "detector", val_annotations=folder / "instances_val.json"
-    )
+    choices = Choices(val_annotations=folder / "instances_val.json")
+    summary = train_detector(folder / "images", folder / "instances_train.json", tmp_path / "detector", choices)
     assert summary["ap50"] > 0.85
     probed = {field: probe_accuracy(tmp_path / "detector", folder, field) for field in ("shape", "colour")}
     assert probed["shape"] > 0.85
