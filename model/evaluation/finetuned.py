@@ -1,7 +1,7 @@
 """The figures and the predictions of a fine-tuned model."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from uniter.datasets.batches.corpus import Corpus, open_corpus
-from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler, MicroBatch, load
+from uniter.datasets.batches.loader import MicroBatch
 from uniter.datasets.batches.masking import Pairing
-from uniter.datasets.batches.plans import Part, sequential_plans
+from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import matched_pair
 from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.files import read_json_object
@@ -20,35 +19,30 @@ from uniter.model.checkpoints.beside import told_beside
 from uniter.model.checkpoints.load import load_downstream
 from uniter.model.checkpoints.read import find_weights
 from uniter.model.evaluation import pair_scores
-from uniter.model.heads.downstream import DownstreamModel
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.metrics import fold_recalls, retrieval_recalls
 from uniter.model.tasks.predictions import answer_table
 from uniter.model.tasks.table import row_of
 from uniter.model.tasks.task import Task, extras
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.fit import check_fit, check_pictures, regions_of_run, regions_to_read, tokenizer_of_texts
-from uniter.model.train.scoring import scored, validate
+from uniter.model.train.fit import (
+    check_detector,
+    check_fit,
+    check_pictures,
+    origin_of_start,
+    regions_of_run,
+    regions_to_read,
+    tokenizer_of_texts,
+)
+from uniter.model.train.scoring import Scoring, validate
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
     task: Task
     corpus: Corpus
-    model: DownstreamModel
-    everyone: Processes
-    budget: int
-    seed: int
-    precision: str
-    workers: int
+    scoring: Scoring
     weights: Path
-
-    def scored(self, part: Part, pairing: Pairing | None = None, *, head: Any = None) -> Iterator[Any]:
-        plans = sequential_plans(
-            part, 0, budget=self.budget, seed=self.seed, rank=self.everyone.rank, world=self.everyone.world, pairing=pairing
-        )
-        batches = load(Assembler([part], self.seed), plans, workers=self.workers)
-        return scored(self.model, head or self.task.head, batches, device=self.everyone.device, precision=self.precision)
 
     def measured(self) -> dict[str, Any]:
         """Loss, metrics and official figures; what was predicted on the way is not computed again."""
@@ -59,10 +53,7 @@ class _Opened:
                 self._note(found, made, outputs)
 
         part = Part("evaluation", self.corpus, self.task.sample, lengths=self.task.lengths)
-        figures: dict[str, Any] = validate(
-            self.model, self.task, part, budget=self.budget, seed=self.seed, masking=Masking(), processes=self.everyone,
-            precision=self.precision, workers=self.workers, note=note,
-        )  # fmt: skip
+        figures: dict[str, Any] = validate(self.scoring, self.task, part, note=note)
         if row.figures is not None:
             figures |= row.figures(self.corpus, self._by_id(found) if row.predicted is None else self.predictions())
         return figures
@@ -71,7 +62,7 @@ class _Opened:
         """What the model says of every example, in corpus order."""
         row, found = extras(self.task), dict[int, Any]()
         part = Part("predictions", self.corpus, row.predicted or self.task.sample, lengths=row.predicted_lengths or self.task.lengths)
-        for made, _, outputs in self.scored(part):
+        for made, _, outputs in self.scoring.scored(part, self.task.head):
             self._note(found, made, outputs)
         return self._by_id(found)
 
@@ -80,7 +71,7 @@ class _Opened:
 
     def _by_id(self, found: dict[int, Any]) -> dict[str, Any]:
         """The answers of all processes by example id, in corpus order."""
-        everything = {number: answer for one in self.everyone.gather(found) for number, answer in one.items()}
+        everything = {number: answer for one in self.scoring.processes.gather(found) for number, answer in one.items()}
         return {self.corpus.example_id(number): everything[number] for number in range(len(self.corpus))}
 
     def every_pair(self, folder: Path | None = None) -> tuple[pair_scores.Scores, np.ndarray[Any, np.dtype[np.int64]], list[str]]:
@@ -95,14 +86,16 @@ class _Opened:
             scores = np.zeros((end - first, len(pictures)), dtype=np.float32)
             part = Part(f"pairs {first}", self.corpus.take(np.repeat(np.arange(first, end), len(pictures))), matched_pair)
             shown = np.tile(pictures, end - first)[:, None]
-            for made, _, outputs in self.scored(part, Pairing(shown, np.ones(len(shown), dtype=np.bool_)), head=extras(self.task).pairs):
+            pairs, pairing = extras(self.task).pairs, Pairing(shown, np.ones(len(shown), dtype=np.bool_))
+            assert pairs is not None
+            for made, _, outputs in self.scoring.scored(part, pairs, pairing=pairing):
                 text, picture = np.divmod(made.plan.examples, len(pictures))
                 scores[text, picture] = outputs["scores"].float().squeeze(1).cpu().numpy()
             return scores
 
         scores = pair_scores.in_slices(
-            len(self.corpus), len(pictures), score, processes=self.everyone, folder=folder,
-            settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=self.precision),
+            len(self.corpus), len(pictures), score, processes=self.scoring.processes, folder=folder,
+            settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=self.scoring.precision),
         )  # fmt: skip
         return scores, own, [self.corpus.images.keys_list[row] for row in pictures.tolist()]
 
@@ -120,6 +113,7 @@ def evaluate_finetuned(
     device: str | None = None,
     precision: str = "fp32",
     scores: Path | None = None,
+    other_detector: bool = False,
 ) -> dict[str, Any]:
     """The figures of a down-stream model: its loss and metric, and the official ones.
 
@@ -127,10 +121,11 @@ def evaluate_finetuned(
 
     Args:
         scores: the folder where retrieval keeps its scores; the same call goes on where it was stopped.
+        other_detector: regions of another detector than the model learnt from are meant.
     """
     _check_scores(name, scores)
     with processes(device) as everyone:
-        run = _open(name, start_from, text, images, everyone, batch_tokens, seed, max_text_length, precision, workers)
+        run = _open(name, start_from, text, images, everyone, batch_tokens, seed, max_text_length, precision, workers, other_detector)
         if extras(run.task).pairs is not None:
             matrix, own, keys = run.every_pair(scores)
             figures = retrieval_recalls(matrix, own)
@@ -153,16 +148,18 @@ def predict(
     device: str | None = None,
     precision: str = "fp32",
     scores: Path | None = None,
+    other_detector: bool = False,
 ) -> dict[str, Any]:
     """Write what a model answers as the file that the task's official evaluation takes (retrieval: each side's best ten).
 
     Args:
         answers: `ans2label.json`, where neither the model nor the texts know the names of the answers.
         scores: as for `evaluate_finetuned`, and the same folder serves both.
+        other_detector: as for `evaluate_finetuned`.
     """
     _check_scores(name, scores)
     with processes(device) as everyone:
-        run = _open(name, start_from, text, images, everyone, batch_tokens, 42, -1, precision, workers)
+        run = _open(name, start_from, text, images, everyone, batch_tokens, 42, -1, precision, workers, other_detector)
         if extras(run.task).pairs is not None:
             matrix, _, keys = run.every_pair(scores)
             if everyone.writes:
@@ -211,11 +208,13 @@ def _open(
     max_text_length: int,
     precision: str,
     workers: int,
+    other_detector: bool,
 ) -> _Opened:
     row = row_of(name)
     regions = regions_to_read(images, *regions_of_run(start_from), extras(row).regions)
     corpus = open_corpus(name, text, images, max_text_length=max_text_length, image_options=regions)
     check_pictures(corpus, row, name)
+    check_detector([corpus], origin_of_start(start_from), source=start_from, meant=other_detector)
     model = load_downstream(extras(row).model, start_from).to(everyone.device)
     check_fit(model.config, corpus, source=start_from)
     tokenizer_of_texts([corpus], start=start_from)
@@ -232,4 +231,5 @@ def _open(
         raise BadInput(
             f"{start_from} knows {sizes}, but the texts {dict(wanted)}; was it trained for {name}, with the same list of answers?"
         )
-    return _Opened(task, corpus, model, everyone, batch_tokens, seed, precision, workers, find_weights(start_from))
+    scoring = Scoring(model, everyone, batch_tokens, seed, precision=precision, workers=workers)
+    return _Opened(task, corpus, scoring, find_weights(start_from))

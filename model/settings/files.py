@@ -67,6 +67,22 @@ def shipped_configs() -> list[str]:
     )
 
 
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a mapping.
+
+    Raises:
+        BadInput: something else than a mapping is on the way.
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise BadInput(f"settings: {parent!r} is a {type(values).__name__}, expected a mapping with the key {last!r}")
+    values[last] = value
+
+
 def assign(values: dict[str, Any], assignment: str) -> None:
     """Apply one `--set a.b=c` (c as YAML) to a mapping; `corpora.0.name=x` reaches into lists.
 
@@ -139,9 +155,9 @@ def run_of(weights: Path) -> tuple[Path, TrainSettings] | None:
     return run, read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
 
 
-def differences(old: TrainSettings, new: TrainSettings) -> list[str]:
-    """What a repeated command says otherwise than the run: "key: old -> new", without what may change."""
-    before, after = dict(_flat(old.model_dump(mode="json", by_alias=True))), dict(_flat(new.model_dump(mode="json", by_alias=True)))
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a repeated command says otherwise than the run, both as YAML holds them: "key: old -> new", without what may change."""
+    before, after = dict(_flat(old)), dict(_flat(new))
     keys = sorted(before.keys() | after.keys())
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"

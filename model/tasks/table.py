@@ -217,6 +217,7 @@ DOWNSTREAM: dict[str, Task] = {
             predicted=partial(samples.multiple_choice, every_answer=True),
             predicted_lengths=partial(lengths_of_choices, sequences=CHOICES + CHOICES**2),
             max_text_length=LONGEST_CHOICE,
+            best_by="q2ar",
             learning_rate=6e-5,
             steps=8000,
             # Published: 4,000 tokens, not counting that each example is four sequences.
@@ -280,3 +281,10 @@ def row_of(name: str) -> Task:
         BadInput: there is none of that name.
     """
     return DOWNSTREAM[task_name(name, DOWNSTREAM)]
+
+
+def made_by(model: type) -> str:
+    """The command that trains a model of this class: pre-training, or the first task with such a head."""
+    named = (name for name, row in DOWNSTREAM.items() if row.finetuning is not None and row.finetuning.model is model)
+    task = next(named, None)
+    return "uniter-train pretrain" if task is None else f"uniter-train finetune {task}"

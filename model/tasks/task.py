@@ -61,6 +61,7 @@ class Finetuning:
 
     Attributes:
         model: the class with the task's head.
+        best_by: the metric by which a run's best checkpoint is chosen, the more the better.
         head: the name prefix of that head, where it learns at a rate of its own.
         sizes: further constructor arguments.
         answer: what a batch's outputs say, one JSON value an example, in the batch's order.
@@ -85,6 +86,7 @@ class Finetuning:
     predicted_lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] | None = None
     max_text_length: int | None = None
     regions: Mapping[str, float] = field(default_factory=dict)
+    best_by: str = "accuracy"
     head: str | None = None
     learning_rate: float = 5e-5
     head_rate_multiplier: float = 1.0

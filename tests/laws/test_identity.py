@@ -178,7 +178,7 @@ def scores_of_other_regions(folder: Path) -> Iterator[Step]:
         texts_of_another_file,
         texts_for_regions_of_other_keys,
         regions_of_other_boxes,
-        pytest.param(detector_of_other_photographs, marks=not_yet(1, "the old detector, exit 0")),
+        detector_of_other_photographs,
         pytest.param(pre_training_on_other_regions, marks=not_yet(1, "the old run is resumed, exit 0")),
         pytest.param(scores_of_other_regions, marks=not_yet(1, "the old scores, exit 0")),
     ],

@@ -262,7 +262,7 @@ def test_saved_folder_round_trip_and_complete_or_absent(model, tmp_path, monkeyp
     assert set(load_file(tmp_path / "step-1" / "model.safetensors")) >= set(TIED)
     with pytest.raises(BadInput, match="exists already"):
         save_checkpoint(tmp_path / "step-1", model)
-    monkeypatch.setattr("uniter.model.checkpoints.write.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("uniter.model.checkpoints.write.write_tensors", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path / "step-2", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1"]
