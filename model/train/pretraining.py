@@ -162,7 +162,7 @@ def begin_at_averages(model: UniterForPretraining, corpora: Sequence[Corpus], *,
     regions = classified = 0
     for corpus in corpora:
         for number in _spread(len(corpus), texts):
-            np.add.at(words, list(itertools.chain.from_iterable(Example(corpus, number, ()).told())), 1)
+            np.add.at(words, list(itertools.chain.from_iterable(Example(corpus, number, ()).read().told())), 1)
         own = np.unique(corpus.image_rows_NK)
         fields = ("features", "norm_bb", "soft_labels") if corpus.has_soft_labels else ("features", "norm_bb")
         for row in own[_spread(len(own), pictures)].tolist():

@@ -220,7 +220,7 @@ def test_lengths_are_never_fewer_than_the_words_of_a_batch(world: dict[str, str]
 
     corpus = open_corpus("toy", [world["vcr"]], [world["both"]], max_text_length=-1)
     for number in range(len(corpus)):
-        told = sum(map(len, Example(corpus, number, ()).told()))
+        told = sum(map(len, Example(corpus, number, ()).read().told()))
         assert told <= corpus.text_lengths_N[number]
 
 
