@@ -5,6 +5,7 @@ unpickler of our own that knows NumPy arrays and plain containers only, and even
 is ever looked up. PyTorch's files go through `torch.load(weights_only=True)`.
 """
 
+import mmap
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -36,6 +37,9 @@ MOST_TIMES_FILE = 4
 
 
 """So many times a file's size its tensors may take together; more are views of the same few bytes."""
+
+
+ENTRY_BYTES = 32  # what an entry of a container counts as; it takes at least a dozen in the file
 
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
@@ -99,6 +103,7 @@ def _read_safetensors(path: Path) -> Tensors:
 
 def _read_torch(path: Path) -> Tensors:
     try:
+        _refuse_makers_of_bytes(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -112,6 +117,16 @@ def _read_torch(path: Path) -> Tensors:
             f"{path}: refused or unreadable PyTorch file ({reason[:200]}); files that hold more than tensors and containers are not "
             f"loaded, since loading them would execute code. Save its state dict alone"
         ) from error
+
+
+def _refuse_makers_of_bytes(path: Path) -> None:
+    """BadInput if a PyTorch file calls what PyTorch admits although it makes any number of bytes out of few: no weights need it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for name in (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n", b"_codecs\nencode\n"):
+            if content.find(b"c" + name) >= 0:
+                raise BadInput(
+                    f"holds objects made by {name.decode().strip().replace(chr(10), '.')}, no tensors; save its state dict alone"
+                )
 
 
 def _read_pickle(path: Path) -> Tensors:
@@ -264,7 +279,9 @@ class _ArrayUnpickler(pickle._Unpickler):
         self._left = MOST_TIMES_FILE * size
 
     def _spend(self, arguments: Any) -> None:
-        self._left -= sum(len(argument) for argument in arguments if isinstance(argument, Sized))
+        for argument in arguments:
+            if isinstance(argument, Sized):
+                self._left -= len(argument) * (1 if isinstance(argument, str | bytes | bytearray) else ENTRY_BYTES)
         if self._left < 0:
             raise BadInput("unpacks to many times what the file holds; it is damaged or hostile")
 
