@@ -31,18 +31,20 @@ def photograph(
 ) -> tuple[NDArray[np.uint8], tuple[int, int] | None, list[str]]:
     """The picture to draw on, the image's size where it is known, and what is to be said where it is not the photograph."""
     path = photographs.find(key) if photographs is not None else None
+    known = regions.size if regions.size is not None and min(regions.size) > 0 else None  # (0, 0) says nothing
+    sentence = "no photographs were given" if photographs is None else "no photograph of this name"
     if path is not None:
         try:
             image, size = read_photograph(path, longest=2 * PICTURE_LONGEST)
         except BadInput as error:
-            return empty_canvas(regions.size, longest=PICTURE_LONGEST), regions.size, [str(error)]
-        if regions.size is None or _same_shape(size, regions.size):
-            return resized(image, PICTURE_LONGEST), size, []
-        height, width = regions.size
-        sentence = f"the photograph {path.name} is {size[1]} × {size[0]}, the regions are of an image of {width} × {height}: another one?"
-        return empty_canvas(regions.size, longest=PICTURE_LONGEST), regions.size, [sentence]
-    sentence = "no photographs were given" if photographs is None else "no photograph of this name"
-    return empty_canvas(regions.size, longest=PICTURE_LONGEST), regions.size, [sentence]
+            sentence = str(error)
+        else:
+            if known is None or _same_shape(size, known):
+                return resized(image, PICTURE_LONGEST), size, []
+            sentence = (
+                f"the photograph {path.name} is {size[1]} × {size[0]}, the regions are of an image of {known[1]} × {known[0]}: another one?"
+            )
+    return empty_canvas(known, longest=PICTURE_LONGEST), known, [sentence]
 
 
 def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
