@@ -10,15 +10,17 @@ from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.maintenance.copying import (
     Record,
-    Text,
     box_ids_of,
     folders_of,
     records_of,
+    refuse_overlap,
     shared_header,
     write_regions,
     write_texts,
 )
 from uniter.datasets.maintenance.kinds import database_kind
+from uniter.datasets.maintenance.published_texts import Text, stated_settings
+from uniter.datasets.storage.claims import source_names
 from uniter.datasets.text_db import TextDB
 
 # -------------------------------------------------------------------------------------------------------------------- merging
@@ -37,11 +39,10 @@ def merge(sources: Sequence[Path], out: Path, *, overwrite: bool = False) -> dic
     kinds = {database_kind(path).endswith("text") for path in sources}
     if len(kinds) != 1:
         raise BadInput("text and region databases cannot be merged into one")
-    if any(path.resolve() == out.resolve() for path in sources):
-        raise BadInput(f"{out} is both a source and the target; choose another folder")
     if kinds == {True}:
         return _merge_texts(sources, out, overwrite=overwrite)
     folders = [folder for source in sources for folder in folders_of(source)]
+    refuse_overlap(out, [*folders, *sources])
     databases = [ImageDB(folder) for folder in folders]
     first = next((database for database in databases if len(database)), databases[0])
     for folder, database in zip(folders, databases, strict=True):
@@ -74,18 +75,23 @@ def merge(sources: Sequence[Path], out: Path, *, overwrite: bool = False) -> dic
         "sources": [path.name for path in sources],
         "images": [len(database) for database in databases],
     }
-    images = write_regions(
-        out, all_records(), settings=settings, header=lambda: header, failures=failed, box_ids=box_ids_of(folders), overwrite=overwrite
+    written = write_regions(
+        out,
+        all_records(),
+        settings=settings,
+        sources=source_names(folders),
+        header=lambda: header,
+        failures=failed,
+        box_ids=box_ids_of(folders),
+        overwrite=overwrite,
     )
-    return {"out": str(out), "kind": "regions", "sources": len(sources), "images": images, "equal_records_dropped": doubled}
+    told = {"out": str(out), "kind": "regions", "sources": len(sources), "images": written.images, "equal_records_dropped": doubled}
+    return {**told, "already_complete": written.already_complete}
 
 
 def _merge_texts(sources: Sequence[Path], out: Path, *, overwrite: bool) -> dict[str, Any]:
     databases = [TextDB(path) for path in sources]
-    names = {database.tokenizer_name for database in databases}
-    ranges = {database.meta.get("v_range") and tuple(database.meta["v_range"]) for database in databases}
-    if len(names) != 1 or len(ranges) != 1:
-        raise SettingsDiffer(f"the databases were made with different tokenizers ({', '.join(sorted(map(str, names)))})")
+    _refuse_other_tokenizers(databases, sources)
 
     def each_once() -> Iterator[Text]:
         for number, database in enumerate(databases):
@@ -98,5 +104,19 @@ def _merge_texts(sources: Sequence[Path], out: Path, *, overwrite: bool) -> dict
                         f"text {example!r} is in {sources[earlier]} and in {sources[number]} and differs; give the texts other ids"
                     )
 
-    kept = write_texts(out, each_once(), sources, made_by="uniter-db merge", overwrite=overwrite)
-    return {"out": str(out), "kind": "text", "sources": len(sources), "texts": kept}
+    kept, complete = write_texts(out, each_once(), sources, made_by="uniter-db merge", overwrite=overwrite)
+    return {"out": str(out), "kind": "text", "sources": len(sources), "texts": kept, "already_complete": complete}
+
+
+def _refuse_other_tokenizers(databases: Sequence[TextDB], sources: Sequence[Path]) -> None:
+    """SettingsDiffer if the same number means other word pieces: by the vocabulary's contents or, where those are unknown, by name."""
+    stated = [stated_settings(source).get("tokenizer") for source in sources]
+    contents = [(one.get("sha256"), one.get("lowercase")) if isinstance(one, dict) else (None, None) for one in stated]
+    if all(sha256 is not None for sha256, _ in contents):
+        different = len(set(contents)) > 1
+    else:
+        ranges = {database.meta.get("v_range") and tuple(database.meta["v_range"]) for database in databases}
+        different = len({database.tokenizer_name for database in databases}) > 1 or len(ranges) > 1
+    if different:
+        names = ", ".join(sorted({str(database.tokenizer_name) for database in databases}))
+        raise SettingsDiffer(f"the databases were made with different tokenizers or vocabularies ({names}): build their texts with one")

@@ -44,6 +44,8 @@ Source = Path | Mapping[str, Any]
 
 SETTINGS: Final = "settings.json"
 MADE_FROM: Final = "made_from"  # the key of settings.json
+REPORT: Final = "report"
+NOTE: Final = "made_by.json"  # what settings.json is to us, in layouts of others
 _ASIDE, _REPLACED, _CLAIMING = ".overwriting", ".replaced", ".claim"
 _GOING: Final = ".replaced"  # a file in a folder that is being replaced: what is called OUT.replaced without it is somebody's own
 
@@ -248,7 +250,7 @@ def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | N
     named, times = hashlib.sha256(), hashlib.sha256()
     to_read: list[Path] = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not (without is not None and path.is_relative_to(without)):
+        if path.is_file() and path.name != "lock.mdb" and not (without is not None and path.is_relative_to(without)):
             status = path.stat()
             row = f"{path.relative_to(folder).as_posix()}\0{status.st_size}\n".encode(errors="surrogateescape")
             if path.name.endswith(_READ):
@@ -289,14 +291,23 @@ def _asked(settings: Mapping[str, Any], sources: Mapping[str, Source] | None, ou
     if sources:
         known: dict[str, Any] = {}
         for folder in (out, _beside(out, _ASIDE)):
-            with contextlib.suppress(BadInput):
-                stored = read_json_object(folder / SETTINGS).get(MADE_FROM)
-                known |= stored if isinstance(stored, dict) else {}
-        asked[MADE_FROM] = {
-            name: content_of(source, known.get(name), without=out) if isinstance(source, Path) else dict(source)
-            for name, source in sources.items()
-        }
+            known |= _stored_contents(folder / SETTINGS)
+        asked[MADE_FROM] = _contents(sources, known, without=out)
     return asked
+
+
+def _contents(sources: Mapping[str, Source], known: Mapping[str, Any], *, without: Path | None = None) -> dict[str, Any]:
+    return {
+        name: content_of(source, known.get(name), without=without) if isinstance(source, Path) else dict(source)
+        for name, source in sources.items()
+    }
+
+
+def _stored_contents(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(BadInput):
+        stored = read_json_object(path).get(MADE_FROM)
+        return stored if isinstance(stored, dict) else {}
+    return {}
 
 
 def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any], may_differ: Sequence[str] = ()) -> list[str]:
@@ -324,6 +335,48 @@ def _stamped(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> dic
     with contextlib.suppress(PermissionError):  # somebody else's database, which is only read
         write_json(folder / SETTINGS, stamped)
     return stamped
+
+
+# ----------------------------------------------------------------------------------------------- what is not in a layout of ours
+
+
+def note_of(out: Path) -> Path:
+    """Where a file or folder in somebody else's layout has our note of what it was made from: in the folder, or beside the file."""
+    return out / NOTE if out.is_dir() else out.with_name(f"{out.name}.{NOTE}")
+
+
+def may_replace(out: Path, settings: Mapping[str, Any], *, sources: Mapping[str, Path], overwrite: bool) -> dict[str, Any] | None:
+    """Whether to write a file or folder in somebody else's layout, which appears whole by rename.
+
+    Returns:
+        What `write_note` takes before it appears (new files), with it (folders) or after it (files that are replaced), and once more,
+        with a "report", when all is done; None if it is there already, made from the same.
+
+    Raises:
+        SettingsDiffer: it is ours, made with other settings or from other contents.
+        BadInput: it is not known to be ours, or is one of the sources.
+    """
+    for source in sources.values():
+        refuse_source_inside(out, source)
+    known = _stored_contents(note_of(out))
+    asked: dict[str, Any] = json.loads(json.dumps(settings)) | {
+        MADE_FROM: {name: content_of(path, known.get(name)) for name, path in sources.items()}
+    }
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return asked
+    if not note_of(out).is_file():
+        raise BadInput(f"{out} is there already, and is not known to be made by this command; choose another OUT, or remove it yourself")
+    stored = read_json_object(note_of(out))
+    if overwrite:
+        return asked
+    if phrases := _differences(stored, asked, (REPORT,)):
+        raise SettingsDiffer(f"{out} is there already, made otherwise ({first_phrases(phrases)}): choose another OUT, or --overwrite")
+    return None if REPORT in stored else asked
+
+
+def write_note(out: Path, note: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> None:
+    """Remember of a file or folder in somebody else's layout what it was made from and, when it is whole, what was reported."""
+    write_json(note_of(out), note if report is None else {**note, REPORT: report})
 
 
 # ------------------------------------------------------------------------------------ nothing is destroyed before its successor is whole
@@ -357,6 +410,11 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
+
+
+def is_passing(path: Path) -> bool:
+    """Whether a folder is the successor or the predecessor of the one beside it, there only while that is overwritten."""
+    return any(path.name.endswith(ending) and path.with_name(path.name.removesuffix(ending)).exists() for ending in (_ASIDE, _REPLACED))
 
 
 def _beside(out: Path, ending: str) -> Path:

@@ -21,20 +21,36 @@ from uniter.datasets.errors import BadInput
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, *, large: bool = False) -> Iterator[Path]:
     """A name beside `path` to write a file to: made durable, it takes the place of `path` at the end; if anything fails, it is removed.
 
     So a file is there whole or not at all, however the process ends. What a killed one leaves is called `NAME.*.tmp`.
+
+    Args:
+        large: a file or folder that is worth looking after: what a killed process left of it is removed here. One at a time.
     """
+    path = path.resolve()  # what a link leads to is replaced, not the link
     # Processes in containers on several machines often have the same id.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f"{path.name}.{'uniter' if large else f'{os.getpid()}-{uuid.uuid4().hex[:8]}'}.tmp")
+    old = path.with_name(f"{path.name}.uniter-old.tmp")
+    if large:
+        remove(temporary)
+        if old.exists() and not path.exists():  # killed between the two renames
+            old.rename(path)
     try:
         yield temporary
         sync(temporary)
+        if path.exists() and path.is_dir() != temporary.is_dir():
+            raise BadInput(f"{path} is a {'folder' if path.is_dir() else 'file'}, and is not replaced; choose another name")
+        if path.is_dir():
+            remove(old)
+            path.rename(old)
         temporary.replace(path)
         sync(path.parent)
+        if large:
+            remove(old)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise
 
 

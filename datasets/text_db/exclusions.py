@@ -4,8 +4,6 @@ The rules are pretrain-vl-data's (facts 7). A reader would get this wrong: Karpa
 validation part of the pre-training data. Only their Flickr ids are, from SBU, whose photographs cannot be held out otherwise.
 """
 
-import hashlib
-import json
 import logging
 import re
 from collections import Counter
@@ -15,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
 
 from uniter.datasets.errors import BadInput, shown
+from uniter.datasets.storage.files import sha256_of
 from uniter.datasets.storage.plain_pickle import load_plain_pickle
-from uniter.datasets.storage.streams import first_character, json_events, json_items, lines_of, object_of
+from uniter.datasets.storage.streams import first_character, json_events, json_items, lines_of, object_of, whole_json
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.sbu import flickr_photo
 
@@ -72,14 +71,11 @@ class Exclusion:
         self.hashes: dict[str, str] = {}
         self._lists: dict[str, _List] = {}
         for path in paths:
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                raise BadInput(f"list of excluded images {path} is not there; `uniter-build-db exclude` makes one") from None
+            if not path.is_file():
+                raise BadInput(f"list of excluded images {path} is not there; `uniter-build-db exclude` makes one")
             name = path.name if path.name not in self.hashes else str(path)
-            self.hashes[name] = hashlib.sha256(content).hexdigest()
-            start = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-            self._lists[name] = _json_list(path, content) if start in (b"{", b"[") else _plain_list(path)
+            self.hashes[name] = sha256_of(path)
+            self._lists[name] = _json_list(path) if first_character(path) in ("{", "[") else _plain_list(path)
         self._kinds = {kind: set().union(*(one.ids[kind] for one in self._lists.values())) for kind in ("coco", "vg", "flickr", "plain")}
         self._validation = set().union(*(one.validation for one in self._lists.values()))
         self._met: set[tuple[str, str]] = set()
@@ -141,11 +137,8 @@ class Exclusion:
         return "val" if any(kind == "coco" and number in self._validation for kind, number in caption.origins) else "train"
 
 
-def _json_list(path: Path, content: bytes) -> _List:
-    try:
-        document = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"list of excluded images {path} is not JSON ({error}); was it cut off?") from None
+def _json_list(path: Path) -> _List:
+    document = whole_json(path, "lists of images")
     if isinstance(document, list):
         return _plain(path, _ids(document, str(path)))
     lists = {name: _ids(document[name], f"{name} of {path}") for name in LISTS if name in document}

@@ -1,8 +1,6 @@
 """What all formats share: an item is a key with its regions, or with the reason why it cannot be read."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -97,7 +95,7 @@ def with_pixels(items: Iterable[Item], sizes: ImageSizes | None, *, needed: bool
             yield key, regions
             continue
         if size is None:
-            where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it"
+            where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it, or several of that name"
             yield key, BadInput(f"image {key!r}: this format needs pixels but the size of the image is not known; {where}")
             continue
         boxes = regions.boxes if regions.boxes is not None else pixel_boxes(regions.norm_bb, size)
@@ -163,37 +161,6 @@ def best_classes(regions: RegionFeatures) -> dict[str, NDArray[Any]]:
 def refuse(key: str, regions: RegionFeatures, error: BadInput) -> None:
     """The `Skip` that ends the writing."""
     raise error
-
-
-@contextmanager
-def written_aside(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A place beside `path` to write a file or folder to; it takes the place of `path` at the end, and is removed if anything fails.
-
-    Raises:
-        BadInput: there is a folder where a file is to be written, or a file where a folder is.
-    """
-    if path.exists() and path.is_dir() != folder:
-        raise BadInput(
-            f"{path} is a {'file' if folder else 'folder'}, and this format is a {'folder' if folder else 'file'}; choose another name"
-        )
-    path = path.resolve()  # what a link leads to is replaced, not the link
-    temporary = path.with_name(f"{path.name}.tmp")
-    _remove(temporary)
-    try:
-        yield temporary
-        if folder and path.is_dir():  # the callers have looked at what is in it
-            shutil.rmtree(path)
-        temporary.replace(path)
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def npz_name(key: str) -> str:

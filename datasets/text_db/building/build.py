@@ -26,7 +26,7 @@ from uniter.datasets.progress import Progress
 from uniter.datasets.storage.cards import CARD_FILE, has_foreign_readme, text_card
 from uniter.datasets.storage.claims import MADE_FROM, Claim, Source, claim
 from uniter.datasets.storage.files import sync, write_json
-from uniter.datasets.text_db.building.folder import TEXTS, WORK, BuildReport, begin_anew, bring_up_to_date, tokenizer_content
+from uniter.datasets.text_db.building.folder import REMEMBERED, TEXTS, WORK, BuildReport, begin_anew, bring_up_to_date, tokenizer_content
 from uniter.datasets.text_db.building.image_names import BY_TEMPLATE, FindImage, ImageNames, NamedImages
 from uniter.datasets.text_db.building.merge_runs import merge_runs
 from uniter.datasets.text_db.building.spool import BATCH, Length, Spool
@@ -78,11 +78,12 @@ def build_text_db(
     """
     out = Path(out)
     find = images or _by_template(key or "stem")
-    wanted = {"format": TEXT_FORMAT, "key": key if images else key or "stem", **(settings or {})}
-    made_from = {**(sources or {}), "tokenizer": tokenizer_content(tokenizer.sha256(), tokenizer.lowercase, name=tokenizer.name)}
+    pieces = {"name": tokenizer.name, "sha256": tokenizer.sha256(), "lowercase": tokenizer.lowercase}
+    wanted = {"format": TEXT_FORMAT, "key": key if images else key or "stem", "tokenizer": pieces, **(settings or {})}
+    made_from = {**(sources or {}), "tokenizer": tokenizer_content(pieces)}
     if not overwrite:
         bring_up_to_date(out, wanted, made_from)
-    claimed = claim(out, wanted, maker=TEXTS, sources=made_from, overwrite=overwrite, may_differ=("sources",))
+    claimed = claim(out, wanted, maker=TEXTS, sources=made_from, overwrite=overwrite, may_differ=REMEMBERED)
     with claimed.alone("building"):
         if claimed.complete:
             return BuildReport.of_complete(claimed.folder)
@@ -92,7 +93,7 @@ def build_text_db(
             counts = _read(captions, spool, Counter() if source_counts is None else source_counts, out, with_images=images is not None)
             report = _write(claimed.folder, spool, counts, folders_tell_apart=folders_tell_apart, with_images=images is not None)
             _write_meta(claimed.folder, tokenizer, meta or {}, side_files)
-            _complete(claimed, tokenizer, report, examples=spool.kept)
+            _complete(claimed, report, examples=spool.kept)
         claimed.publish()
     return report
 
@@ -148,17 +149,13 @@ def _write(folder: Path, spool: Spool, counts: dict[str, int], *, folders_tell_a
     return BuildReport(counts, images.found_by(spool.images.rules) if with_images else {}, image_count)
 
 
-def _complete(claimed: Claim, tokenizer: Tokenizer, report: BuildReport, *, examples: int) -> None:
+def _complete(claimed: Claim, report: BuildReport, *, examples: int) -> None:
     """The card, and the header: from here on the database opens."""
-    settings = {name: value for name, value in claimed.settings.items() if name != MADE_FROM}
     header = {
         "format": TEXT_FORMAT,
         "kind": TEXTS.kind,
         "examples": examples,
-        "settings": {
-            **settings,
-            "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256(), "lowercase": tokenizer.lowercase},
-        },
+        "settings": {name: value for name, value in claimed.settings.items() if name != MADE_FROM},
         "made_from": {
             source: {name: value for name, value in content.items() if name != "modified"}
             for source, content in claimed.settings[MADE_FROM].items()

@@ -13,6 +13,8 @@ from uniter.datasets.storage.index_file import INDEX
 
 TASK_FILES: Final = ("ans2label.json", "refs.json", "images.json", "annotations.json", "categories.json", "boxes.json")
 WORK: Final = "building"
+REMEMBERED: Final = ("tokenizer", "sources")
+"""Settings that are compared by content under other names: the tokeniser's name, and what merged or split texts were made with."""
 TEXTS: Final = Maker(
     "text",
     "header.json",
@@ -83,18 +85,18 @@ def bring_up_to_date(folder: Path, wanted: Mapping[str, Any], sources: Mapping[s
             # Of folders, tars and large files other fingerprints were kept, which nobody makes any more.
             if path.is_file() and path.suffix != ".tar" and before.get("sha256", sha256 := sha256_of(path)) != sha256:
                 phrases.append(f"{prefix} ({path.name}) has other contents now")
-    told = stored.pop("tokenizer")
-    pieces = tokenizer_content(str(told.get("sha256")), bool(told.get("lowercase")), name=str(told.get("name")))
+    pieces = tokenizer_content(stored["tokenizer"])
     asked = sources["tokenizer"]
     if isinstance(asked, Mapping) and asked["sha256"] != pieces["sha256"]:
         phrases.append(f"tokenizer was {pieces['name']}, now another one, {asked['name']}")
     for regions in stored.pop("images", []):
         stored["key"] = regions.get("key")
-        now = sources.get("images")
-        if not isinstance(now, Mapping) or regions.get("count") != now["images"]:
+        there = sources.get("images")
+        if not isinstance(there, Mapping) or regions.get("count") != there["images"]:
             phrases.append(f"images ({', '.join(regions.get('names', []))}) are others now")
-    left = ("kind", "sources")
-    phrases += difference_in_words(*({name: one[name] for name in one if name not in left} for one in (stored, wanted)))
+    left = ("kind", *REMEMBERED)
+    before, now = ({name: one[name] for name in one if name not in left} for one in (stored, wanted))
+    phrases += difference_in_words(before, now)
     if phrases:
         raise SettingsDiffer(
             f"{folder} was begun with other settings ({first_phrases(phrases)}): use the same ones, another folder, or --overwrite"
@@ -102,6 +104,6 @@ def bring_up_to_date(folder: Path, wanted: Mapping[str, Any], sources: Mapping[s
     write_json(settings, stored)
 
 
-def tokenizer_content(sha256: str, lowercase: bool, *, name: str) -> dict[str, Any]:
+def tokenizer_content(told: Mapping[str, Any]) -> dict[str, Any]:
     """A tokeniser as a source: its pieces and whether it lowers letters; its name counts no more than that of a file."""
-    return {"name": name, "sha256": f"{sha256}{'-lowercase' if lowercase else ''}"}
+    return {"name": str(told.get("name")), "sha256": f"{told.get('sha256')}{'-lowercase' if told.get('lowercase') else ''}"}
