@@ -174,7 +174,7 @@ def test_batches_follow_from_seed_and_number(world: Path) -> None:
     ]
     made[0][0]
     for step in (7, 2):
-        same, again, other = (batches[step] for batches in made)
+        same, again, other = (batches.batch(step) for batches in made)
         assert all(torch.equal(one["image"], two["image"]) for one, two in zip(same, again, strict=True))
         assert not all(torch.equal(one["image"], two["image"]) for one, two in zip(same, other, strict=True))
     epoch = [made[0]._number(position) for position in range(20)]
@@ -205,6 +205,32 @@ def test_a_file_that_turns_out_damaged_is_counted(world: Path, tmp_path: Path) -
     # Nor is it forgotten where the run was killed after it had been met.
     (tmp_path / "detector" / "detector.json").unlink()
     assert short_run(tmp_path / "world", tmp_path / "detector", **options)["skipped"] == summary["skipped"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_photographs_that_vanish_are_a_sentence(world: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    load = training.load_checkpoint
+
+    def unmounted(*arguments: Any) -> Any:
+        shutil.rmtree(tmp_path / "world" / "images")
+        return load(*arguments)
+
+    monkeypatch.setattr(training, "load_checkpoint", unmounted)
+    with pytest.raises(BadInput, match=r"^none of the training images can be decoded; are the files damaged\?$"):
+        short_run(tmp_path / "world", tmp_path / "detector", workers=workers)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_memory_that_does_not_suffice_is_a_sentence(
+    world: Path, tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*arguments: Any, **more: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(training, "_update", too_large)
+    with pytest.raises(UniterError, match="memory does not suffice for updates of 2 images at 128 pixels; train with a smaller"):
+        short_run(world, tmp_path / "detector")
 
 
 def test_numbers_that_run_away_are_said(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +459,7 @@ def test_the_full_model_is_bottom_up_attentions_size(world: Path) -> None:
     optimizer = training._optimizer(network, FULL, 1e-3)
     network.train()
     with EventStorage(0):
-        losses = training._update(network, optimizer, batches[0], rate=1e-3, seed=0)
+        losses = training._update(network, optimizer, batches.batch(0), rate=1e-3, seed=0)
     assert losses["loss_attribute"] > 0
     assert math.isfinite(losses["loss"])
 
@@ -473,6 +499,8 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["train_images"] == 9
     assert "NMS_THRESH: 0.6" in (tmp_path / "out" / "config.yaml").read_text()
     assert CliRunner().invoke(detector_command, [*arguments, "--set", "nonsense"]).exit_code == 2
+    both = ["--held-out", "0.2", "--val-annotations", str(world / "instances_val.json")]
+    assert "leave one of the two out" in CliRunner().invoke(detector_command, [*arguments, *both]).stderr
     refused = CliRunner().invoke(detector_command, [*arguments, "--steps", "2"])
     assert refused.exit_code == 1
     assert refused.stderr.startswith("error: ")
