@@ -65,7 +65,8 @@ def infer_config(state: Mapping[str, Tensor], *, beside: Path | None = None) -> 
                 f"put the model's {CONFIG_FILE} beside the file"
             )
         values["num_attention_heads"] = sizes["hidden_size"] // HEAD_WIDTH
-        if sizes["hidden_size"] not in {preset["hidden_size"] for preset in PRESETS.values()}:
+        published = [size["hidden_size"] for size in PRESETS.values() if size["hidden_size"] == HEAD_WIDTH * size["num_attention_heads"]]
+        if sizes["hidden_size"] not in published:
             log.warning("%s: nothing tells its number of attention heads; they are taken to be %d columns wide", beside, HEAD_WIDTH)
     return UniterConfig(**{**values, **sizes})
 

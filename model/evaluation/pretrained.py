@@ -281,7 +281,7 @@ def evaluate_run(
     with processes(device) as everyone:
         model = load_uniter(start).to(everyone.device)
         check_fit(model.config, corpus, source=start)
-        check_classes(model.config, [corpus], source=start)
+        check_classes(model.config, [corpus])
         tokenizer_of_texts([corpus], start=start)
         figures = evaluate_pretraining(
             model,

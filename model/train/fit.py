@@ -153,7 +153,7 @@ def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:
         raise BadInput(f"the texts were built with {vocabulary:,} word pieces, but {source} has {config.vocab_size:,}; use its tokenizer")
 
 
-def check_classes(config: UniterConfig, corpora: Iterable[Corpus], *, source: str, tasks: Sequence[str] = ()) -> None:
+def check_classes(config: UniterConfig, corpora: Iterable[Corpus], *, tasks: Sequence[str] = ()) -> None:
     """Raise BadInput where regions have soft labels over other classes than the model predicts.
 
     Args:
@@ -162,9 +162,7 @@ def check_classes(config: UniterConfig, corpora: Iterable[Corpus], *, source: st
     found = sorted({corpus.images.label_classes for corpus in corpora} - {0, config.label_classes})
     if found:
         way = f", or leave {' and '.join(tasks)} out of the tasks" if tasks else ""
-        raise BadInput(
-            f"the region databases have {found} detector classes, the model {config.label_classes} ({source}); use its detector{way}"
-        )
+        raise BadInput(f"the region databases have {found} detector classes, the model {config.label_classes}; use its detector{way}")
 
 
 def check_budget(budget: int | None, corpora: Iterable[Corpus]) -> None:

@@ -88,8 +88,8 @@ def _tasks_of(wanted: CorpusSettings, corpus: Corpus) -> dict[str, float]:
         check_soft_labels(list(named), wanted.name, has_soft_labels=corpus.has_soft_labels)
         shown = [name for name in named if PRETRAINING[name].shows_other_pictures]
         if shown and is_second_stage(corpus):
-            others = ", ".join(name for name, row in PRETRAINING.items() if not row.shows_other_pictures)
-            raise BadInput(f"corpus {wanted.name!r}: VCR's second stage has no task {shown[0]}; it takes {others}")
+            *others, last = (name for name, row in PRETRAINING.items() if not row.shows_other_pictures)
+            raise BadInput(f"corpus {wanted.name!r}: VCR's second stage has no task {shown[0]}; it takes {', '.join(others)} and {last}")
         return named
     tasks = default_tasks(has_soft_labels=corpus.has_soft_labels, pictures=corpus.image_rows_NK.shape[1])
     if without := [name for name in DEFAULT_PRETRAINING if PRETRAINING[name].needs_soft_labels and name not in tasks]:
@@ -139,7 +139,7 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
         )
     of_classes = sorted({name for tasks in data.tasks.values() for name in tasks if PRETRAINING[name].needs_soft_labels})
     if of_classes:
-        check_classes(config, corpora, source=settings.from_ or "of these settings", tasks=of_classes)
+        check_classes(config, corpora, tasks=of_classes)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model.train()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.example import Sample, TokenSequence
+from uniter.datasets.devices import usable_device
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.image_db.regions import RegionFeatures, pixel_boxes
@@ -82,7 +83,7 @@ class Understanding:
         other_detector: bool = False,
     ) -> None:
         self.regions = regions
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device)
         self.class_names: Sequence[str] | None = class_names if class_names is not None else getattr(regions, "class_names", None)
         given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else Tokenizer.load(os.fspath(tokenizer))
         self._by_kind: dict[type, Checkpoint] = {}

@@ -309,3 +309,20 @@ def test_corpora_of_another_kind_are_refused_whatever_the_command_adds(tmp_path:
         path.write_text(odd, encoding="utf-8")
         with pytest.raises(BadInput, match="corpora"):
             gather_settings(str(path), validation_text=["val.db"], tasks="mlm")
+
+
+def test_a_file_of_another_task_is_said_to_be_one(tmp_path: Path) -> None:
+    published, ours, odd = tmp_path / "pretrain.json", tmp_path / "config.yaml", tmp_path / "odd.yaml"
+    published.write_text(json.dumps(ALL_DATA))
+    with pytest.raises(BadInput, match=r"pretrain.json is a published file of pre-training; use it with uniter-train pretrain"):
+        gather_settings(str(published), roots=ROOTS, options={"task": "vqa"})
+    ours.write_text(json.dumps({**DATA, "task": "pretrain"}))
+    assert gather_settings(str(ours)).task == "pretrain"
+    with pytest.raises(BadInput, match=r"of the task 'pretrain'; use them with uniter-train pretrain"):
+        gather_settings(str(ours), options={"task": "vqa"})
+    ours.write_text(json.dumps({**DATA, "task": "vqa"}))
+    with pytest.raises(BadInput, match=r"of the task 'vqa'; use them with uniter-train finetune vqa"):
+        gather_settings(str(ours))
+    odd.write_text(json.dumps({**DATA, "model": 5}))
+    with pytest.raises(BadInput, match="'model' is a int, expected a mapping with the key 'size'"):
+        gather_settings(str(odd), options={"model.size": "tiny"})

@@ -73,7 +73,7 @@ def test_the_rate_warms_up_and_decays(small: Make, tmp_path: Path) -> None:
 
 
 def logs_of_both_precisions(make: Make, folder: Path, **changes: Any) -> list[tuple[dict[str, float], dict[str, float]]]:
-    """The losses of float32's and of bf16's run, line by line."""
+    """The losses of float32's and of bf16's run, line by line; relative to the first validation that one is 1 in both."""
     logs = []
     for precision in ("fp32", "bf16"):
         pretrain(make(precision=precision, steps=4, **changes), folder / precision)
