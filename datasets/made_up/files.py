@@ -69,11 +69,13 @@ def write_world(
     }
     _stamp_an_older_world(out)
     claimed = claim(out, settings, maker=WORLD, overwrite=overwrite)
-    already = claimed.complete
-    if not already:
-        _draw(claimed.folder, world, settings)
-        if claimed.folder != out:
-            keep_others(out / IMAGES, claimed.folder / IMAGES, ours=_drawn_by(read_json_object(out / SETTINGS)).__contains__)
+    with claimed.alone("drawing"):
+        already = claimed.complete
+        if not already:
+            claimed.clear_half_written()
+            _draw(claimed.folder, world, settings)
+            if claimed.folder != out:
+                keep_others(out / IMAGES, claimed.folder / IMAGES, ours=_drawn_by(read_json_object(out / SETTINGS)).__contains__)
         claimed.publish()
     parts = {part: read_scenes(out / f"scenes_{part}.json") for part in ("train", "val")}
     scenes = [scene for members in parts.values() for scene in members]

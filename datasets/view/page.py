@@ -57,15 +57,16 @@ def report_folder(out: Path, sources: Sequence[str | Path]) -> Iterator[Path]:
     _refuse_what_is_no_report(out)
     # The time makes every report another one: what a killed command drew is never taken for a part of this one.
     claimed = claim(out, {"begun": datetime.now(UTC).isoformat()}, maker=REPORT, overwrite=True)
-    try:
-        (claimed.folder / PICTURES).mkdir(exist_ok=True)
-        yield claimed.folder
-    except BaseException:
-        claimed.abandon()
-        raise
-    if claimed.folder != out:
-        keep_others(out / PICTURES, claimed.folder / PICTURES, ours=lambda name: _PICTURE.fullmatch(name) is not None)
-    claimed.publish()
+    with claimed.alone("drawing"):
+        try:
+            (claimed.folder / PICTURES).mkdir(exist_ok=True)
+            yield claimed.folder
+        except BaseException:
+            claimed.abandon()
+            raise
+        if claimed.folder != out:
+            keep_others(out / PICTURES, claimed.folder / PICTURES, ours=lambda name: _PICTURE.fullmatch(name) is not None)
+        claimed.publish()
 
 
 def _refuse_what_is_no_report(out: Path) -> None:

@@ -163,13 +163,17 @@ MEANINGLESS = {
     ("scenes --tasks", "inside"): "it has no source",
     ("scenes --tasks", "foreign"): "as of scenes",
     ("evaluate --scores", "killed"): "it scores again, in a second",
+    ("evaluate --scores", "inside"): "its two files lie beside others, which stay: see foreign",
     ("export", "fails"): "there is no --overwrite, and what is there is refused",
     ("pretrain", "fails"): "there is no --overwrite",
     ("finetune", "fails"): "there is no --overwrite",
     ("evaluate --scores", "fails"): "there is no --overwrite",
     ("convert --to npz", "killed"): "as of convert",
 }
-NOT_YET: dict[tuple[str, str], tuple[str, str]] = {}
+NOT_YET: dict[tuple[str, str], tuple[str, str]] = {
+    ("export", "same"): ("1", "refused: it exists already"),
+    ("export", "killed"): ("1", "the one that was whole is refused: it exists already"),
+}
 """Cells that do not hold: the point of the order, and what happens."""
 
 
@@ -194,6 +198,8 @@ def test_every_cell_is_held_somewhere() -> None:
 def held(out: Path) -> Mapping[str, Any]:
     """What a folder holds for whoever uses it; times and places of the sources, which settings.json remembers, are no part of it."""
     found = {name: content for name, content in tree(out).items() if not name.endswith("lock.mdb")}
+    place = str(out.parent).encode()
+    found = {name: content.replace(place, b"...") if isinstance(content, bytes) else content for name, content in found.items()}
     for name, content in found.items():
         if name.endswith(("settings.json", "header.json")) and isinstance(content, bytes):
             settings = json.loads(content)
@@ -239,8 +245,8 @@ def test_what_was_killed_ends_as_unbroken(name: str, tmp_path: Path, trained: An
     broken.mkdir()
     words = ROWS[name](broken, broken / "out", 0, trained)
     beside = set(broken.iterdir())
-    for instant in (2, 9, 20):
-        world.killed(broken / "out", instant, *words)
+    for instant in (2, 12):
+        world.killed(broken, instant, *words)
     accepted(run(*words))
     assert set(broken.iterdir()) == {*beside, broken / "out"}, "what was begun is left behind"
     assert held(broken / "out") == held(whole / "out")
@@ -276,11 +282,10 @@ def inside(name: str, folder: Path, trained: Any) -> tuple[Path, Words]:
         return folder / "sources", ROWS[name](folder / "sources", folder / "sources", 0, trained)
     if name == "extract":
         return folder / "photos", extract(folder, folder / "photos", 0, trained)
-    copied = folder / "world"
-    shutil.copytree(trained.images.parent.parent, copied, symlinks=True)
-    words = [copied / Path(word).relative_to(trained.images.parent.parent) if str(word).startswith(str(trained.images.parent.parent)) else word
-             for word in ROWS[name](folder, copied, 0, trained)]  # fmt: skip
-    return copied, tuple(words)
+    made, copied = trained.images.parent.parent, folder / "world"
+    shutil.copytree(made, copied, symlinks=True)
+    words = ROWS[name](folder, copied, 0, trained)
+    return copied, tuple(copied / Path(str(word)).relative_to(made) if Path(str(word)).is_relative_to(made) else word for word in words)
 
 
 @pytest.mark.parametrize("name", cells("inside"))

@@ -13,7 +13,6 @@ What a reader would get wrong: VQA names a picture by its number only, as COCO's
 `--key 'scene_{id:06d}'`; NLVR2 names pictures by statement, so its region database is made from nlvr2/images.
 """
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from uniter.datasets.made_up.tasks.vcr import write_vcr
 from uniter.datasets.made_up.tasks.vqa import write_vqa
 from uniter.datasets.made_up.world import World
 from uniter.datasets.storage.claims import SETTINGS, Maker, claim
-from uniter.datasets.storage.files import keep_others, read_json_object, write_json
+from uniter.datasets.storage.files import keep_others, read_json_object, remove, write_json
 
 
 def write_tasks(world_folder: str | Path, out: str | Path | None = None, *, seed: int = 0, overwrite: bool = False) -> dict[str, int]:
@@ -61,17 +60,18 @@ def write_tasks(world_folder: str | Path, out: str | Path | None = None, *, seed
     if older := _of_an_older_version(target):
         write_json(target / SETTINGS, {"kind": TASKS.kind})
     claimed = claim(target, {"seed": seed}, maker=TASKS, sources={"world": folder / WORLD.complete}, overwrite=overwrite or older)
-    if not claimed.complete:
-        counts = {}
-        for name, write in _WRITERS.items():
-            shutil.rmtree(claimed.folder / name, ignore_errors=True)  # what a killed command began
-            (claimed.folder / name).mkdir(parents=True)
-            counts[name] = write(claimed.folder / name, world, scenes, suffix, folder / IMAGES, seed)
-        write_json(claimed.folder / TASKS.complete, {"examples": counts})
-        if claimed.folder != target:
-            for name in _WRITERS:
-                new = claimed.folder / name
-                keep_others(target / name, new, ours=lambda inner, new=new: (new / inner).exists())  # type: ignore[misc]
+    with claimed.alone("writing"):
+        if not claimed.complete:
+            claimed.clear_half_written()
+            counts = {}
+            for name, write in _WRITERS.items():
+                remove(claimed.folder / name)  # what a killed command began
+                (claimed.folder / name).mkdir(parents=True)
+                counts[name] = write(claimed.folder / name, world, scenes, suffix, folder / IMAGES, seed)
+            write_json(claimed.folder / TASKS.complete, {"examples": counts})
+            if claimed.folder != target:
+                for name in _WRITERS:
+                    keep_others(target / name, claimed.folder / name, ours=_names(claimed.folder / name).__contains__)
         claimed.publish()
     examples: dict[str, int] = read_json_object(target / TASKS.complete)["examples"]
     return examples
@@ -79,8 +79,12 @@ def write_tasks(world_folder: str | Path, out: str | Path | None = None, *, seed
 
 def _of_an_older_version(folder: Path) -> bool:
     """Whether an earlier version wrote these tasks, which did not say so."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return SETTINGS not in names and set(_WRITERS) <= names
+    return SETTINGS not in _names(folder) and set(_WRITERS) <= _names(folder)
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies in a folder; nothing where there is none."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 _WRITERS: Final[dict[str, Callable[[Path, World, Parts, str, Path, int], int]]] = {
