@@ -49,6 +49,6 @@ def told_to_stop() -> Iterator[list[int]]:
 
 
 def leave_signals(worker: int) -> None:
-    """A data loader's `worker_init_fn`: what tells a run to stop reaches its workers too, which it needs until its checkpoint is written."""
+    """A data loader's `worker_init_fn`: a run that is told to stop needs its workers until its checkpoint is written."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
