@@ -111,9 +111,7 @@ def _looks(run: Path, regions: ImageDB, texts: Sequence[Path], pairs: int, keys:
     model = found.model
     for origin in origins_of([regions]):
         if found.detector is not None and found.detector.is_another(origin):
-            log.warning(
-                "%s learnt from the regions of %s, but these are of %s: what it sees of them means little", run, found.detector, origin
-            )
+            log.warning("%s learnt from the regions of %s, but these are of %s; little of it means much", run, found.detector, origin)
     database = TextDB(texts[0])
     numbers = [number for key in keys for number in database.images()[key][:1]]
     if not keys:

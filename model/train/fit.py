@@ -180,6 +180,11 @@ def origin_of_start(start: str) -> RegionOrigin | None:
     return RegionOrigin.from_dict(told_beside(find_weights(start)).get(DETECTOR))
 
 
+def has_seen_regions(start: str) -> bool:
+    """Whether a checkpoint is no plain BERT, as its configuration says."""
+    return told_beside(find_weights(start)).get("model_type") != "bert"
+
+
 def check_detector(
     corpora: Iterable[Corpus], known: RegionOrigin | None, *, source: str | None, meant: bool | None = False
 ) -> RegionOrigin | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.example import Masking
 from uniter.datasets.batches.loader import Assembler, MicroBatch, load
 from uniter.datasets.batches.order import generator
 from uniter.datasets.batches.plans import Mixture, Part, Plan
@@ -66,7 +67,8 @@ class Learner:
         model: on the processes' device.
         optimizer: over its parameters.
         tasks: by the number of the mixture's part.
-        mixture: which batch comes when. assembler: makes it.
+        mixture: which batch comes when.
+        masking: chances of words and regions to be hidden.
         validation: parts to validate on, with their tasks.
         workers: processes that make batches.
         write_model: writes weights and model configuration into a folder.
@@ -76,7 +78,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     tasks: Sequence[Task]
     mixture: Mixture
-    assembler: Assembler
+    masking: Masking
     validation: Sequence[tuple[Task, Part]]
     workers: int
     write_model: Callable[[Path], None]
@@ -158,10 +160,10 @@ def train(
     mixture, world = learner.mixture, processes.world
     last = min(recipe.steps, recipe.stop_after or recipe.steps)
     taken = [progressed.taken.get(part.name, 0) for part in mixture.parts]
-    plans = mixture.plans(
-        taken, first_step=progressed.step + 1, last_step=last, accumulation=recipe.accumulation, rank=processes.rank, world=world
-    )
-    batches = load(learner.assembler, plans, workers=learner.workers, pin_memory=processes.device.type == "cuda")
+    batches = load(
+        mixture, learner.masking, taken, first_step=progressed.step + 1, last_step=last, accumulation=recipe.accumulation,
+        rank=processes.rank, world=world, workers=learner.workers, pin_memory=processes.device.type == "cuda",
+    )  # fmt: skip
     figures: Figures = {}
     began = time.monotonic()
     learner.model.train()
@@ -232,7 +234,7 @@ def _update(
     _normalise(parameters, 1 / world if recipe.normalisation == "published" else 1 / max(rows, 1.0))
     norm = float(clip_gradients(parameters, recipe.clip))
     means = {key: total / max(count, 1.0) for key, total, count in zip(names, sums, counts, strict=True)}
-    _check_finite(means, norm, window, learner.assembler, step=step, part=name, processes=processes)
+    _check_finite(means, norm, window, learner, step=step, part=name, processes=processes)
     rate = learning_rate(step, base=recipe.learning_rate, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps)
     set_learning_rate(learner.optimizer, rate)
     learner.optimizer.step()
@@ -291,12 +293,13 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _check_finite(
-    means: Mapping[str, float], norm: float, window: _Window, assembler: Assembler, *, step: int, part: str, processes: Processes
+    means: Mapping[str, float], norm: float, window: _Window, learner: Learner, *, step: int, part: str, processes: Processes
 ) -> None:
     """Stop the run, on every process, before a step with infinite or undefined numbers is taken."""
     values = torch.tensor([*means.values(), norm], dtype=torch.float64)
     if bool(torch.isfinite(values).all()):
         return
+    assembler = Assembler(learner.mixture.parts, learner.mixture.seed, learner.masking)
     here: list[tuple[list[str], list[str], list[str]]] = []
     for plan, ids, sums in window.per_batch:
         terms = [name for name, total in sums.items() if not bool(torch.isfinite(total))]
@@ -336,7 +339,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _validate_all(learner: Learner, recipe: Recipe, *, processes: Processes) -> Figures:
-    scoring = Scoring(learner.model, processes, learner.mixture.budget, recipe.seed, learner.assembler.masking, precision=recipe.precision)
+    scoring = Scoring(learner.model, processes, learner.mixture.budget, recipe.seed, learner.masking, precision=recipe.precision)
     return {part.name: validate(scoring, task, part) for task, part in learner.validation}
 
 

@@ -17,7 +17,6 @@ import yaml
 from torch import nn
 
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.storage.claims import content_of
@@ -33,7 +32,7 @@ from uniter.model.settings.files import CONFIG_FILE, differences, read_settings,
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train import state
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.fit import check_detector, origin_of_start, tokenizer_of_texts
+from uniter.model.train.fit import check_detector, has_seen_regions, origin_of_start, tokenizer_of_texts
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
 from uniter.model.train.work import Data, Work
@@ -66,7 +65,7 @@ class Begun:
         if self.settings.detector is not None:
             source = str(self.run) if self.earlier is not None else "the detector that the settings name"
             check_detector(corpora, RegionOrigin.from_dict(self.settings.detector), source=source, meant=meant)
-        if start is not None and self.earlier is None:
+        if start is not None and self.earlier is None and has_seen_regions(start):
             return check_detector(corpora, origin_of_start(start), source=start, meant=meant)
         return check_detector(corpora, None, source=None, meant=meant)
 
@@ -186,7 +185,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
         optimizer=optimizer,
         tasks=work.tasks,
         mixture=work.mixture,
-        assembler=Assembler(work.mixture.parts, settings.seed, masking),
+        masking=masking,
         validation=work.validation,
         workers=_workers(settings, everyone),
         write_model=lambda folder: write_model(folder, model, about=about, tokenizer=tokenizer),

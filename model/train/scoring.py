@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler, MicroBatch, load
+from uniter.datasets.batches.loader import MicroBatch, load_once
 from uniter.datasets.batches.masking import Pairing
-from uniter.datasets.batches.plans import Part, sequential_plans
+from uniter.datasets.batches.plans import Part
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.tasks.task import Task
@@ -59,8 +59,10 @@ class Scoring:
         """
         seed = self.seed if seed is None else seed
         rank, world, device = self.processes.rank, self.processes.world, self.processes.device
-        plans = sequential_plans(part, 0, budget=self.budget, seed=seed, rank=rank, world=world, pairing=pairing)
-        batches = load(Assembler([part], seed, self.masking, by_example=self.by_example), plans, workers=self.workers)
+        batches = load_once(
+            part, self.masking, budget=self.budget, seed=seed, by_example=self.by_example, pairing=pairing,
+            rank=rank, world=world, workers=self.workers,
+        )  # fmt: skip
         was_training = self.model.training
         self.model.eval()
         try:
