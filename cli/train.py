@@ -218,6 +218,9 @@ def scoring_options(function: Command) -> Command:
     function = click.option("--other-detector", is_flag=True, help="Regions of another detector than that of the model are meant.")(
         function
     )
+    function = click.option("--strict", is_flag=True, help="Refuse where an example would be left out, e.g. for want of its image.")(
+        function
+    )
     function = click.option(
         "--scores", type=click.Path(path_type=Path, file_okay=False), help="Keep retrieval's scores there; the same command resumes."
     )(function)
@@ -253,6 +256,7 @@ def evaluate(
     workers: int,
     scores: Path | None,
     other_detector: bool,
+    strict: bool,
     device: str | None,
     precision: str,
     as_json: bool,
@@ -277,6 +281,7 @@ def evaluate(
         "device": device,
         "precision": precision,
         "other_detector": other_detector,
+        "strict": strict,
     }
     if task == "pretrain":
         from uniter.model.evaluation.pretrained import evaluate_run
@@ -318,6 +323,7 @@ def predict(
     workers: int,
     scores: Path | None,
     other_detector: bool,
+    strict: bool,
     device: str | None,
     precision: str,
     as_json: bool,
@@ -345,6 +351,7 @@ def predict(
         device=device,
         precision=precision,
         other_detector=other_detector,
+        strict=strict,
     )
     print_from_first(summary, as_json=as_json, title=f"predictions of {start}")
 

@@ -19,7 +19,7 @@ from uniter.datasets.batches.pretraining import masked_regions, masked_regions_w
 from uniter.datasets.errors import BadInput
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.model import losses
-from uniter.model.checkpoints.load import load_uniter
+from uniter.model.checkpoints.load import load
 from uniter.model.heads.pretraining import Outputs, UniterForPretraining
 from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.fit import (
@@ -28,6 +28,7 @@ from uniter.model.train.fit import (
     check_fit,
     check_shown,
     origin_of_start,
+    refuse_left_out,
     regions_of_run,
     regions_to_read,
     tokenizer_of_texts,
@@ -254,6 +255,7 @@ def evaluate_run(
     device: str | None = None,
     precision: str = "fp32",
     other_detector: bool = False,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """The figures of `evaluate.evaluate_pretraining` of a run or checkpoint on databases, grouped: {"mlm": {"accuracy": ...}, ...}.
 
@@ -262,6 +264,7 @@ def evaluate_run(
         text, images: held-out databases.
         words: words whose accuracy is reported besides, split into the texts' word pieces.
         other_detector: regions of another detector than the model learnt from are meant.
+        strict: refuse where an example is left out.
 
     Raises:
         BadInput: databases and model do not fit.
@@ -269,6 +272,8 @@ def evaluate_run(
     regions = regions_to_read(images, *regions_of_run(start))
     corpus = open_corpus("data", text, images, max_text_length=max_text_length, image_options=regions)
     check_shown(corpus)
+    if strict:
+        refuse_left_out(corpus.left_out, len(corpus))
     check_detector([corpus], origin_of_start(start), source=start, meant=other_detector)
     pieces: list[int] = []
     if words:
@@ -279,7 +284,14 @@ def evaluate_run(
         tokenizer = Tokenizer.load(local if local.is_file() else str(name))
         pieces = [piece for ids in tokenizer.encode_batch(list(words)) for piece in ids if piece != tokenizer.unk_id]
     with processes(device) as everyone:
-        model = load_uniter(start).to(everyone.device)
+        checkpoint = load(start, UniterForPretraining)
+        if checkpoint.fresh:
+            trained = f"was trained for {checkpoint.task}" if checkpoint.task not in (None, "pretrain") else "lacks heads of pre-training"
+            raise BadInput(
+                f"{start} {trained} ({', '.join(sorted(checkpoint.fresh)[:2])}, ... would be random numbers); evaluate what it was trained "
+                "for, or a pre-trained run"
+            )
+        model: UniterForPretraining = checkpoint.model.to(everyone.device)
         check_fit(model.config, corpus, source=start)
         check_classes(model.config, [corpus])
         tokenizer_of_texts([corpus], start=start)
@@ -294,7 +306,7 @@ def evaluate_run(
             precision=precision,
             workers=workers,
         )
-    return _grouped(figures)
+    return {"left_out": corpus.left_out, **_grouped(figures)}
 
 
 def _grouped(figures: Mapping[str, float]) -> dict[str, Any]:

@@ -48,10 +48,12 @@ class DownstreamModel(nn.Module):
     """A body that a task's head is put on.
 
     Attributes:
+        unread: name prefixes of tensors that no answer depends on.
         token_type_rows: how many token types the task has, and which pre-trained row each begins as a copy of.
     """
 
     token_type_rows: ClassVar[tuple[int, ...]] = (0, 1)
+    unread: ClassVar[tuple[str, ...]] = ("uniter.img_embeddings.mask_embedding.",)
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
@@ -108,6 +110,8 @@ class UniterForVqa(DownstreamModel):
 
 class UniterForRetrieval(DownstreamModel):
     """Image-text retrieval: one score a pair. Before fine-tuning the score is ITM's logit of "they match"."""
+
+    unread = (*DownstreamModel.unread, "itm_output.")
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__(config)

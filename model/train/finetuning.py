@@ -1,5 +1,6 @@
 """Fine-tuning: the data, the model and the mixture of a row of the down-stream table."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from uniter.model.tasks.predictions import answer_table
 from uniter.model.tasks.table import DOWNSTREAM, row_of, task_name
 from uniter.model.tasks.task import Task, extras
 from uniter.model.train.defaults import complete_finetuning
-from uniter.model.train.fit import check_budget, check_fit, check_pictures, refuse_captions, regions_to_read, that_fit
+from uniter.model.train.fit import check_budget, check_fit, check_pictures, check_texts, in_words, labelled, regions_to_read, that_fit
 from uniter.model.train.runs import begun, learn
 from uniter.model.train.work import Data, Work, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(settings: TrainSettings, run: Path) -> dict[str, Any]:
@@ -55,8 +58,13 @@ def open_data(settings: TrainSettings) -> Data:
             raise BadInput(f"corpora: {wanted.name!r} names tasks, which only pre-training mixes; fine-tuning {name} trains {name}")
         corpus = open_corpus(wanted.name, wanted.text, wanted.images, max_text_length=settings.max_text_length, image_options=options)
         check_pictures(corpus, row, name)
-        refuse_captions(corpus, row, name)
-        training[wanted.name], validation[wanted.name] = with_validation(wanted, corpus, settings, options)
+        check_texts(corpus, row, name)
+        corpus = labelled(corpus, row, name)
+        training[wanted.name], held_out = with_validation(wanted, corpus, settings, options)
+        check_texts(held_out, row, name)
+        validation[wanted.name] = labelled(held_out, row, name)
+        if corpus.left_out:
+            logger.info("corpus %s: left out %s", wanted.name, in_words(corpus.left_out))
     answer_table(*training.values(), *validation.values())  # raises where they number answers differently
     return Data(training, validation, {corpus: {name: 1.0} for corpus in training})
 

@@ -27,12 +27,47 @@ from uniter.model.uniter import UniterConfig
 logger = logging.getLogger(__name__)
 
 
-def refuse_captions(corpus: Corpus, row: Task, name: str) -> None:
-    """Captions have nothing to learn but which picture they are about; training on their missing targets would go through."""
+def check_texts(corpus: Corpus, row: Task, name: str) -> None:
+    """Raise BadInput where a text database says that it was built for another task."""
     for text in corpus.texts:
         stated = (text.header or {}).get("settings", {}).get("task")
-        if stated == "captions" and extras(row).pairs is None:
-            raise BadInput(f"{text.path} holds captions; fine-tuning {name} needs texts that uniter-build-db --task made of annotations")
+        if isinstance(stated, str) and stated not in extras(row).texts:
+            what = "captions, which have no labels" if stated == "captions" else f"the texts of {stated}"
+            raise BadInput(f"{text.path} holds {what}; {name} takes those that uniter-build-db --task {extras(row).texts[0]} makes")
+
+
+def labelled(corpus: Corpus, row: Task, name: str) -> Corpus:
+    """The examples whose right answer is known; the others count as left out.
+
+    Raises:
+        BadInput: none has one.
+    """
+    known = extras(row).known
+    if known is None:
+        return corpus
+    unknown_N = np.fromiter((not known(corpus.record(number)) for number in range(len(corpus))), np.bool_, len(corpus))
+    if unknown_N.all():
+        raise BadInput(
+            f"corpus {corpus.name!r}: none of its {len(corpus):,} texts has a label, so there is nothing to learn or to measure; join the "
+            f"annotations when the texts are built (uniter-build-db --task {extras(row).texts[0]}); of a test part, "
+            f"uniter-train predict {name} writes the submission"
+        )
+    return corpus.without(unknown_N, "without a label")
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    """What was left out, as a sentence says it."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+
+
+def refuse_left_out(left_out: Mapping[str, int], examples: int) -> None:
+    """Raise BadInput where something was left out (`--strict`)."""
+    if left_out:
+        missing = sum(left_out.values())
+        raise BadInput(
+            f"{missing:,} of {missing + examples:,} examples would be left out ({in_words(left_out)}), which --strict refuses; extract the "
+            "regions of all pictures, or leave --strict out"
+        )
 
 
 def check_pictures(corpus: Corpus, row: Task, name: str) -> None:

@@ -32,7 +32,7 @@ from uniter.model.tasks.rows import LONGEST_CHOICE
 from uniter.model.tasks.table import DEFAULT_PRETRAINING, PRETRAINING, check_soft_labels, default_tasks, pretraining_task, task_name
 from uniter.model.tasks.task import Task
 from uniter.model.train.defaults import complete
-from uniter.model.train.fit import check_budget, check_classes, check_shown, check_vocabulary, is_second_stage, that_fit
+from uniter.model.train.fit import check_budget, check_classes, check_shown, check_vocabulary, in_words, is_second_stage, that_fit
 from uniter.model.train.runs import begun, learn
 from uniter.model.train.work import Data, Work, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
@@ -73,9 +73,7 @@ def open_data(settings: TrainSettings) -> Data:
         tasks[wanted.name] = _tasks_of(wanted, corpus)
         training[wanted.name], validation[wanted.name] = with_validation(wanted, corpus, settings, options)
         if corpus.left_out:
-            logger.info(
-                "corpus %s: left out %s", wanted.name, ", ".join(f"{count:,} {reason}" for reason, count in corpus.left_out.items())
-            )
+            logger.info("corpus %s: left out %s", wanted.name, in_words(corpus.left_out))
     widths = {name: corpus.images.feature_width for name, corpus in training.items()}
     if len(set(widths.values())) > 1:
         raise BadInput(f"the corpora's region features differ in width ({widths}); extract all with one detector")
