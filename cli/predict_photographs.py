@@ -5,7 +5,6 @@
 
 import itertools
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,6 +251,4 @@ def _described(result: "Seen") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from uniter.cli.train import main
-
-    main(["predict", *sys.argv[1:]])
+    click.Group("predict", commands=[match, answer, ground, rank])()

@@ -77,12 +77,15 @@ def write_world(
             if claimed.folder != out:
                 keep_others(out / IMAGES, claimed.folder / IMAGES, ours=_drawn_by(read_json_object(out / SETTINGS)).__contains__)
         claimed.publish()
+    return {"out": str(out), "already_complete": already, **_counted(out, world)}
+
+
+def _counted(out: Path, world: World) -> dict[str, Any]:
+    """What a world that is whole holds."""
     parts = {part: read_scenes(out / f"scenes_{part}.json") for part in ("train", "val")}
     scenes = [scene for members in parts.values() for scene in members]
     return {
-        "out": str(out),
-        "already_complete": already,
-        "images": images,
+        "images": len(scenes),
         "train": len(parts["train"]),
         "held_out": len(parts["val"]),
         "things": sum(len(scene.things) for scene in scenes),
