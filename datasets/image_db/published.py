@@ -12,6 +12,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.ours import DataFile
 from uniter.datasets.image_db.records import MissingImage, decode_record, is_npz
 from uniter.datasets.storage.array_codec import find_arrays
+from uniter.datasets.storage.claims import is_passing
 from uniter.datasets.storage.files import read_json
 from uniter.datasets.storage.index_file import KeyList, key_columns
 from uniter.datasets.storage.lmdb_pages import Fault, PageFile
@@ -140,7 +141,7 @@ def variant(path: Path, selection: dict[str, Any]) -> Path:
     for name in (exact, f"{exact}_compressed", "all", "all_compressed"):
         if (path / name / "data.mdb").exists():
             return path / name
-    there = sorted(child for child in path.iterdir() if (child / "data.mdb").exists())
+    there = sorted(child for child in path.iterdir() if (child / "data.mdb").exists() and not is_passing(child))
     if len(there) == 1:  # nothing to choose from
         return there[0]
     names = ", ".join(child.name for child in there)

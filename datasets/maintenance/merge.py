@@ -44,14 +44,7 @@ def merge(sources: Sequence[Path], out: Path, *, overwrite: bool = False) -> dic
     folders = [folder for source in sources for folder in folders_of(source)]
     refuse_overlap(out, [*folders, *sources])
     databases = [ImageDB(folder) for folder in folders]
-    first = next((database for database in databases if len(database)), databases[0])
-    for folder, database in zip(folders, databases, strict=True):
-        widths = (database.feature_width, database.label_classes)
-        if len(database) and widths != (first.feature_width, first.label_classes):
-            mine = f"{folder} has features and labels {widths[0]} and {widths[1]} wide"
-            raise SettingsDiffer(f"{mine}, {folders[0]} {first.feature_width} and {first.label_classes}: they cannot be one database")
-    header = {"feature_width": first.feature_width, "label_classes": first.label_classes}
-    header |= shared_header([database.header for database in databases], folders)
+    header = {**_shared_widths(databases, folders), **shared_header([database.header for database in databases], folders)}
     doubled = 0
 
     def all_records() -> Iterator[Record]:
@@ -87,6 +80,17 @@ def merge(sources: Sequence[Path], out: Path, *, overwrite: bool = False) -> dic
     )
     told = {"out": str(out), "kind": "regions", "sources": len(sources), "images": written.images, "equal_records_dropped": doubled}
     return {**told, "already_complete": written.already_complete}
+
+
+def _shared_widths(databases: Sequence[ImageDB], folders: Sequence[Path]) -> dict[str, int]:
+    """The widths of all that hold anything; SettingsDiffer if there are several."""
+    first = next((database for database in databases if len(database)), databases[0])
+    for folder, database in zip(folders, databases, strict=True):
+        widths = (database.feature_width, database.label_classes)
+        if len(database) and widths != (first.feature_width, first.label_classes):
+            mine = f"{folder} has features and labels {widths[0]} and {widths[1]} wide"
+            raise SettingsDiffer(f"{mine}, {folders[0]} {first.feature_width} and {first.label_classes}: they cannot be one database")
+    return {"feature_width": first.feature_width, "label_classes": first.label_classes}
 
 
 def _merge_texts(sources: Sequence[Path], out: Path, *, overwrite: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from uniter.datasets.maintenance.copying import (
     write_texts,
 )
 from uniter.datasets.maintenance.kinds import database_kind
-from uniter.datasets.storage.claims import source_names
+from uniter.datasets.storage.claims import source_names, standing_for
 from uniter.datasets.storage.streams import lines_of
 from uniter.datasets.text_db import TextDB
 
@@ -83,7 +83,8 @@ def _told(out: Path, kind: str, parts: Mapping[str, Sequence[str]], complete: bo
 
 def _refuse_other_parts(out: Path, parts: Mapping[str, Any]) -> None:
     """BadInput if there are databases in `out` that are no parts of this splitting: together they would not be the whole."""
-    others = sorted(child.name for child in out.iterdir() if kind_of_child(child) and child.name not in parts) if out.is_dir() else []
+    there = [standing_for(child.name) for child in out.iterdir() if kind_of_child(child)] if out.is_dir() else []
+    others = sorted(name for name in there if name not in parts)
     if others:
         raise BadInput(
             f"{out} holds the databases {', '.join(others[:4])}, which are no parts of this splitting: all in it are read as one; "

@@ -20,6 +20,9 @@ from uniter.datasets.errors import BadInput
 # ---------------------------------------------------------------------------------------------------------------- small files
 
 
+UNFINISHED, REPLACED = ".uniter.tmp", ".uniter-old.tmp"  # of large files and folders, beside what they are to be, or were
+
+
 @contextlib.contextmanager
 def written_aside(path: Path, *, large: bool = False) -> Iterator[Path]:
     """A name beside `path` to write a file to: made durable, it takes the place of `path` at the end; if anything fails, it is removed.
@@ -31,8 +34,8 @@ def written_aside(path: Path, *, large: bool = False) -> Iterator[Path]:
     """
     path = path.resolve()  # what a link leads to is replaced, not the link
     # Processes in containers on several machines often have the same id.
-    temporary = path.with_name(f"{path.name}.{'uniter' if large else f'{os.getpid()}-{uuid.uuid4().hex[:8]}'}.tmp")
-    old = path.with_name(f"{path.name}.uniter-old.tmp")
+    temporary = path.with_name(path.name + (UNFINISHED if large else f".{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"))
+    old = path.with_name(path.name + REPLACED)
     if large:
         remove(temporary)
         if old.exists() and not path.exists():  # killed between the two renames
