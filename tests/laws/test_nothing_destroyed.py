@@ -177,7 +177,7 @@ def detector_from_no_weights(folder: Path, trained: Any) -> tuple[Path, Words]:
         conversion_of_nothing_good,
         split_by_a_list_of_others,
         repair_of_nothing_good,
-        pytest.param(extraction_of_nothing_good, marks=not_yet("9, 12", "an empty database in its place, exit 0")),
+        extraction_of_nothing_good,
         detector_from_no_weights,
     ],
 )
