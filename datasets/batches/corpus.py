@@ -150,25 +150,10 @@ def open_corpus(
     """
     if not texts or not images:
         raise BadInput(f"corpus {name!r} needs at least one text database (--text) and one region database (--images)")
-    _refuse_swapped(texts, images)
+    refuse_swapped(texts, images)
     options = dict(image_options or {})
     both = {name: options[name] for name in ("allow_partial", "readahead") if name in options}
-    refuse_swapped(texts, images)
     return gather([TextDB(path, **both) for path in texts], open_image_dbs(list(images), **options), name, max_text_length)
-
-
-def _refuse_swapped(texts: Sequence[str | Path], images: Sequence[str | Path]) -> None:
-    """Raise BadInput where a region database was named as texts, or the other way round: what either says of the other is no help."""
-    for paths, kind, option, right, wrong in (
-        (texts, "regions", "--images", "--text", "a region database"),
-        (images, "text", "--text", "--images", "a text database"),
-    ):
-        for path in map(Path, paths):
-            # Published text databases have a meta.json, and no header.
-            header = path / "header.json"
-            says = read_json_object(header).get("kind") if header.is_file() else "text" if (path / "meta.json").is_file() else None
-            if says == kind:
-                raise BadInput(f"{path} is {wrong}, and was given with {right}; were --text and --images swapped? Give it with {option}")
 
 
 def refuse_swapped(texts: Sequence[str | Path], images: Sequence[str | Path]) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniter.datasets.storage.files import complete_folder, write_json, written_aside
+from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.files import complete_folder, read_json_object, write_json, written_aside
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
 from uniter.model.checkpoints.beside import vocabulary_name
 from uniter.model.checkpoints.card import model_card, run_card
 from uniter.model.checkpoints.load import kind_of
-from uniter.model.checkpoints.read import CARD_FILE
+from uniter.model.checkpoints.read import CARD_FILE, read_state
 from uniter.model.checkpoints.write import Weights, as_weights, write_weights
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,13 @@ logger = logging.getLogger(__name__)
 
 def export_published(model: nn.Module | Weights, path: str | Path) -> None:
     """Write the published layout: one flat `.pt` state dict, readable by UNITER's own PyTorch 1.1 too, and its configuration
-    beside it under the same name ending in `.json`, its vocabulary in `-vocab.txt`. Complete or absent; an existing file is replaced."""
+    beside it under the same name ending in `.json`, its vocabulary in `-vocab.txt`. Complete or absent; earlier weights are replaced.
+
+    Raises:
+        BadInput: what is there under one of these names is no exported model's.
+    """
     path, weights = Path(path), as_weights(model)
+    _refuse_others(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path.with_suffix(".json"), {**weights.config.to_dict(), **weights.about})
     if weights.tokenizer is not None:
@@ -31,6 +37,22 @@ def export_published(model: nn.Module | Weights, path: str | Path) -> None:
             weights.tokenizer.write_vocabulary(aside)
     with written_aside(path) as aside:
         torch.save(weights.published(), aside, _use_new_zipfile_serialization=False)
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise BadInput where somebody else's files would be replaced."""
+    config = path.with_suffix(".json")
+    if path.exists():
+        try:
+            read_state(path)
+        except BadInput as error:
+            raise BadInput(f"{path} is there and holds no weights, so it is not overwritten; choose another name") from error
+    beside = [config, *(path.with_name(vocabulary_name(path, lowercase=lowercase)) for lowercase in (False, True))]
+    taken = next((other for other in beside if other.exists() and not path.exists()), None)
+    if taken is None and config.exists() and "hidden_size" not in read_json_object(config):
+        taken = config
+    if taken is not None:
+        raise BadInput(f"{taken} is there and belongs to no such weights, so it is not overwritten; choose another than {path.name}")
 
 
 def export_hub(model: nn.Module | Weights, folder: str | Path, *, card: str | None = None) -> None:

@@ -45,13 +45,15 @@ def load_config(name: str) -> dict[str, Any]:
             raise BadInput(
                 f"cannot read the settings {name}: {error.strerror or error}; shipped ones are {', '.join(shipped_configs())}"
             ) from error
+        except UnicodeDecodeError as error:
+            raise BadInput(f"settings {name}: not UTF-8 text ({error.reason} at byte {error.start}); expected YAML or JSON") from error
     else:
         if name not in shipped_configs():
             raise BadInput(unknown_name("shipped settings", name, shipped_configs()))
         text = importlib.resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise BadInput(f"settings {name}: not valid YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}
@@ -152,7 +154,7 @@ def run_of(weights: Path) -> tuple[Path, TrainSettings] | None:
     path = run / CONFIG_FILE
     if weights.parent.parent.name != "checkpoints" or not path.is_file():
         return None
-    return run, read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+    return run, read_settings(load_config(str(path)), source=str(path))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

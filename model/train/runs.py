@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from uniter.datasets.batches.example import Masking
@@ -28,7 +27,7 @@ from uniter.model.attention import AttentionKernel
 from uniter.model.checkpoints.beside import DETECTOR
 from uniter.model.checkpoints.load import read_model
 from uniter.model.checkpoints.write import write_model
-from uniter.model.settings.files import CONFIG_FILE, differences, read_settings, write_config
+from uniter.model.settings.files import CONFIG_FILE, differences, load_config, read_settings, write_config
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train import state
 from uniter.model.train.distributed import Processes, processes
@@ -262,7 +261,7 @@ def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
 def _earlier_settings(run: Path) -> TrainSettings | None:
     path = run / CONFIG_FILE
     if path.is_file():
-        return read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+        return read_settings(load_config(str(path)), source=str(path))
     # A command that was killed while it wrote its settings has not begun a run.
     if run.is_dir() and any(path.name != f".{CONFIG_FILE}.incoming" for path in run.iterdir()):
         raise BadInput(f"{run} is not empty and no run of uniter-train (it holds no {CONFIG_FILE}); give another --out")

@@ -353,3 +353,16 @@ def test_heads_whose_width_nobody_tells_are_a_guess_that_is_said(tmp_path, caplo
     torch.save(UniterForPretraining(replace(SMALL, num_attention_heads=4)).state_dict(), tmp_path / "alone.pt")
     assert load_uniter(tmp_path / "alone.pt").config.num_attention_heads == 1
     assert "nothing tells its number of attention heads; they are taken to be 64 columns wide" in caplog.text
+
+
+def test_an_export_replaces_weights_and_nothing_of_others(model, tmp_path):
+    export_published(model, tmp_path / "toy.pt")
+    export_published(model, tmp_path / "toy.pt")
+    (tmp_path / "mine.json").write_text('{"mine": 1}')
+    (tmp_path / "notes.txt").write_text("mine")
+    for name, kept in (("mine.pt", "mine.json"), ("notes.txt", "notes.txt")):
+        before = (tmp_path / kept).read_text()
+        with pytest.raises(BadInput, match=f"{kept} is there and .*, so it is not overwritten"):
+            export_published(model, tmp_path / name)
+        assert (tmp_path / kept).read_text() == before
+    assert not (tmp_path / "mine.pt").exists()

@@ -326,3 +326,12 @@ def test_a_file_of_another_task_is_said_to_be_one(tmp_path: Path) -> None:
     odd.write_text(json.dumps({**DATA, "model": 5}))
     with pytest.raises(BadInput, match="'model' is a int, expected a mapping with the key 'size'"):
         gather_settings(str(odd), options={"model.size": "tiny"})
+
+
+def test_settings_that_are_no_text_are_said_not_to_be(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xec\x00\xff")
+    with pytest.raises(BadInput, match="not UTF-8 text"):
+        load_config(str(tmp_path / "config.yaml"))
+    (tmp_path / "config.yaml").write_text("[" * 100_000)
+    with pytest.raises(BadInput, match="not valid YAML"):
+        load_config(str(tmp_path / "config.yaml"))
