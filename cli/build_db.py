@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summar
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db.database import ImageDB, match_image_key, open_image_dbs
 from uniter.datasets.image_db.keys import key_maker, last_number
-from uniter.datasets.storage.claims import refuse_source_inside, source_names
+from uniter.datasets.storage.claims import Source, refuse_source_inside, source_names
 from uniter.datasets.storage.files import expand_braces, write_json
+from uniter.datasets.storage.streams import first_character, json_pairs
 from uniter.datasets.text_db.annotations.table import ANNOTATIONS, Annotations
 from uniter.datasets.text_db.building.build import build_text_db
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.table import CAPTIONS, detect
 from uniter.datasets.text_db.captions.visual_genome import image_tables
-from uniter.datasets.text_db.exclusions import PARTS, Exclusion, exclusion_lists, forbidden_coco, kind_of_annotations
+from uniter.datasets.text_db.exclusions import LISTS, PARTS, Exclusion, exclusion_lists, forbidden_coco, kind_of_annotations
 from uniter.datasets.text_db.tokenizer import Tokenizer
 
 # How UNITER's published region databases call the images of a source (facts 1.4), tried after the rules of the contract.
@@ -186,6 +187,7 @@ def exclude(
         flickr30k=given["flickr30k"],
         visual_genome=genome[0] if genome else None,
     )
+    _refuse_to_replace(out, {*files, *coco, *karpathy, *refcoco, *refcocog, *flickr30k, *([vg] if vg is not None else [])})
     write_json(out, lists)
     summary: dict[str, Any] = {"out": str(out), **{name: len(values) for name, values in lists.items()}}
     summary["forbidden_coco_images"] = len(forbidden_coco(lists))
@@ -196,6 +198,14 @@ def exclude(
             "without COCO's own files the Flickr photos of COCO images are unknown; flickr30k_coco_iids and some url ids are missing",
             err=True,
         )
+
+
+def _refuse_to_replace(out: Path, sources: set[Path]) -> None:
+    """BadInput if the lists would take the place of something else than such lists."""
+    if out.resolve() in {path.resolve() for path in sources}:
+        raise BadInput(f"{out} is one of the files that the lists are made from, and would be written over; choose another --out")
+    if out.exists() and not (first_character(out) == "{" and set(LISTS) & {name for name, _ in islice(json_pairs(out), len(LISTS))}):
+        raise BadInput(f"{out} is there already and holds no lists of `uniter-build-db exclude`; choose another --out")
 
 
 def expand(pattern: str) -> list[Path]:
@@ -253,9 +263,15 @@ class _Source:
         excluded = self.exclusion.hashes if self.exclusion is not None else {}
         return {"task": task, "source_format": self.format, "split": self.split, "exclude": excluded}
 
-    def contents(self) -> dict[str, Path]:
+    def contents(self) -> dict[str, Source]:
         """The files, under the names by which the database remembers them."""
-        return {**source_names(self.paths, "captions"), **(source_names(self.join, "join") if self.join else {})}
+        contents: dict[str, Source] = {**source_names(self.paths, "captions")}
+        if self.join:
+            contents |= source_names(self.join, "join")
+        if self.exclusion is not None:
+            together = hashlib.sha256("".join(sorted(self.exclusion.hashes.values())).encode()).hexdigest()
+            contents["exclude"] = {"name": ", ".join(self.exclusion.hashes), "sha256": together}
+        return contents
 
 
 def _source(

@@ -3,8 +3,8 @@
 What a reader would get wrong: where several files could be meant, none is found: another picture's size would be wrong in silence.
 """
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from uniter.datasets.errors import BadInput
@@ -18,10 +18,10 @@ IMAGE_SUFFIXES: Final = frozenset((*_JPEG, *_PNG, ".webp", ".gif", *_BMP, *_TIFF
 class Photographs:
     """The photographs of a folder, found again by the keys of a database.
 
-    A key is looked up as the path below the folder (with and without suffix), the file name and the stem; without `.npz`; in any
-    case of letters; and without the prefixes and zeros that UNITER's published keys have (`nlvr2_dev-850-0-img0.npz` is
-    `dev-850-0-img0.png`, `flickr30k_000000012345.npz` is `12345.jpg`). A stem that several files bear finds none of them,
-    unless it is the path of one.
+    A key names a photograph by its path below the folder or the end of it, with or without suffix; without `.npz`; in any case of
+    letters; and without the prefixes and zeros that UNITER's published keys have (`nlvr2_dev-850-0-img0.npz` is `dev-850-0-img0.png`,
+    `flickr30k_000000012345.npz` is `12345.jpg`). Where several could be meant it is the one whose whole path it is, then the one that is
+    spelt so; else none.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -33,37 +33,47 @@ class Photographs:
         if not paths:
             raise BadInput(f"no image in {self.folder}; --images wants the folder of the photographs that the regions were taken from")
         self._count = len(paths)
-        self._paths: dict[str, Path | None] = {}
-        self._exact: dict[str, Path | None] = {}
-        self._folded: dict[str, Path | None] = {}
+        self._named: dict[str, list[PurePosixPath]] = {}
         for path in paths:
-            relative = path.relative_to(self.folder)
-            names = {relative.as_posix(), relative.with_suffix("").as_posix(), path.name, path.stem}
-            _enter(self._paths, {relative.as_posix(), relative.with_suffix("").as_posix()}, path)
-            _enter(self._exact, names, path)
-            folded = {name.casefold() for name in names}
-            _enter(self._folded, folded | ({path.stem.lstrip("0") or "0"} if path.stem.isdecimal() else set()), path)
+            relative = PurePosixPath(path.relative_to(self.folder).as_posix())
+            for name in {_plain(relative.name), _plain(relative.stem)}:
+                self._named.setdefault(name, []).append(relative)
 
     def __len__(self) -> int:
         return self._count
 
     def find(self, key: str) -> Path | None:
         """The photograph of a key, None where there is none or where it is not clear which."""
-        bare = key.removesuffix(".npz")
-        for name in (key, bare):
-            if (path := self._paths.get(name) or self._exact.get(name)) is not None:
-                return path
-        rest = bare.casefold()
-        for _ in range(5):
-            for name in (rest, rest.lstrip("0") or "0") if rest.isdecimal() else (rest,):
-                if (path := self._folded.get(name)) is not None:
-                    return path
+        found = self.meant(key)
+        return found[0] if len(found) == 1 else None
+
+    def meant(self, key: str) -> list[Path]:
+        """The photographs that a key could mean."""
+        for form in _forms(key):
+            parts = PurePosixPath(form).parts or ("",)
+            found = [path for path in self._named.get(_plain(parts[-1]), ()) if _ends_alike(path.parts[:-1], parts[:-1])]
+            found = [path for path in found if len(path.parts) == len(parts)] or found
+            found = [path for path in found if parts[-1] in (path.name, path.stem)] or found
+            if found:
+                return [self.folder / path for path in found]
+        return []
+
+
+def _forms(key: str) -> Iterator[str]:
+    """The key; without `.npz`; without up to four of the prefixes that end in "_"."""
+    yield key
+    rest, underscore = key.removesuffix(".npz"), "_"
+    for _ in range(5):
+        if underscore:
+            yield rest
             _, underscore, rest = rest.partition("_")
-            if not underscore:
-                break
-        return None
 
 
-def _enter(table: dict[str, Path | None], names: Iterable[str], path: Path) -> None:
-    for name in names:
-        table[name] = path if table.get(name, path) == path else None
+def _plain(name: str) -> str:
+    """A name in small letters, a number without its zeros."""
+    return (name.lstrip("0") or "0") if name.isdecimal() else name.casefold()
+
+
+def _ends_alike(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether the folders of two paths agree as far as both have any."""
+    return all(mine.casefold() == its.casefold() for mine, its in zip(reversed(one), reversed(other), strict=False))

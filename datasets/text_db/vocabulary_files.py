@@ -97,8 +97,6 @@ def from_hub(name: str) -> tuple[list[str], bool, list[str]]:
             f"Hugging Face hub ({reason}); give a vocab.txt"
         ) from None
     if folder is None:
-        raise BadInput(
-            f"tokenizer {name!r} is no WordPiece tokeniser of BERT's kind: the hub has neither a {VOCABULARY_FILE} of it nor more"
-        )
+        raise BadInput(f"tokenizer {name!r} is no WordPiece tokeniser of BERT's kind: the hub has no {VOCABULARY_FILE} of it")
     vocabulary, _, lowercase, added = read_folder(folder, called=name)
     return vocabulary, lowercase, added

@@ -453,7 +453,6 @@ def test_everything_written_can_be_read_by_colleagues(
 # --- point 32: a new user's slips ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="order 13, point 32: a list of exclusions that matches nothing is passed over in silence")
 def test_exclusions_that_match_nothing_are_said(things: Things, tmp_path: Path) -> None:
     (tmp_path / "not-to-be-seen.txt").write_text("COCO_val2014_000000000042\nCOCO_val2014_000000000073\n")
     result = made.run("build-db", things.captions, tmp_path / "out.db", "--exclude", tmp_path / "not-to-be-seen.txt")

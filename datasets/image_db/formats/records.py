@@ -67,7 +67,7 @@ class ImageSizes:
         self._photographs = Photographs(folder)
 
     def find(self, key: str) -> tuple[int, int] | None:
-        """(height, width) of the upright image; None if the folder holds no such image, or several, or it cannot be read."""
+        """(height, width) of the upright image; None if the folder holds no such image, several, or one that cannot be read."""
         path = self._photographs.find(key)
         return _image_size(path) if path is not None else None
 

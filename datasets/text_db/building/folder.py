@@ -13,8 +13,8 @@ from uniter.datasets.storage.index_file import INDEX
 
 TASK_FILES: Final = ("ans2label.json", "refs.json", "images.json", "annotations.json", "categories.json", "boxes.json")
 WORK: Final = "building"
-REMEMBERED: Final = ("tokenizer", "sources")
-"""Settings that are compared by content under other names: the tokeniser's name, and what merged or split texts were made with."""
+REMEMBERED: Final = ("tokenizer", "exclude", "sources")
+"""Settings that are compared by content: names of tokenisers and lists may differ, and how the sources of merged texts were made."""
 TEXTS: Final = Maker(
     "text",
     "header.json",
@@ -89,6 +89,9 @@ def bring_up_to_date(folder: Path, wanted: Mapping[str, Any], sources: Mapping[s
     asked = sources["tokenizer"]
     if isinstance(asked, Mapping) and asked["sha256"] != pieces["sha256"]:
         phrases.append(f"tokenizer was {pieces['name']}, now another one, {asked['name']}")
+    lists = [sorted((one.get("exclude") or {}).values()) for one in (stored, wanted)]
+    if lists[0] != lists[1]:
+        phrases.append(f"exclude was {len(lists[0])} lists, now {len(lists[1])}, or others")
     for regions in stored.pop("images", []):
         stored["key"] = regions.get("key")
         there = sources.get("images")
