@@ -125,7 +125,7 @@ def _write_units(
                         writer.put(key, value, regions=regions)
                 for row in failures if units == 0 else ():
                     if row["key"] not in writer.done:
-                        writer.fail(str(row["key"]), str(row.get("path", "")), str(row.get("error", "")), retry=bool(row.get("retry")))
+                        writer.fail(str(row["key"]), str(row.get("path", "")), str(row.get("error", "")), retry=row.get("retry"))
                 writer.complete()
         kept.update({key: box_ids[key] for key, _, _ in batch if key in box_ids})
         units += 1
