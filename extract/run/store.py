@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from uniter.datasets.errors import UniterError
+from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.writing.side_files import BOX_IDS, read_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.progress import human_bytes
@@ -19,6 +19,7 @@ from uniter.extract.images.given_boxes import GivenBoxes
 from uniter.extract.images.items import ImageList
 from uniter.extract.run.growth import GrownImages, as_asked, described
 from uniter.extract.run.options import Options, Work
+from uniter.extract.run.photographs import note_photographs, refuse_replaced
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ def open_store(
         Its write side, and the images that it is for: the list or, where that is not the one it was begun for, what is new in it.
 
     Raises:
-        SettingsDiffer: it was begun with other settings, or for other images altogether.
+        SettingsDiffer: it was begun with other settings, or for other images altogether, or a photograph was replaced.
         BadInput: `out` is a folder of other things, for instance the photographs themselves.
     """
     settings = run_settings(listed, detector, work, key=options.key)
     store = UnitStore(Path(out), settings=settings, overwrite=options.overwrite, may_differ=("images",))
+    if store.is_complete():
+        refuse_replaced(store.path, listed)
     images = as_asked(store, listed, retry_failed=options.retry_failed)
     if options.retry_failed and images is listed:
         numbers = store.forget_failures(lambda row: row.get("retry") is not False)
@@ -74,6 +77,8 @@ def complete(store: UnitStore, listed: ImageList, detector: Detector, work: Work
         if work.given is not None:
             with contextlib.suppress(FileNotFoundError):  # another process has completed the database meanwhile, ids and all
                 write_box_ids(store.path, listed, work.given)
+        with contextlib.suppress(BadInput, FileNotFoundError):  # the same
+            note_photographs(store, listed)
     if not store.finish(units=listed.units, header=run_header(detector, work)):
         return None
     return read_json_object(store.path / "header.json")

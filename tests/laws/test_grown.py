@@ -165,7 +165,6 @@ def test_killed_while_it_grows_equals_unbroken(trained: Any, tmp_path: Path) -> 
     assert records(out) == records(unbroken) and accounted(out) == accounted(unbroken) == (7, 0)
 
 
-@not_yet("1, 36", "the old regions, exit 0, not a word")
 def test_a_replaced_photograph_is_not_passed_over(trained: Any, tmp_path: Path) -> None:
     """It is refused, which leaves the database alone, or it is done again, which is said."""
     photos, out = Photographs("folder", tmp_path), tmp_path / "out.lmdb"

@@ -104,6 +104,20 @@ def test_what_went_is_kept_and_said(make_photos: Photos, fake: ModuleType, tmp_p
     assert extract_images(photos, tmp_path / "out", detector=fake.FakeDetector(), **OPTIONS).gone == 3
 
 
+def test_a_replaced_photograph_is_refused_by_name(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
+    photos = make_photos(4)
+    (photos / "photo0000.jpg").write_text("broken")
+    extract_images(photos, tmp_path / "out", detector=fake.FakeDetector(), **OPTIONS)
+    before = content(tmp_path / "out")
+    (photos / "photo0000.jpg").write_text("broken otherwise")  # it has no regions: --retry-failed tries it again
+    assert extract_images(photos, tmp_path / "out", detector=fake.FakeDetector(), **OPTIONS).complete
+    (photos / "photo0002.jpg").write_bytes((photos / "photo0001.jpg").read_bytes() + b" ")
+    with pytest.raises(SettingsDiffer, match=r"a photograph has changed since .*photo0002\.jpg was [\d,]+ bytes long, now"):
+        extract_images(photos, tmp_path / "out", detector=fake.FakeDetector(), **OPTIONS)
+    assert content(tmp_path / "out") == before
+    assert extract_images(photos, tmp_path / "out", detector=fake.FakeDetector(), overwrite=True, **OPTIONS).extracted == 3
+
+
 def test_failures_of_a_grown_database_are_tried_again(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
     photos = make_photos(6)
     whole = (photos / "photo0001.jpg").read_bytes()
