@@ -1,5 +1,6 @@
 """From a path to a model and what belongs to it: the one place that knows what a checkpoint is."""
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def read_model(folder: str | Path, model: nn.Module) -> None:
     load_state(model, state, source=str(folder))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
     """What a path or hub id stands for.
 
@@ -87,20 +88,20 @@ class Checkpoint:
         weights: the file with its tensors.
         model: in eval mode, on the CPU, float32.
         fresh: the model's tensors that the checkpoint does not hold; their values are random.
-        tokenizer: of its texts; None where nothing tells.
         answers: what a model that answers questions says, by number; None where nothing tells, and of any other model.
         task: what it was trained for, as its own configuration says; None where it does not (published files).
         detector: whose regions it learnt from; None where it does not say (published files, older runs).
+        given: the tokenizer that the caller named.
     """
 
     source: str
     weights: Path
     model: Any
     fresh: tuple[str, ...]
-    tokenizer: Tokenizer | None
     answers: Sequence[str] | None
     task: str | None
     detector: RegionOrigin | None
+    given: Tokenizer | None = None
 
     @property
     def body(self) -> UniterModel:
@@ -111,6 +112,21 @@ class Checkpoint:
     def config(self) -> UniterConfig:
         config: UniterConfig = self.model.config
         return config
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of its texts; None where nothing tells. Looked for when it is asked for: it may be on the hub.
+
+        Raises:
+            BadInput: it has more word pieces than the model.
+        """
+        found = self.given or _tokenizer(self.config, self.weights, _texts_of_run(self.weights))
+        if found is not None and found.vocab_size > self.config.vocab_size:
+            raise BadInput(
+                f"the tokenizer {found.name!r} has {found.vocab_size:,} word pieces, but {self.source} has {self.config.vocab_size:,}; "
+                "use the tokenizer of its texts"
+            )
+        return found
 
 
 def load(
@@ -131,22 +147,17 @@ def load(
         sizes: further constructor arguments of a down-stream model (`answers`, ...); they overrule what the checkpoint tells.
 
     Raises:
-        BadInput: as `load_uniter`; or the tokenizer has more words, or the answers are more or fewer, than the model.
+        BadInput: as `load_uniter`; or the answers are more or fewer than the model's.
     """
     source, weights = str(path_or_id), find_weights(path_or_id)
     state, told = read_state(weights), told_beside(weights)
     model, fresh = _built(kind or kind_of(state, told), state, weights, source, None, **sizes)
-    texts = _texts_of_run(weights)
-    tokenizer = tokenizer or _tokenizer(model.config, weights, texts)
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise BadInput(
-            f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size:,} word pieces, but {source} has {model.config.vocab_size:,}; "
-            "use the tokenizer of its texts"
-        )
-    named = _answers(model.answer_count, source, weights, texts, answers) if isinstance(model, UniterForVqa) else None
+    named = None
+    if isinstance(model, UniterForVqa):
+        named = _answers(model.answer_count, source, weights, _texts_of_run(weights), answers)
     task = told.get("task")
     origin = RegionOrigin.from_dict(told.get(DETECTOR))
-    return Checkpoint(source, weights, model, tuple(fresh), tokenizer, named, task if isinstance(task, str) else None, origin)
+    return Checkpoint(source, weights, model, tuple(fresh), named, task if isinstance(task, str) else None, origin, tokenizer)
 
 
 # Which head makes a checkpoint what; the first that fits counts, because fine-tuned retrieval keeps the head of pre-training.

@@ -47,7 +47,7 @@ def remember_validations(run: Path, progressed: Progressed, validated: Sequence[
         kept = checkpoint_steps(run)
         for line in read_log(run):
             figures = _figures(line, validated)
-            if line["kind"] != "validation" or not figures:
+            if line.get("kind") != "validation" or not figures:
                 continue
             if progressed.first is None:
                 progressed.first = {name: values["loss"] for name, values in figures.items()}
