@@ -503,7 +503,7 @@ def test_texts_of_another_task_are_refused(world: dict[str, Path], pretrained: P
     (captions / "header.json").write_text(json.dumps(header | {"settings": {"task": "captions"}}))
     corpora = [{"text": [str(captions)], "images": [str(world["images"])]}]
     replaced = small(task="vqa", corpora=corpora, model={}, **{"from": str(pretrained)})
-    with pytest.raises(BadInput, match=r"captions\.db holds captions; fine-tuning vqa needs texts that uniter-build-db --task made"):
+    with pytest.raises(BadInput, match=r"captions\.db holds captions, which have no labels; vqa takes those that uniter-build-db --task vqa makes"):
         finetune(replaced, tmp_path / "d")
 
 

@@ -86,7 +86,7 @@ def test_it_trains_resumes_and_is_fine_tuned(settings: Make, first: str, world: 
     assert torch.equal(build_model(again, open_data(again)).state_dict()[WORDS], after[WORDS])
 
     figures = evaluate_run(str(second), text=[world["vcr"]], images=[world["both"]], device="cpu")
-    assert set(figures) == {"examples", "pictures", "mlm", "mrfr", "mrc-kl"} and figures["pictures"] <= 24
+    assert set(figures) == {"examples", "pictures", "left_out", "mlm", "mrfr", "mrc-kl"} and figures["pictures"] <= 24
     assert figures == evaluate_run(str(second), text=[world["vcr"]], images=[world["both"]], device="cpu")
     with pytest.raises(BadInput, match="use its tokenizer"):
         evaluate_run(first, text=[world["vcr"]], images=[world["both"]], device="cpu")
