@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ from click.core import ParameterSource
 from uniter.cli.common import FAILED, SKIPPED_UNDER_STRICT, common_options, print_summary
 
 if TYPE_CHECKING:
-    from uniter.extract import ExtractSummary
+    from uniter.extract import Detector, ExtractSummary
+    from uniter.extract.images import ImageList
+    from uniter.extract.run.options import Options
 
 log = logging.getLogger(__name__)
 
@@ -136,24 +138,30 @@ def main(
     )  # fmt: skip
     # What can be wrong without the detector is said before its weights are read.
     listed = list_images(images, key=options.key)
+    if options.given is not None and len(options.given) > listed.images:
+        log.info("%s names %d images, of which IMAGES holds at most %d", boxes, len(options.given), listed.images)
     log.info("%s images in %s units of work", f"{listed.images:,}", f"{listed.units:,}")
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions, classes and confidences mean NOTHING; they are for trying things out only.")
     build = functools.partial(build_detector, detector_name, weights=weights, precision=precision, attributes=attributes)
+    device = device or (default_device(share.local_index) if ray_address is None else None)
+    summary = _extracted(listed, out, options, build, device=device, ray_address=ray_address)
+    _say(summary, out, alone=options.shard[1] == 1, strict=strict, as_json=as_json)
+
+
+def _extracted(
+    listed: "ImageList", out: Path, options: "Options", build: Callable[..., "Detector"], *, device: str | None, ray_address: str | None
+) -> "ExtractSummary":
     if ray_address is not None:
         from uniter.extract.run.cluster import extract_on_ray
 
         with stop_on_signals() as stop:
-            summary = extract_on_ray(listed, out, options, build=build, address=ray_address, stop=stop)
-    else:
-        from uniter.extract.run.extraction import extract_listed
+            return extract_on_ray(listed, out, options, build=build, address=ray_address, stop=stop)
+    from uniter.extract.run.extraction import extract_listed
 
-        detector = build(device=device or default_device(share.local_index))
-        with stop_on_signals() as stop:
-            summary = extract_listed(listed, out, options, detector=detector, stop=stop)
-    if options.given is not None and len(options.given) > listed.images:
-        log.info("%s names %d images, of which IMAGES holds at most %d", boxes, len(options.given), listed.images)
-    _say(summary, out, alone=options.shard[1] == 1, strict=strict, as_json=as_json)
+    detector = build(device=device)  # an interruption while it loads ends the command at once
+    with stop_on_signals() as stop:
+        return extract_listed(listed, out, options, detector=detector, stop=stop)
 
 
 def _refuse_useless(context: click.Context) -> None:

@@ -6,6 +6,7 @@ the detector; workers select regions and encode them, and one writing thread com
 
 import contextlib
 import logging
+import random
 import threading
 import warnings
 from collections import deque
@@ -35,6 +36,8 @@ BATCHES_AHEAD = 2
 PREPARING_BYTES = 12  # a pixel, as float32, while an image is brought to the detector's size
 
 REASONS_KEPT = 3
+
+SAMPLES = 12  # images that are tried where so far none went well
 
 
 @dataclass
@@ -242,8 +245,7 @@ class UnitRun:
 
     def _everywhere(self) -> Iterator[ImageItem]:
         """Some images of the unit at hand and of the run."""
-        count = len(self._unit_items)
-        yield from self._unit_items[:: max(1, count // 4)][:5]
+        yield from random.Random(0).sample(self._unit_items, min(SAMPLES, len(self._unit_items)))
         yield from self._samples()
 
     def _close(self) -> None:
