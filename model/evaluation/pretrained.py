@@ -18,6 +18,7 @@ from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import masked_regions, masked_regions_with_classes, masked_text, matched_pair
 from uniter.datasets.errors import BadInput
 from uniter.datasets.text_db.tokenizer import Tokenizer
+from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
 from uniter.model import losses
 from uniter.model.checkpoints.load import load
 from uniter.model.heads.pretraining import Outputs, UniterForPretraining
@@ -257,7 +258,7 @@ def evaluate_run(
     other_detector: bool = False,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """The figures of `evaluate.evaluate_pretraining` of a run or checkpoint on databases, grouped: {"mlm": {"accuracy": ...}, ...}.
+    """The figures of `evaluate_pretraining` of a run or checkpoint on databases, grouped: {"mlm": {"accuracy": ...}, ...}.
 
     Args:
         start: a run directory, a checkpoint file or folder, or a hub id.
@@ -275,14 +276,7 @@ def evaluate_run(
     if strict:
         refuse_left_out(corpus.left_out, len(corpus))
     check_detector([corpus], origin_of_start(start), source=start, meant=other_detector)
-    pieces: list[int] = []
-    if words:
-        name = corpus.texts[0].tokenizer_name
-        local = corpus.texts[0].path / "vocab.txt"
-        if not local.is_file() and name is None:
-            raise BadInput(f"text database {corpus.texts[0].path} does not say its tokeniser, so --words cannot be split; leave it out")
-        tokenizer = Tokenizer.load(local if local.is_file() else str(name))
-        pieces = [piece for ids in tokenizer.encode_batch(list(words)) for piece in ids if piece != tokenizer.unk_id]
+    pieces = _pieces(words, corpus)
     with processes(device) as everyone:
         checkpoint = load(start, UniterForPretraining)
         if checkpoint.fresh:
@@ -307,6 +301,17 @@ def evaluate_run(
             workers=workers,
         )
     return {"left_out": corpus.left_out, **_grouped(figures)}
+
+
+def _pieces(words: Sequence[str], corpus: Corpus) -> list[int]:
+    """The texts' word pieces of these words."""
+    if not words:
+        return []
+    name, local = corpus.texts[0].tokenizer_name, corpus.texts[0].path / VOCABULARY_FILE
+    if not local.is_file() and name is None:
+        raise BadInput(f"text database {corpus.texts[0].path} does not say its tokeniser, so --words cannot be split; leave it out")
+    tokenizer = Tokenizer.load(local if local.is_file() else str(name))
+    return [piece for ids in tokenizer.encode_batch(list(words)) for piece in ids if piece != tokenizer.unk_id]
 
 
 def _grouped(figures: Mapping[str, float]) -> dict[str, Any]:

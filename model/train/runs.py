@@ -7,7 +7,7 @@ task is the value `Work`.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from uniter.datasets.batches.example import Masking
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.origin import RegionOrigin
-from uniter.datasets.storage.claims import content_of
+from uniter.datasets.storage.contents import content_of
 from uniter.datasets.storage.index_file import INDEX
 from uniter.datasets.storage.locks import only_writer
 from uniter.datasets.storage.run_log import RunLog
@@ -105,23 +105,29 @@ def begun(asked: TrainSettings, run: Path) -> Iterator[Begun]:
         yield start
 
 
-def contents_of(data: Data) -> dict[str, Any]:
-    """What tells the contents of the databases, by path: of ours the digest of the index, of published ones the size."""
-    found: dict[str, Any] = {}
+def contents_of_data(data: Data, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What tells the contents of the databases, by path: of ours as `content_of` says it, of published ones the size.
+
+    Args:
+        known: what this function gave earlier.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for corpus in (*data.training.values(), *data.validation.values()):
         for path in (*(text.path for text in corpus.texts), *corpus.images.folders):
             if (path / INDEX).is_file():
-                told = content_of(path)  # an older index of texts does not tell their contents: then of the file
-                found[str(path)] = told.get("index") or told["sha256"]
+                found[str(path)] = content_of(path, known.get(str(path)))
             elif (path / "data.mdb").is_file():  # to read it all would take longer than many a run
-                found[str(path)] = (path / "data.mdb").stat().st_size
+                found[str(path)] = {"bytes": (path / "data.mdb").stat().st_size}
     return found
 
 
 def _check_contents(progressed: state.Progressed, data: Data, run: Path) -> None:
     """Let the run remember what its databases hold; raise SettingsDiffer where it learnt from other contents before."""
-    now = contents_of(data)
-    changed = [name for name, content in now.items() if progressed.contents.get(name, content) != content]
+    now, changed = contents_of_data(data, progressed.contents), []
+    for name, content in now.items():
+        before = progressed.contents.get(name, content)
+        if any(before[field] != content[field] for field in ("index", "sha256", "bytes") if field in before and field in content):
+            changed.append(name)
     if changed:
         named = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
         raise SettingsDiffer(f"{run} has learnt from other contents of {named}; bring them back, or give another --out")

@@ -45,7 +45,7 @@ class Progressed:
     first: dict[str, float] | None = None
     best: tuple[float, float, int] | None = None
     seed: int = 0
-    contents: dict[str, Any] = field(default_factory=dict)
+    contents: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def save(

@@ -143,3 +143,13 @@ def test_two_processes_score_as_one(model: Path, world: tuple[Path, Path], tmp_p
 def test_scores_belong_to_retrieval_only(model: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["evaluate", "pretrain", "--from", str(model), "--scores", str(tmp_path / "scores")])
     assert result.exit_code == 2 and "--scores keeps the pairs of `evaluate retrieval`" in result.stderr
+
+
+def test_a_submission_goes_into_a_folder_that_is_there(model: Path, world: tuple[Path, Path], tmp_path: Path) -> None:
+    asked = {"text": [str(world[0])], "images": [str(world[1])], "device": "cpu"}
+    with pytest.raises(BadInput, match="nowhere is no folder"):
+        predict("retrieval", str(model), tmp_path / "nowhere" / "ranks.json", **asked)
+    (tmp_path / "answers.json").write_text('{"yes": 0}')
+    with pytest.raises(BadInput, match="does not choose among named answers"):
+        predict("retrieval", str(model), tmp_path / "ranks.json", answers=tmp_path / "answers.json", **asked)
+    assert not (tmp_path / "ranks.json").exists()

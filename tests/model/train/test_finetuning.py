@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from uniter.datasets.batches.candidates import inclusive_iou
 from uniter.datasets.batches.collate import collate
 from uniter.datasets.batches.corpus import Corpus, gather, open_corpus
 from uniter.datasets.batches.downstream import answered_question, mined_groups, ranked_group, statement_about_both, statement_about_each
@@ -30,7 +31,6 @@ from uniter.model.checkpoints.export import export_published
 from uniter.model.checkpoints.read import find_weights, read_state
 from uniter.model.evaluation.finetuned import evaluate_finetuned, predict
 from uniter.model.losses import ranking
-from uniter.model.metrics import referring_accuracy
 from uniter.model.settings.gather import gather_settings
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.tasks.table import DOWNSTREAM
@@ -383,7 +383,8 @@ def test_it_trains_resumes_evaluates_and_predicts(name: str, world: dict[str, Pa
         rows = {str(row["sent_id"]): row for row in json.loads(out.read_text())}
         wanted = [corpus.record(number)["bbox"] for number in range(len(corpus))]
         boxes = [rows[corpus.example_id(number)]["box"] for number in range(len(corpus))]
-        assert len(rows) == 200 and figures["accuracy"] == pytest.approx(referring_accuracy(boxes, wanted))
+        hits = [inclusive_iou(box, other) > 0.5 for box, other in zip(boxes, wanted, strict=True)]
+        assert len(rows) == 200 and figures["accuracy"] == pytest.approx(np.mean(hits))
     elif name == "vcr":
         rows = list(csv.DictReader(out.open()))
         assert len(rows) == 200 and list(rows[0])[:6] == ["annot_id", *(f"answer_{n}" for n in range(4)), "rationale_conditioned_on_a0_0"]
@@ -503,7 +504,7 @@ def test_texts_of_another_task_are_refused(world: dict[str, Path], pretrained: P
     (captions / "header.json").write_text(json.dumps(header | {"settings": {"task": "captions"}}))
     corpora = [{"text": [str(captions)], "images": [str(world["images"])]}]
     replaced = small(task="vqa", corpora=corpora, model={}, **{"from": str(pretrained)})
-    with pytest.raises(BadInput, match=r"captions\.db holds captions, which have no labels; vqa takes those that uniter-build-db --task vqa makes"):
+    with pytest.raises(BadInput, match=r"captions\.db holds captions, .*; vqa takes those that uniter-build-db --task vqa makes"):
         finetune(replaced, tmp_path / "d")
 
 
