@@ -221,5 +221,5 @@ def test_golden_lengths_of_choices(uniter_tasks_golden: Path, questions: Corpus)
 
 def test_pictures_without_extent_are_refused(tmp_path: Path) -> None:
     (tmp_path / "images.json").write_text(json.dumps([{"id": 7, "ann_ids": [1], "height": 0, "width": 0}]))
-    with pytest.raises(BadInput, match="picture 7 is 0 x 0 pixels"):
+    with pytest.raises(BadInput, match="picture 7 is 0 pixels high and 0 wide"):
         read_pictures(SimpleNamespace(path=tmp_path))
