@@ -1,6 +1,7 @@
 """What all commands share: errors as one line, exit codes, `--json`, `--traceback`, `--version`.
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but inputs were skipped and `--strict` was given.
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but inputs were skipped and `--strict` was given;
+128 + N stopped by signal N, with a checkpoint written.
 Logs go to stderr; stdout holds the summary only (one JSON object under `--json`).
 """
 
@@ -16,6 +17,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import click
 
 from uniter.datasets.errors import UniterError
+from uniter.datasets.stopping import Stopped
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,6 +42,9 @@ def common_options(function: Callable[P, R]) -> Callable[..., R]:
             return function(*args, **kwargs)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except Stopped as stopped:
+            click.echo(str(stopped), err=True)
+            sys.exit(128 + stopped.signal_number)
         except UniterError as error:
             _fail(str(error), show_traceback)
         except KeyboardInterrupt:

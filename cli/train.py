@@ -1,8 +1,6 @@
 """`uniter-train`: pre-training and what follows it. Each command parses, calls one function, and prints one summary."""
 
 import os
-import signal
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,7 +119,7 @@ def pretrain(
         raise click.UsageError("Missing option '--out': where shall the run's checkpoints and log go?")
     from uniter.model.train.pretraining import pretrain as run_pretraining
 
-    print_from_first(_until_told(lambda: run_pretraining(settings, out)), as_json=as_json, title="pre-training")
+    print_from_first(run_pretraining(settings, out), as_json=as_json, title="pre-training")
 
 
 @main.command()
@@ -177,7 +175,7 @@ def finetune(
         validation_text=list(validation_text),
         validation_images=list(validation_images),
     )  # fmt: skip
-    print_from_first(_until_told(lambda: run_finetuning(settings, out)), as_json=as_json, title=f"fine-tuning {name}")
+    print_from_first(run_finetuning(settings, out), as_json=as_json, title=f"fine-tuning {name}")
 
 
 def scoring_options(function: Command) -> Command:
@@ -334,17 +332,6 @@ def print_from_first(summary: Mapping[str, Any], *, as_json: bool, title: str) -
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _until_told(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do the work; if a signal stops it after its checkpoint, say so and end as commands do that a signal ended (128 + number)."""
-    from uniter.model.train.loop import Stopped
-
-    try:
-        return work()
-    except Stopped as stopped:
-        click.echo(str(stopped), err=True)
-        sys.exit(128 + signal.Signals(stopped.signal_number).value)
 
 
 main.add_command(detector_command)

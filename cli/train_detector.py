@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 import yaml
+from click.core import ParameterSource
 
 from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
 from uniter.extract.install import require_detectron2
@@ -33,10 +34,12 @@ from uniter.extract.install import require_detectron2
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--device", help="cpu, cuda or cuda:N  [default: a GPU where there is one]")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: none where all images fit into memory]")
-@click.option("--overwrite", is_flag=True, help="Start anew where --out holds another run.")
+@click.option("--overwrite", is_flag=True, help="Train anew where --out holds a training; it stays until the new one is finished.")
 @click.option("--strict", is_flag=True, help="Exit with code 3 if anything of the annotations was left out.")
 @common_options
-def detector_command(assignments: tuple[str, ...], strict: bool, as_json: bool, **options: Any) -> None:
+def detector_command(
+    images: str, annotations: str, out: str, assignments: tuple[str, ...], overwrite: bool, strict: bool, as_json: bool, **options: Any
+) -> None:
     """Train a detector of one's own; its folder is a --detector of uniter-extract.
 
     \b
@@ -44,6 +47,8 @@ def detector_command(assignments: tuple[str, ...], strict: bool, as_json: bool, 
       uniter-train detector --images photos/ --annotations instances.json --out detector/
       uniter-extract photos/ out.lmdb --detector detector/
     """
+    if options["val_annotations"] and click.get_current_context().get_parameter_source("held_out") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--held-out and --val-annotations both say what is held out; leave one of the two out")
     overrides: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -61,8 +66,9 @@ def detector_command(assignments: tuple[str, ...], strict: bool, as_json: bool, 
             options[name] = value
     require_detectron2()
     from uniter.extract.training.loop import train_detector
+    from uniter.extract.training.plan import Choices
 
-    summary = train_detector(overrides=overrides, **options)
-    print_summary(summary, as_json=as_json, title=f"a detector in {options['out']}")
+    summary = train_detector(images, annotations, out, Choices(overrides=overrides, **options), overwrite=overwrite)
+    print_summary(summary, as_json=as_json, title=f"a detector in {out}")
     if strict and summary["skipped"]:
         sys.exit(SKIPPED_UNDER_STRICT)

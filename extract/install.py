@@ -217,7 +217,7 @@ def download_source(folder: Path) -> Path:
 
 def check_hash(archive: Path, sha256: str) -> None:
     """Raise BadInput unless the file's SHA-256 is `sha256` (hexadecimal)."""
-    with archive.open("rb") as file:
+    with archive.open("rb") as file:  # not by storage's function: this file runs on the standard library alone
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise BadInput(f"{archive.name} has sha256 {found}, expected {sha256}; it was not installed: is another package index in the way?")

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from uniter.datasets.storage.files import sync as sync
@@ -22,6 +22,34 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 def checkpoint_path(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"step-{step}"
+
+
+def write_step(run: Path, step: int, fill: Callable[[Path], None], *, keep: int, best: bool = False) -> Path:
+    """Write the checkpoint of a step unless it is there, point `latest` to it, and `best` where it is that; remove old ones.
+
+    Args:
+        run: the run directory.
+        step: finished updates.
+        fill: writes a checkpoint's files into a folder.
+        keep: how many of the newest checkpoints stay; the best one stays besides.
+        best: whether it is the best so far.
+    """
+    folder = run / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    target = checkpoint_path(run, step)
+    if not target.exists():
+        aside = folder / f"{ASIDE}{step}-{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        fill(aside)
+        make_durable(aside)
+        aside.rename(target)
+        sync(folder)
+    point(folder / LATEST, target.name)
+    if best:
+        point(folder / BEST, target.name)
+    remove_old(run, keep=keep)
+    return target
 
 
 def remove_old(run: Path, *, keep: int) -> None:

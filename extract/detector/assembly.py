@@ -10,7 +10,7 @@ from typing import Any
 from detectron2.modeling import build_model
 
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.extract.detector.butd import ATTRIBUTE_WIDTH, EMBEDDING_WIDTH, add_attribute_branch, caffe_anchors
+from uniter.extract.detector.butd import add_attribute_branch, caffe_anchors
 from uniter.extract.detector.network import RegionNetwork
 from uniter.extract.detector.recipes import Recipe
 from uniter.extract.weights.layouts import ANCHORS, BOX_PREDICTOR
@@ -55,19 +55,11 @@ def assemble(
         model = build_model(config)
     except (KeyError, AssertionError, ValueError, RuntimeError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise BadInput(f"detector {recipe.name!r}: Detectron2 cannot build this configuration ({error})") from error
-    predictor = model.roi_heads.box_predictor
     if attributes:
         if not recipe.attribute_names:
             raise UniterError(f"detector {recipe.name!r} knows no attributes; leave --attributes out, or use butd")
-        classes, width = predictor.cls_score.weight.shape
-        add_attribute_branch(
-            predictor,
-            {
-                "cls_embedding.weight": (classes, EMBEDDING_WIDTH),
-                "fc_attr.weight": (ATTRIBUTE_WIDTH, width + EMBEDDING_WIDTH),
-                "attr_score.weight": (len(recipe.attribute_names) + 1, ATTRIBUTE_WIDTH),
-            },
-        )
+        predictor = model.roi_heads.box_predictor
+        add_attribute_branch(predictor, classes=len(predictor.cls_score.weight) - 1, attributes=len(recipe.attribute_names))
     if loaded is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not name.startswith(NOT_NEEDED)}
         loaded = load_weights(str(spec), shapes=shapes, input_deviation=PIXEL_DEVIATION / float(model.pixel_std.mean()))

@@ -10,7 +10,7 @@ Source: peteanderson80/bottom-up-attention (`test.prototxt`, `proposal_layer.py`
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -182,14 +182,16 @@ def butd_config(*, depth: int = 101, classes: int = 1600) -> CfgNode:
 EMBEDDING_WIDTH, ATTRIBUTE_WIDTH = 256, 512
 
 
-def add_attribute_branch(predictor: Any, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Give a box predictor Bottom-Up-Attention's attribute branch; shapes of its tensors by their names in the predictor."""
-    classes, width = shapes["cls_embedding.weight"]
-    predictor.cls_embedding = nn.Embedding(classes, width)
-    out, inside = shapes["fc_attr.weight"]
-    predictor.fc_attr = nn.Linear(inside, out)
-    out, inside = shapes["attr_score.weight"]
-    predictor.attr_score = nn.Linear(inside, out)
+def add_attribute_branch(predictor: Any, *, classes: int, attributes: int) -> None:
+    """Give a box predictor Bottom-Up-Attention's attribute branch: features and the class's embedding to attributes.
+
+    Args:
+        predictor: Detectron2's, whose `cls_score` tells the features' width.
+        classes, attributes: how many, without the background and "no attribute".
+    """
+    predictor.cls_embedding = nn.Embedding(classes + 1, EMBEDDING_WIDTH)
+    predictor.fc_attr = nn.Linear(predictor.cls_score.in_features + EMBEDDING_WIDTH, ATTRIBUTE_WIDTH)
+    predictor.attr_score = nn.Linear(ATTRIBUTE_WIDTH, attributes + 1)
 
 
 def caffe_anchors() -> Tensor:

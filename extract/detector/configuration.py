@@ -75,6 +75,15 @@ def merged_config(values: Mapping[str, Any], *, path: Path) -> CfgNode:
         config.merge_from_other_cfg(CfgNode(dict(values)))
     except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: not a configuration of this Detectron2 ({error})") from error
+    return checked_config(config, path=path)
+
+
+def checked_config(config: CfgNode, *, path: Path | str) -> CfgNode:
+    """The configuration itself, of a detector that regions can be taken from, with what else it may hold (masks ...) switched off.
+
+    Raises:
+        BadInput: regions cannot be taken from it; `path` says where it comes from.
+    """
     model = config.MODEL
     for what, got, known in (
         ("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, ("GeneralizedRCNN",)),

@@ -5,15 +5,19 @@ Detectron2 is imported when a detector is built, not with this module.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from uniter.datasets.devices import usable_device
 from uniter.datasets.errors import BadInput, UniterError, unknown_name
-from uniter.extract.detector.protocol import Detector, Preparation, PreparedImage, RawRegions
+from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions
 from uniter.extract.install import require_detectron2
+
+if TYPE_CHECKING:
+    from uniter.extract.detector.recipes import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ class Detectron2Detector:
     """A Faster R-CNN on Detectron2.
 
     Args:
-        name: `butd`, `butd-36`, a model-zoo name, a Detectron2 YAML, or a folder made by `uniter-train detector`.
+        name: `butd`, `butd-36`, a model-zoo name, a Detectron2 YAML, a folder made by `uniter-train detector`, or a recipe of one's own.
         weights: a file, a URL, a hub id or `random:SEED`; None takes the detector's own or its known sources, in order.
         device: "cpu", "cuda", "cuda:1" ...
         precision: "fp32" reproduces the reference; "bf16" and "fp16" (GPU only) run the RoI head in half precision.
@@ -44,28 +48,21 @@ class Detectron2Detector:
     """
 
     def __init__(
-        self, name: str = "butd", *, weights: str | None = None, device: str = "cpu", precision: str = "fp32", attributes: bool = False
+        self,
+        name: "str | Recipe" = "butd",
+        *,
+        weights: str | None = None,
+        device: str = "cpu",
+        precision: str = "fp32",
+        attributes: bool = False,
     ) -> None:
         require_detectron2()
-        _check_device(device, precision)
+        placed = _checked_device(device, precision)
+        from uniter.extract.detector.assembly import assemble
         from uniter.extract.detector.recipes import find_recipe
 
-        self._build(find_recipe(name), weights=weights, device=device, precision=precision, attributes=attributes)
-
-    @classmethod
-    def from_recipe(
-        cls, recipe: Any, *, weights: str | None = None, device: str = "cpu", precision: str = "fp32", attributes: bool = False
-    ) -> "Detectron2Detector":
-        """A detector of a `recipes.Recipe` of one's own."""
-        _check_device(device, precision)
-        detector = cls.__new__(cls)
-        detector._build(recipe, weights=weights, device=device, precision=precision, attributes=attributes)
-        return detector
-
-    def _build(self, recipe: Any, *, weights: str | None, device: str, precision: str, attributes: bool) -> None:
-        from uniter.extract.detector.assembly import assemble
-
-        network, loaded, anchors = assemble(recipe, weights, device=device, precision=precision, attributes=attributes)
+        recipe = find_recipe(name) if isinstance(name, str) else name
+        network, loaded, anchors = assemble(recipe, weights, device=str(placed), precision=precision, attributes=attributes)
         self.network = network
         self.name: str = recipe.name
         self.feature_width: int = network.feature_width
@@ -73,7 +70,8 @@ class Detectron2Detector:
         self.attribute_names: tuple[str, ...] = recipe.attribute_names if attributes else ()
         self.min_boxes: int = recipe.min_boxes
         self.max_boxes: int = recipe.max_boxes
-        self.preparation: Preparation = recipe.preparation
+        self.device = str(network.device)
+        self._preparation = recipe.preparation
         self._settings = {
             "detector": recipe.name,
             "weights": loaded.settings(),
@@ -92,7 +90,7 @@ class Detectron2Detector:
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
         """Host work for one upright (H, W, 3) uint8 BGR image; BadInput where it cannot be used."""
-        return self.preparation(image)
+        return self._preparation(image)
 
     def detect(self, images: Sequence[PreparedImage], *, boxes: Sequence[NDArray[np.floating]] | None = None) -> list[RawRegions]:
         """Regions of each image of a batch, exactly as of the image alone.
@@ -109,44 +107,28 @@ class Detectron2Detector:
             raise ValueError(f"{len(boxes)} lists of boxes for {len(images)} images; expected one each")
         if not images:
             return []
-        network = self.network
-        with network.exact():
-            inputs = [network.normalised(_pinned(image.pixels, network.device)) for image in images]
-            # A copy out of pageable memory would wait for the network.
-            scales = _pinned(np.array([image.scale * 2 for image in images], dtype=np.float32), network.device)
-            scales = scales.to(network.device, non_blocking=True)
-            levels = network.feature_maps(inputs)
-            # All proposals first, whose number the host has to know: the heads then run on a GPU one after the other without waiting.
-            regions = []
-            for index, (image, scale, (maps, answers)) in enumerate(zip(images, scales, levels, strict=True)):
-                if boxes is None:
-                    network_boxes, _ = network.proposals(maps, answers, (image.pixels.shape[0], image.pixels.shape[1]), image.scale[0])
-                    regions.append((network_boxes, network_boxes / scale))
-                else:
-                    given = _pinned(_checked_boxes(boxes[index]), network.device).to(network.device, non_blocking=True)
-                    regions.append((given * scale, given))
-            results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-            for (maps, _), (network_boxes, image_boxes) in zip(levels, regions, strict=True):
-                features = network.region_features(maps, network_boxes)
-                results.append((image_boxes, features, *network.scores(features, attributes=bool(self.attribute_names))))
-            return _to_host(results)
+        inputs = [_pinned(image.pixels, self.network.device) for image in images]
+        with self.network.exact():
+            given = None if boxes is None else [self._moved(_checked_boxes(rows)) for rows in boxes]
+            scales = [image.scale for image in images]
+            return _to_host(self.network.regions(inputs, scales, given, attributes=bool(self.attribute_names)))
+
+    def _moved(self, boxes: NDArray[np.float32]) -> torch.Tensor:
+        return _pinned(boxes, self.network.device).to(self.network.device, non_blocking=True)
 
 
-def _check_device(device: str, precision: str) -> None:
+def _checked_device(name: str, precision: str) -> torch.device:
+    """The device, once it is known to be there and to compute in that precision."""
     if precision not in PRECISIONS:
         raise UniterError(unknown_name("precision", precision, PRECISIONS))
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UniterError(f"device {device!r}: no such device; expected cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UniterError(f"device {device!r}: PyTorch sees no GPU here; use --device cpu")
-    if kind not in ("cpu", "cuda"):
-        raise UniterError(f"device {device!r}: only cpu and cuda are supported")
-    if precision == "fp16" and kind == "cpu":
+    device = usable_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise UniterError(f"device {name!r}: detectors run on cpu and cuda only")
+    if precision == "fp16" and device.type == "cpu":
         raise UniterError("precision fp16 needs a GPU; on a CPU use fp32, or bf16 where the processor has it")
-    if precision == "bf16" and kind == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         log.warning("this processor has no bf16 instructions: --precision bf16 will be slower than fp32 here")
+    return device
 
 
 def _checked_boxes(boxes: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -185,6 +167,4 @@ def build_detector(
 
     See `Detectron2Detector` for arguments and errors.
     """
-    from uniter.extract.detector.detectron import Detectron2Detector
-
     return Detectron2Detector(name, weights=weights, device=device, precision=precision, attributes=attributes)

@@ -64,7 +64,6 @@ class RegionNetwork:
             if self.is_c4:
                 fuse_blocks(self.head, images=ROIS_AT_ONCE["cpu"], side=int(self.pooler.output_size[0]))
         self.feature_width: int = self.predictor.cls_score.in_features
-        self.has_attributes = hasattr(self.predictor, "attr_score")
         self._mean, self._deviation = self.model.pixel_mean.to(self.device), self.model.pixel_std.to(self.device)
         self._cores = ThreadPoolExecutor(torch.get_num_threads())
         self._takes_scales = "scales" in inspect.signature(self.rpn.predict_proposals).parameters
@@ -87,6 +86,39 @@ class RegionNetwork:
         """(h, w, 3) pixels to a (3, h, w) float32 network input; float pixels were normalised when they were prepared."""
         moved = pixels.to(self.device, non_blocking=True).permute(2, 0, 1)
         return moved if moved.is_floating_point() else (moved.float() - self._mean) / self._deviation
+
+    def regions(
+        self, images: Sequence[Tensor], scales: Sequence[tuple[float, float]], boxes: Sequence[Tensor] | None, *, attributes: bool
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """What the network says of each image of a batch: feature maps, proposals, their features and scores. Within `exact`.
+
+        Args:
+            images: as prepared, (h, w, 3); on the host, in pinned memory if this device is a GPU.
+            scales: network pixels per image pixel along x and y.
+            boxes: (P, 4) pixels of each upright image, on this device, instead of proposals.
+            attributes: also the distribution over attributes.
+
+        Returns:
+            For each image boxes (P, 4) in its pixels, features (P, D), and the distributions of `scores`, all on this device.
+        """
+        inputs = [self.normalised(pixels) for pixels in images]
+        # A copy out of pageable memory would wait for the network.
+        factors = torch.tensor([scale * 2 for scale in scales], pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+        levels = self.feature_maps(inputs)
+        # All proposals first, whose number the host has to know: the heads then run on a GPU one after the other without waiting.
+        found = []
+        for index, (maps, answers) in enumerate(levels):
+            if boxes is None:
+                height, width, _ = images[index].shape
+                in_network, _ = self.proposals(maps, answers, (height, width), scales[index][0])
+                found.append((in_network, in_network / factors[index]))
+            else:
+                found.append((boxes[index] * factors[index], boxes[index]))
+        results = []
+        for (maps, _), (in_network, in_image) in zip(levels, found, strict=True):
+            features = self.region_features(maps, in_network)
+            results.append((in_image, features, *self.scores(features, attributes=attributes)))
+        return results
 
     def feature_maps(self, images: Sequence[Tensor]) -> list[tuple[FeatureMaps, FeatureMaps]]:
         """What the backbone and the RPN head see in each image.

@@ -5,7 +5,7 @@ are no integers the two differ by tens of grey levels at edges, so each detector
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -19,6 +19,14 @@ SMALLEST_SIDE = 8
 
 
 """Shorter network inputs leave nothing after the stem; only images some hundred times longer than wide come to this."""
+
+
+class Preparation(Protocol):
+    """Makes a PreparedImage of an upright image: the host work of one kind of detector."""
+
+    def __call__(self, image: NDArray[np.uint8]) -> PreparedImage: ...
+
+    def settings(self) -> dict[str, Any]: ...
 
 
 CAFFE_MEAN_BGR = (102.9801, 115.9465, 122.7717)

@@ -30,14 +30,6 @@ class PreparedImage:
     size: tuple[int, int]
 
 
-class Preparation(Protocol):
-    """Makes a PreparedImage; small and picklable, so that worker processes need not hold the network."""
-
-    def __call__(self, image: NDArray[np.uint8]) -> PreparedImage: ...
-
-    def settings(self) -> dict[str, Any]: ...
-
-
 Float32Array = NDArray[np.float32]
 
 
@@ -67,7 +59,7 @@ class Detector(Protocol):
         class_names: without the background, column k + 1 of the probabilities is class k.
         attribute_names: without "no attribute"; empty where the detector knows none or was not asked.
         min_boxes, max_boxes: how many regions this detector's users keep (10 and 100; `butd-36`: 36 and 36).
-        preparation: the host work of `prepare` as a small picklable callable, for worker processes.
+        device: where it computes, as PyTorch writes it: "cpu", "cuda:0".
     """
 
     name: str
@@ -76,7 +68,7 @@ class Detector(Protocol):
     attribute_names: tuple[str, ...]
     min_boxes: int
     max_boxes: int
-    preparation: Preparation
+    device: str
 
     def settings(self) -> dict[str, Any]:
         """All of the detector that changes a value, as JSON."""

@@ -17,12 +17,11 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from uniter.datasets.errors import BadInput, UniterError, unknown_name
-from uniter.datasets.storage.files import sha256_of
+from uniter.datasets.storage.files import read_json_object, sha256_of
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
 from uniter.extract.detector.butd import butd_config
 from uniter.extract.detector.configuration import merged_config, read_config
-from uniter.extract.detector.preparation import CaffePreparation, ShortestEdgePreparation
-from uniter.extract.detector.protocol import Preparation
+from uniter.extract.detector.preparation import CaffePreparation, Preparation, ShortestEdgePreparation
 from uniter.extract.weights.sources import BUTD_36_SOURCES, BUTD_SOURCES, is_url
 
 
@@ -125,15 +124,19 @@ def _from_yaml(path: Path, name: str) -> Recipe:
 
 def _trained(folder: Path) -> Recipe:
     described = folder / "detector.json"
+    if not described.is_file():
+        raise BadInput(f"{folder}: no detector.json in this folder; expected one that `uniter-train detector` made and finished")
+    content = read_json_object(described)
     try:
-        content = json.loads(described.read_text(encoding="utf-8"))
         config, weights, classes = content["config"], content["weights"], content["class_names"]
         attributes = content.get("attribute_names") or []
-        if content["format"] != 1 or not all(isinstance(entry, str) for entry in (config, weights, *classes, *attributes)):
+        if (
+            content["format"] != 1
+            or not isinstance(classes, list)
+            or not all(isinstance(entry, str) for entry in (config, weights, *classes, *attributes))
+        ):
             raise ValueError(f"format {content['format']!r}")
-    except FileNotFoundError:
-        raise BadInput(f"{folder}: no detector.json in this folder; expected one that `uniter-train detector` made and finished") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{described}: cannot be used ({error!r}); expected format 1 with config, weights and class_names") from error
     for entry in (config, weights):
         if Path(entry).is_absolute() or ".." in Path(entry).parts:

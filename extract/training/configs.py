@@ -1,17 +1,14 @@
 """The networks that can be trained, and their schedules."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from numpy.typing import NDArray
 
-from uniter.datasets.errors import BadInput
 from uniter.extract.detector.configuration import merged_config, read_config
 from uniter.extract.training.labelled_images import LabelledImages
 
@@ -110,13 +107,3 @@ def learning_rate_factor(step: int, *, steps: int, warmup: int) -> float:
     """Linear warm-up over `warmup` updates (at most a tenth of all), then half a cosine down to 2 %; `step` counts from 0."""
     warmup = max(min(warmup, steps // 10), 1)
     return min((step + 1) / warmup, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0))))
-
-
-def configured(cfg: CfgNode, overrides: Mapping[str, Any] | None) -> CfgNode:
-    for name, value in (overrides or {}).items():
-        try:
-            cfg.merge_from_list([name, value])
-        except (KeyError, AssertionError, ValueError, TypeError, AttributeError) as error:
-            raise BadInput(f"--set {name}={value}: Detectron2 has no such setting or expects another kind of value ({error})") from error
-    cfg.MODEL.DEVICE = "cpu"
-    return cfg

@@ -1,70 +1,116 @@
-"""The folder of a detector in training: claimed, check-pointed, logged, finished."""
+"""The folder of a detector in training: claimed, check-pointed, finished.
+
+OUT/settings.json, config.yaml, log.jsonl, checkpoints/step-N/, and at the end model.safetensors and detector.json
+"""
 
 import contextlib
-import json
-import logging
-import os
-import shutil
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from uniter.datasets.errors import BadInput, SettingsDiffer
-from uniter.datasets.storage.files import sha256_of, write_json
-from uniter.extract.training.labelled_images import LabelledImages
+from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.claims import Claim, Maker, claim, refuse_source_inside
+from uniter.datasets.storage.files import read_json_object, sha256_of, write_json
+from uniter.datasets.storage.locks import only_writer
+from uniter.datasets.storage.run_log import LOG_FILE
+from uniter.datasets.storage.step_folders import CHECKPOINTS, checkpoint_path, checkpoint_steps, write_step
+from uniter.datasets.storage.tensors import write_tensors
+from uniter.extract.training.labelled_images import LabelledImage, LabelledImages
+from uniter.extract.training.plan import FORMAT_VERSION
 
-log = logging.getLogger(__name__)
+CONFIG: Final = "config.yaml"
+WEIGHTS: Final = "model.safetensors"
+DESCRIPTION: Final = "detector.json"
+DETECTOR = Maker("a detector", DESCRIPTION, (CONFIG, WEIGHTS, LOG_FILE, CHECKPOINTS, "events.out.tfevents.*"))
 
-FORMAT_VERSION = 1
+
+@contextlib.contextmanager
+def training_folder(
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    photographs: Mapping[str, Any],
+    files: Sequence[str | Path],
+    overwrite: bool,
+) -> Iterator[Claim]:
+    """Claim the folder and be the only one who trains in it.
+
+    Args:
+        out: the folder as the user names it.
+        settings: all that decides the weights, but for the photographs.
+        photographs: see `content_of_photographs`.
+        files: what is read besides; none of it may lie in `out`.
+        overwrite: train anew, beside what is there.
+
+    Raises:
+        SettingsDiffer: it holds a training with other settings or of other photographs.
+        BadInput: it holds something else.
+        UniterError: another process trains there.
+    """
+    for file in files:
+        refuse_source_inside(out, Path(file))
+    with contextlib.ExitStack() as held:
+        if out.is_dir():  # before anything of what another training left is taken away
+            held.enter_context(only_writer(out, doing="training"))
+            yield claim(out, settings, maker=DETECTOR, sources={"images": photographs}, overwrite=overwrite)
+        else:
+            claimed = claim(out, settings, maker=DETECTOR, sources={"images": photographs}, overwrite=overwrite)
+            held.enter_context(only_writer(claimed.folder, doing="training"))
+            yield claimed
+
+
+def content_of_photographs(folder: Path, images: Sequence[LabelledImage]) -> dict[str, Any]:
+    """What `claims.content_of` says of a folder, of the photographs that are used alone: their names and sizes."""
+    digest = hashlib.sha256()
+    for path in sorted(image.path for image in images):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
+    return {"name": folder.name, "names_and_sizes": digest.hexdigest()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(
-    out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, validations: Sequence[Mapping[str, Any]]
+    out: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    validations: Sequence[Mapping[str, Any]],
+    broken: Sequence[int],
 ) -> None:
-    """Write `checkpoints/step-N/` aside, let it appear by rename, point `latest` to it, remove older ones."""
-    folder = out / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{step}"
-    if not target.exists():
-        partial = folder / f"step-{step}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / "model.safetensors")
+    """Write the checkpoint of an update in the place of the one before."""
+
+    def fill(folder: Path) -> None:
+        write_tensors(folder / "model.safetensors", model.state_dict())
         moments = {
-            f"{number}.{name}": value.contiguous()
+            f"{number}.{name}": value
             for number, values in optimizer.state_dict()["state"].items()
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
-        save_file(moments, partial / "optimizer.safetensors")
-        write_json(partial / "state.json", {"step": step, "validations": list(validations)})
-        for file in partial.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        partial.rename(target)
-    link = folder / "latest.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.name)
-    link.replace(folder / "latest")
-    for old in folder.glob("step-*"):
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+        write_tensors(folder / "optimizer.safetensors", moments)
+        write_json(folder / "state.json", {"step": step, "validations": list(validations), "broken": list(broken)})
+
+    write_step(out, step, fill, keep=1)
 
 
-def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
-    """Continue from the newest whole checkpoint: the number of finished updates, 0 where there is none; and the validations so far."""
-    steps = [int(path.name[5:]) for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]], set[int]]:
+    """Continue from the newest checkpoint.
+
+    Returns:
+        The number of finished updates, 0 where there is no checkpoint; the validations so far; the images that could not be decoded.
+    """
+    steps = checkpoint_steps(out)
     if not steps:
-        return 0, []
-    folder = out / "checkpoints" / f"step-{max(steps)}"
+        return 0, [], set()
+    folder = checkpoint_path(out, steps[-1])
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
         moments: dict[int, dict[str, Tensor]] = {}
@@ -72,88 +118,35 @@ def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
             number, _, part = name.partition(".")
             moments.setdefault(int(number), {})[part] = value
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return int(state["step"]), list(state["validations"])
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        state = read_json_object(folder / "state.json")
+        return int(state["step"]), list(state["validations"]), set(state.get("broken", ()))
+    except (BadInput, OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder} cannot be read ({' '.join(str(error).split())[:200]}); remove that folder to start anew") from error
 
 
-class DetectorLog:
-    """`log.jsonl` and TensorBoard events; what stands behind the checkpoint that a run continues from is cut off."""
-
-    def __init__(self, out: Path, *, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = out / "log.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(out), purge_step=step + 1 if step else None)
-
-    def write(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
-        self._file.flush()
-        for name, value in figures.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
-
-    def close(self) -> None:
-        self._file.close()
-        self._events.close()
+# ------------------------------------------------------------------------------------------------------------------ at the end
 
 
-def claim(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Write `settings.json`, or check that the one that is there says the same."""
-    path = out / "settings.json"
-    if overwrite:
-        for name in ("settings.json", "detector.json", "model.safetensors", "config.yaml", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        for events in out.glob("events.out.tfevents.*"):
-            events.unlink()
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BadInput(f"{path} is damaged ({error}); pass --overwrite to start anew") from error
-        if found != settings:
-            known = found if isinstance(found, dict) else {}
-            differing = ", ".join(
-                f"{name} {known.get(name)} there, {value} now" for name, value in settings.items() if known.get(name) != value
-            )
-            raise SettingsDiffer(f"{out} holds a run with other settings ({differing}); choose another --out or pass --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
-
-
-def finish(out: Path, network: nn.Module, labelled: LabelledImages, *, attribute_names: Sequence[str], training: Mapping[str, Any]) -> None:
+def finish(out: Path, network: nn.Module, labelled: LabelledImages, *, attributes: int, training: Mapping[str, Any]) -> None:
     """Write the weights and, last, `detector.json`: from then on the folder is a detector."""
     # The thumbnail layer and BatchNorm's count of batches matter to training only.
     tensors = {
-        name: tensor.cpu().contiguous()
+        name: tensor
         for name, tensor in network.state_dict().items()
         if not name.startswith("roi_heads.box_predictor.thumbnail.") and not name.endswith(".num_batches_tracked")
     }
-    temporary = out / "model.safetensors.tmp"
-    save_file(tensors, temporary)
-    temporary.replace(out / "model.safetensors")
+    write_tensors(out / WEIGHTS, tensors)
     write_json(
-        out / "detector.json",
+        out / DESCRIPTION,
         {
-            **{"format": FORMAT_VERSION, "config": "config.yaml", "weights": "model.safetensors"},
-            **{"sha256": sha256_of(out / "model.safetensors"), "class_names": list(labelled.class_names)},
-            **{"attribute_names": list(attribute_names), "training": dict(training)},
+            **{"format": FORMAT_VERSION, "config": CONFIG, "weights": WEIGHTS},
+            **{"sha256": sha256_of(out / WEIGHTS), "class_names": list(labelled.class_names)},
+            **{"attribute_names": list(labelled.attribute_names[:attributes]), "training": dict(training)},
         },
     )
 
 
-def training_log(out: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a detector's `log.jsonl`."""
-    for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
+def figures_of(out: Path) -> dict[str, Any]:
+    """What a finished detector's training came to."""
+    figures = read_json_object(out / DESCRIPTION).get("training")
+    return dict(figures) if isinstance(figures, dict) else {}

@@ -7,7 +7,7 @@ in the order of the category ids (Detectron2's). Whatever cannot be used is left
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -97,51 +97,23 @@ def read_labelled_images(folder: str | Path, annotations: str | Path) -> Labelle
     content = _read_json(path)
     skipped = _Skipped(path)
     category_ids, class_names = _categories(content, path)
-    numbers = {category: number for number, category in enumerate(category_ids)}
     attribute_names, attribute_ids = _attribute_names(content)
-    attribute_numbers = {name: number for number, name in enumerate(attribute_names)}
+    words = _Words(
+        {category: number for number, category in enumerate(category_ids)},
+        {name: number for number, name in enumerate(attribute_names)},
+        attribute_ids,
+    )
     by_image: dict[Any, list[Mapping[str, Any]]] = {}
     for annotation in content["annotations"]:
         if isinstance(annotation, dict):
             by_image.setdefault(_hashable(annotation.get("image_id")), []).append(annotation)
         else:
             skipped.add("an annotation that is no mapping", repr(annotation)[:60])
-    images: list[LabelledImage] = []
-    known: set[int] = set()
+    images: dict[int, LabelledImage] = {}
     for entry in content["images"]:
-        image = _image(entry, folder, known, skipped)
-        if image is None:
-            continue
-        image_id, file, size = image
-        known.add(image_id)
-        boxes: list[tuple[float, float, float, float]] = []
-        classes: list[int] = []
-        attributes: list[tuple[int, ...]] = []
-        crowd: list[bool] = []
-        for annotation in by_image.get(image_id, ()):
-            which = f"annotation {annotation.get('id')!r}"
-            category = _hashable(annotation.get("category_id"))
-            if category not in numbers:
-                skipped.add("a box of an unknown category", f"{which}, category {category!r}")
-                continue
-            box = _box(annotation.get("bbox"), size, which, skipped)
-            if box is None:
-                continue
-            boxes.append(box)
-            classes.append(numbers[category])
-            attributes.append(_attributes_of(annotation, attribute_numbers, attribute_ids, which, skipped))
-            crowd.append(bool(annotation.get("iscrowd", 0)))
-        images.append(
-            LabelledImage(
-                id=image_id,
-                path=file,
-                size=size,
-                boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
-                classes=np.array(classes, dtype=np.int64),
-                attributes=tuple(attributes),
-                crowd=np.array(crowd, dtype=bool),
-            )
-        )
+        if (image := _image(entry, folder, images, skipped)) is not None:
+            image_id, file, size = image
+            images[image_id] = _labelled(image_id, file, size, by_image.get(image_id, ()), words, skipped)
     all_ids = {_hashable(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
     for image_id, found in by_image.items():
         if image_id not in all_ids:
@@ -150,7 +122,48 @@ def read_labelled_images(folder: str | Path, annotations: str | Path) -> Labelle
     if not images:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in skipped.counts.items()) or "it lists none"
         raise BadInput(f"{path}: none of its images can be used ({reasons}); do the file names belong to {folder}?")
-    return LabelledImages(images, class_names, category_ids, tuple(attribute_names), dict(skipped.counts))
+    return LabelledImages(list(images.values()), class_names, category_ids, tuple(attribute_names), dict(skipped.counts))
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What annotations may refer to: classes by their category ids, attributes by name and by id; to numbers from 0."""
+
+    classes: Mapping[Any, int]
+    attributes: Mapping[str, int]
+    attribute_ids: Mapping[int, int]
+
+
+def _labelled(
+    image_id: int, file: Path, size: tuple[int, int], annotations: Sequence[Mapping[str, Any]], words: _Words, skipped: _Skipped
+) -> LabelledImage:
+    """One photograph with those of its annotations that can be used."""
+    boxes: list[tuple[float, float, float, float]] = []
+    classes: list[int] = []
+    attributes: list[tuple[int, ...]] = []
+    crowd: list[bool] = []
+    for annotation in annotations:
+        which = f"annotation {annotation.get('id')!r}"
+        category = _hashable(annotation.get("category_id"))
+        if category not in words.classes:
+            skipped.add("a box of an unknown category", f"{which}, category {category!r}")
+            continue
+        box = _box(annotation.get("bbox"), size, which, skipped)
+        if box is None:
+            continue
+        boxes.append(box)
+        classes.append(words.classes[category])
+        attributes.append(_attributes_of(annotation, words, which, skipped))
+        crowd.append(bool(annotation.get("iscrowd", 0)))
+    return LabelledImage(
+        id=image_id,
+        path=file,
+        size=size,
+        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        classes=np.array(classes, dtype=np.int64),
+        attributes=tuple(attributes),
+        crowd=np.array(crowd, dtype=bool),
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def _categories(content: Mapping[str, Any], path: Path) -> tuple[tuple[int, ...]
     return ids, tuple(found[category] for category in ids)
 
 
-def _image(entry: Any, folder: Path, known: set[int], skipped: _Skipped) -> tuple[int, Path, tuple[int, int]] | None:
+def _image(entry: Any, folder: Path, known: Collection[int], skipped: _Skipped) -> tuple[int, Path, tuple[int, int]] | None:
     if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("file_name"), str):
         skipped.add("an image entry without id or file_name", str(entry)[:80])
         return None
@@ -255,15 +268,13 @@ def _stated(annotation: Mapping[str, Any]) -> Sequence[Any]:
     return found if isinstance(found, list) else []
 
 
-def _attributes_of(
-    annotation: Mapping[str, Any], names: Mapping[str, int], ids: Mapping[int, int], which: str, skipped: _Skipped
-) -> tuple[int, ...]:
+def _attributes_of(annotation: Mapping[str, Any], words: _Words, which: str, skipped: _Skipped) -> tuple[int, ...]:
     numbers = []
     for value in _stated(annotation):
-        if type(value) is int and value in ids:
-            numbers.append(ids[value])
-        elif isinstance(value, str) and value in names:
-            numbers.append(names[value])
+        if type(value) is int and value in words.attribute_ids:
+            numbers.append(words.attribute_ids[value])
+        elif isinstance(value, str) and value in words.attributes:
+            numbers.append(words.attributes[value])
         elif value != -1:  # Visual Genome's ports fill lists up with -1
             skipped.add("an attribute that is not listed", f"{which}: {value!r}")
     return tuple(dict.fromkeys(numbers))

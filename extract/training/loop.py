@@ -11,60 +11,50 @@ Imports Detectron2: load this module only where a detector is trained.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from uniter.datasets.errors import BadInput, UniterError, unknown_name
+from uniter.datasets.devices import usable_device
+from uniter.datasets.errors import UniterError
 from uniter.datasets.progress import Progress, duration
-from uniter.datasets.storage.files import sha256_of
-from uniter.extract.detector.configuration import merged_config, read_config
-from uniter.extract.detector.preparation import ShortestEdgePreparation
+from uniter.datasets.stopping import Stopped, leave_signals, told_to_stop
+from uniter.datasets.storage.run_log import RunLog
+from uniter.extract.detector.protocol import is_out_of_memory
 from uniter.extract.training.batches import CACHE_BYTES, Batches, Item, input_bytes
-from uniter.extract.training.configs import MODELS, Schedule, configured, learning_rate_factor
+from uniter.extract.training.configs import Schedule, learning_rate_factor
 from uniter.extract.training.evaluation import evaluate_boxes
-from uniter.extract.training.folder import FORMAT_VERSION, DetectorLog, claim, finish, load_checkpoint, save_checkpoint
-from uniter.extract.training.labelled_images import parts_of, read_labelled_images
-from uniter.extract.training.predictor import build_network, start_from
+from uniter.extract.training.folder import (
+    CONFIG,
+    content_of_photographs,
+    figures_of,
+    finish,
+    load_checkpoint,
+    save_checkpoint,
+    training_folder,
+)
+from uniter.extract.training.plan import Choices, Plan, plan_training
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 300.0
+"""What a kill may cost where updates are slow."""
+
 
 # -------------------------------------------------------------------------------------------------------------------- the run
 
 
 def train_detector(
-    images: str | Path,
-    annotations: str | Path,
-    out: str | Path,
-    *,
-    model: str = "tiny",
-    config: str | Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    from_weights: str | Path | None = None,
-    val_annotations: str | Path | None = None,
-    held_out: float = 0.1,
-    attributes: bool = True,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    checkpoint_every: int = 100,
-    validate_every: int | None = None,
-    seed: int = 0,
-    device: str | None = None,
-    workers: int | None = None,
-    overwrite: bool = False,
+    images: str | Path, annotations: str | Path, out: str | Path, choices: Choices | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Train a detector on COCO's instances; its folder is a `--detector` of `uniter-extract`. Repeating the call continues.
 
@@ -72,124 +62,134 @@ def train_detector(
         images: the folder in which the annotations' file names are found.
         annotations: COCO's instances JSON.
         out: the folder made; `detector.json`, written last, says that it is finished.
-        model: "tiny" (minutes on two cores) or "r101-c4" (Bottom-Up-Attention's size; a GPU's work).
-        config: a Detectron2 YAML of plain values that replaces the model's own configuration.
-        overrides: single settings of Detectron2's by their dotted names.
-        from_weights: a weight file to start from; what fits by name and shape is taken.
-        val_annotations: held-out annotations of photographs in the same folder; otherwise `held_out` (a fraction) of the images are kept
-            for validation, at most 500.
-        attributes: learn attributes where they are annotated.
-        steps, batch_size, learning_rate: None chooses what learns on such data; the rate is for the whole batch.
-        checkpoint_every, validate_every: updates between them; validation falls on a third and two thirds and the end by default.
-        device: None takes a GPU where there is one.
-        workers: processes that decode; none where all photographs fit into memory.
-        overwrite: start anew where the folder holds another run.
+        choices: how; None: by defaults that learn.
+        overwrite: train anew where the folder holds a training; what is there stays until the new detector is finished.
 
     Returns:
         The summary: counts, what was skipped, steps, and `ap`, `ap50` ... of the held-out part.
 
     Raises:
-        BadInput: annotations, configuration or weights cannot be used.
-        SettingsDiffer: the folder holds a run with other settings.
-        UniterError: the loss is no number any more, or the device is not there.
+        BadInput: annotations, configuration, weights, a setting or the device cannot be used; or the folder is somebody else's.
+        SettingsDiffer: the folder holds a training with other settings, or of other annotations or photographs.
+        Stopped: SIGTERM or SIGINT came; a checkpoint was written.
+        UniterError: the loss is no number any more, or another process trains in this folder.
     """
-    if model not in MODELS:
-        raise UniterError(unknown_name("model", model, MODELS))
-    if not 0 < held_out < 1:
-        raise BadInput(f"--held-out {held_out}: expected a fraction between 0 and 1")
-    out, annotations = Path(out), Path(annotations)
-    labelled = read_labelled_images(images, annotations)
-    train, val, skipped = parts_of(labelled, images, val_annotations, held_out=held_out, seed=seed)
-    attribute_count = len(labelled.attribute_names) if attributes else 0
-    make_config, schedule = MODELS[model]
-    cfg = configured(make_config(train) if config is None else merged_config(read_config(Path(config)), path=Path(config)), overrides)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.WEIGHTS = len(labelled.class_names), ""
-    batch_size = batch_size or min(schedule.batch_size, len(train.images))
-    steps = steps or int(np.clip(round(schedule.epochs * len(train.images) / batch_size), schedule.least_steps, schedule.most_steps))
-    learning_rate = learning_rate or schedule.learning_rate * (batch_size / 16 if schedule.optimizer == "sgd" else 1)
-    validate_every = validate_every or max(math.ceil(steps / 3), 1)
-    settings = {
-        **{"format": FORMAT_VERSION, "model": model, "annotations": annotations.name, "annotations_sha256": sha256_of(annotations)},
-        **{"val_annotations_sha256": sha256_of(Path(val_annotations)) if val_annotations else None, "held_out": held_out},
-        **{"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "attributes": attribute_count > 0, "seed": seed},
-        **{"validate_every": validate_every, "from": sha256_of(Path(from_weights)) if from_weights else None},
-        **{"config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest()},
-    }
-    claim(out, settings, overwrite=overwrite)
-    described = {
-        **{"train_images": len(train.images), "train_boxes": sum(len(image.boxes) for image in train.images)},
-        **{"val_images": len(val.images), "classes": len(labelled.class_names), "attributes": attribute_count, "skipped": skipped},
-    }
-    if (out / "detector.json").exists():
-        log.info("%s is finished already", out)
-        trained = json.loads((out / "detector.json").read_text(encoding="utf-8"))["training"]
-        return {"out": str(out), **described, **trained}
-    (out / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        placed = torch.device(device)
-        torch.zeros(1, device=placed)
-    except (RuntimeError, AssertionError) as error:
+    images, annotations, out, choices = Path(images), Path(annotations), Path(out), choices or Choices()
+    _refuse_several_processes()
+    device = usable_device(choices.device)
+    plan, network = plan_training(images, annotations, choices, device=device)
+    photographs = content_of_photographs(images, [*plan.train.images, *plan.val.images])
+    files = [file for file in (annotations, choices.val_annotations, choices.config, choices.from_weights) if file is not None]
+    with training_folder(out, plan.settings, photographs=photographs, files=files, overwrite=overwrite) as claimed:
+        if claimed.complete:
+            log.info("%s is finished already", out)
+            return {"out": str(out), **plan.described(), **figures_of(claimed.folder)}
+        (claimed.folder / CONFIG).write_text(plan.cfg.dump(), encoding="utf-8")
+        started = time.monotonic()
+        validations, broken = _train(network, plan, claimed.folder, device)
+        for number in sorted(broken):
+            log.warning("left out: an image that cannot be decoded: %s", plan.train.images[number].path)
+        if undecodable := len(broken) + int(validations[-1]["images_broken"]):
+            plan.skipped["an image that cannot be decoded"] = undecodable
+        figures = {name: value for name, value in validations[-1].items() if name not in ("step", "images_broken")}
+        trained = {"steps": plan.steps, **figures}
+        finish(claimed.folder, network, plan.train, attributes=plan.attributes, training=trained)
+        claimed.publish()
+    log.info("trained for %s", duration(time.monotonic() - started))
+    return {"out": str(out), **plan.described(), **trained}
+
+
+def _refuse_several_processes() -> None:
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UniterError(
-            f"--device {device} cannot be used here ({str(error).splitlines()[0]}); expected cpu, or cuda where there is a GPU"
-        ) from error
-    cfg.MODEL.DEVICE = device
-    network = build_network(cfg, classes=len(labelled.class_names), attributes=attribute_count, seed=seed)
-    if from_weights:
-        start_from(network, Path(from_weights))
+            f"torchrun started {world} processes, and a detector is trained by one, on one GPU or on the CPU; "
+            "run the command without torchrun"
+        )
+
+
+def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -> tuple[list[dict[str, Any]], set[int]]:
+    """Train from the last checkpoint to the end, in place.
+
+    Returns:
+        The validations, each with its "step", and the numbers of the training images that could not be decoded.
+    """
     network.to(memory_format=torch.channels_last)  # a fifth less time on a CPU, the same values but for rounding
-    optimizer = _optimizer(network, schedule, learning_rate)
-    preparation = ShortestEdgePreparation(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
-    started = time.monotonic()
-    done, validations = load_checkpoint(out, network, optimizer)
+    network.train()
+    optimizer = _optimizer(network, plan.schedule, plan.learning_rate)
+    done, validations, broken = load_checkpoint(folder, network, optimizer)
+    _say(plan, done)
+    with (
+        told_to_stop() as told,
+        _memory_said(plan),
+        fitting_threads(network, device),
+        EventStorage(done),
+        RunLog(folder, step=done) as journal,
+        Progress(plan.steps, unit="updates", label="training the detector", done=done) as progress,
+    ):
+        saved = time.monotonic()
+        for step, batch in enumerate(_batches(plan, done), start=done + 1):
+            if isinstance(batch, UniterError):
+                raise batch
+            broken.update(number for item in batch for number in item["broken"])
+            rate = plan.learning_rate * learning_rate_factor(step - 1, steps=plan.steps, warmup=plan.schedule.warmup)
+            losses = _update(network, optimizer, batch, rate=rate, seed=(plan.seed << 32) + step)
+            if not math.isfinite(losses["loss"]):
+                raise UniterError(
+                    f"the loss is {losses['loss']} at update {step}; start anew with a lower --learning-rate than {plan.learning_rate}"
+                )
+            journal.write(step, "train", {**losses, "learning_rate": rate})
+            progress.update(loss=losses["loss"])
+            ends = step == plan.steps
+            if step % plan.validate_every == 0 or ends:
+                figures = evaluate_boxes(network, plan.val, plan.preparation)
+                validations.append({"step": step, **figures})
+                journal.write(step, "validation", figures)
+                log.info("update %d: AP %.3f, AP50 %.3f on %d held-out images", step, figures["ap"], figures["ap50"], len(plan.val.images))
+            if ends or told or step % plan.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                journal.flush()
+                save_checkpoint(folder, step, network, optimizer, validations=validations, broken=sorted(broken))
+                saved = time.monotonic()
+            if told and not ends:
+                raise Stopped.after(step, plan.steps, told[0])
+    return validations, broken
+
+
+@contextlib.contextmanager
+def _memory_said(plan: Plan) -> Iterator[None]:
+    """Memory that does not suffice, in words."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UniterError(
+            f"memory does not suffice for updates of {plan.batch_size} images at {plan.preparation.shortest} pixels; train with a smaller "
+            "--batch-size or INPUT.MIN_SIZE_TEST, which is another training and needs another --out"
+        ) from error
+
+
+def _say(plan: Plan, done: int) -> None:
+    """What is trained on what, before it begins."""
     if done:
-        log.info("continuing after update %d of %d", done, steps)
+        log.info("continuing after update %d of %d", done, plan.steps)
+    counts = plan.described()
     log.info(
         "%d images with %d boxes of %d classes%s, %d held out; %d updates of %d images at %s pixels",
-        *(len(train.images), described["train_boxes"], len(labelled.class_names)),
-        *(f" and {attribute_count} attributes" if attribute_count else "", len(val.images), steps, batch_size, cfg.INPUT.MIN_SIZE_TEST),
+        *(counts["train_images"], counts["train_boxes"], counts["classes"]),
+        f" and {plan.attributes} attributes" if plan.attributes else "",
+        *(counts["val_images"], plan.steps, plan.batch_size, plan.preparation.shortest),
     )
-    cached = sum(input_bytes(image, preparation) for image in train.images) <= CACHE_BYTES
-    batches = Batches(train.images, preparation, batch_size=batch_size, attributes=attribute_count, seed=seed, cache=cached)
-    count_workers = workers if workers is not None else 0 if cached else min(os.cpu_count() or 1, 8)
-    loader = DataLoader(batches, batch_size=None, sampler=range(done, steps), num_workers=count_workers)
-    journal = DetectorLog(out, step=done)
-    broken: set[int] = set()
-    network.train()
-    try:
-        with (
-            fitting_threads(network, placed),
-            EventStorage(done),
-            Progress(steps, unit="updates", label="training the detector", done=done) as progress,
-        ):
-            for step, batch in enumerate(loader, start=done + 1):
-                broken.update(number for item in batch for number in item["broken"])
-                rate = learning_rate * learning_rate_factor(step - 1, steps=steps, warmup=schedule.warmup)
-                losses = _update(network, optimizer, batch, rate=rate, seed=(seed << 32) + step)
-                if not math.isfinite(losses["loss"]):
-                    raise UniterError(
-                        f"the loss is {losses['loss']} at update {step}; start anew with a lower --learning-rate than {learning_rate}"
-                    )
-                journal.write(step, "train", {**losses, "learning_rate": rate})
-                progress.update(loss=losses["loss"])
-                if step % validate_every == 0 or step == steps:
-                    figures = evaluate_boxes(network, val, preparation)
-                    validations.append({"step": step, **figures})
-                    journal.write(step, "validation", figures)
-                    log.info("update %d: AP %.3f, AP50 %.3f on %d held-out images", step, figures["ap"], figures["ap50"], len(val.images))
-                if step % checkpoint_every == 0 or step == steps:
-                    save_checkpoint(out, step, network, optimizer, validations)
-    finally:
-        journal.close()
-    for number in sorted(broken):
-        log.warning("left out: an image that cannot be decoded: %s", train.images[number].path)
-    undecodable = len(broken) + int(validations[-1]["images_broken"])
-    if undecodable:
-        skipped["an image that cannot be decoded"] = undecodable
-    trained = {"steps": steps, **{name: value for name, value in validations[-1].items() if name not in ("step", "images_broken")}}
-    finish(out, network, labelled, attribute_names=labelled.attribute_names[:attribute_count], training=trained)
-    log.info("trained for %s", duration(time.monotonic() - started))
-    return {"out": str(out), **described, **trained}
+
+
+def _batches(plan: Plan, done: int) -> DataLoader[list[Item] | UniterError]:
+    """The batches of the updates after `done`."""
+    cached = sum(input_bytes(image, plan.preparation) for image in plan.train.images) <= CACHE_BYTES
+    batches = Batches(
+        plan.train.images, plan.preparation, batch_size=plan.batch_size, attributes=plan.attributes, seed=plan.seed, cache=cached
+    )
+    workers = plan.workers if plan.workers is not None else 0 if cached else min(os.cpu_count() or 1, 8)
+    numbers = range(done, plan.steps)
+    return DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=leave_signals)
 
 
 NARROW = 10_000_000  # parameters

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uniter.datasets.errors import BadInput
-from uniter.extract.detector.butd import ATTRIBUTE_WIDTH, EMBEDDING_WIDTH, add_attribute_branch
+from uniter.extract.detector.butd import add_attribute_branch
 from uniter.extract.weights.load import load_weight_file
 
 log = logging.getLogger(__name__)
@@ -30,17 +30,12 @@ class TrainedPredictor(FastRCNNOutputLayers):  # type: ignore[misc]
     attributes = 0
     _features: Tensor
 
-    def add_branches(self, *, classes: int, width: int, attributes: int) -> None:
+    def add_branches(self, *, width: int, attributes: int) -> None:
         """Add what Detectron2's predictor lacks: (width,) features to (3 * THUMBNAIL ** 2,) pixels, and the attribute branch if any."""
         self.attributes = attributes
         self.thumbnail = nn.Linear(width, 3 * THUMBNAIL**2)
         if attributes:
-            shapes = {
-                "cls_embedding.weight": (classes + 1, EMBEDDING_WIDTH),
-                "fc_attr.weight": (ATTRIBUTE_WIDTH, width + EMBEDDING_WIDTH),
-                "attr_score.weight": (attributes + 1, ATTRIBUTE_WIDTH),
-            }
-            add_attribute_branch(self, shapes)
+            add_attribute_branch(self, classes=self.num_classes, attributes=attributes)
             nn.init.normal_(self.cls_embedding.weight, std=0.1)
 
     def forward(self, features: Tensor) -> Any:
@@ -68,7 +63,7 @@ class TrainedPredictor(FastRCNNOutputLayers):  # type: ignore[misc]
         return found
 
 
-def build_network(cfg: CfgNode, *, classes: int, attributes: int, seed: int) -> nn.Module:
+def build_network(cfg: CfgNode, *, attributes: int, seed: int) -> nn.Module:
     """Detectron2's model of this configuration with `TrainedPredictor` as its box predictor; weights drawn from the seed."""
     torch.manual_seed(seed)  # Detectron2 initialises from the global state
     try:
@@ -77,7 +72,7 @@ def build_network(cfg: CfgNode, *, classes: int, attributes: int, seed: int) -> 
         raise BadInput(f"Detectron2 cannot build this configuration ({error}); what was changed in it?") from error
     width = model.roi_heads.box_predictor.cls_score.in_features
     predictor = TrainedPredictor(cfg, ShapeSpec(channels=width, height=1, width=1))
-    predictor.add_branches(classes=classes, width=width, attributes=attributes)
+    predictor.add_branches(width=width, attributes=attributes)
     model.roi_heads.box_predictor = predictor.to(cfg.MODEL.DEVICE)
     network: nn.Module = model
     return network

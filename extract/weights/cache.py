@@ -1,20 +1,22 @@
 """Downloaded and converted weights, kept on disk."""
 
-import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from uniter.datasets.storage.files import sha256_of
+from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.files import read_json_object, sha256_of, write_json
+from uniter.datasets.storage.tensors import write_tensors
 from uniter.extract.weights.files import Tensors
 
 log = logging.getLogger(__name__)
 
 CONVERTER = 1
+"""Counted up when the conversion changes, so that cached results of an older one are not taken."""
 
 
 def cache_folder() -> Path:
@@ -27,24 +29,19 @@ def cache_folder() -> Path:
 def cached_weights(kept: Path) -> tuple[Tensors, str] | None:
     """The converted tensors and their layout, if the kept file is the one that was written."""
     try:
-        facts = json.loads(kept.with_suffix(".json").read_text(encoding="utf-8"))
+        facts = read_json_object(kept.with_suffix(".json"))
         if facts["sha256"] != sha256_of(kept):
             log.warning("%s was changed since it was made; converting again", kept)
             return None
         return dict(load_file(kept)), str(facts["layout"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, BadInput, SafetensorError, KeyError):
         return None
 
 
 def keep(kept: Path, tensors: Tensors, facts: Mapping[str, str]) -> None:
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            new = Path(folder) / kept.name
-            save_file(tensors, new)
-            described = new.with_suffix(".json")
-            described.write_text(json.dumps({**facts, "sha256": sha256_of(new), "converter": CONVERTER}, indent=1), encoding="utf-8")
-            new.replace(kept)
-            described.replace(kept.with_suffix(".json"))
+        write_tensors(kept, tensors)
+        write_json(kept.with_suffix(".json"), {**facts, "sha256": sha256_of(kept), "converter": CONVERTER})
     except OSError as error:
         log.warning("converted weights are not kept (%s): %s", kept.parent, error)

@@ -5,13 +5,13 @@ unpickler of our own that knows NumPy arrays and plain containers only, and even
 is ever looked up. PyTorch's files go through `torch.load(weights_only=True)`.
 """
 
-import io
+import mmap
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ MOST_TIMES_FILE = 4
 
 
 """So many times a file's size its tensors may take together; more are views of the same few bytes."""
+
+
+ENTRY_BYTES = 32  # what an entry of a container counts as; it takes at least a dozen in the file
 
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
@@ -100,6 +103,7 @@ def _read_safetensors(path: Path) -> Tensors:
 
 def _read_torch(path: Path) -> Tensors:
     try:
+        _refuse_makers_of_bytes(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -115,10 +119,20 @@ def _read_torch(path: Path) -> Tensors:
         ) from error
 
 
+def _refuse_makers_of_bytes(path: Path) -> None:
+    """BadInput if a PyTorch file calls what PyTorch admits although it makes any number of bytes out of few: no weights need it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for name in (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n", b"_codecs\nencode\n"):
+            if content.find(b"c" + name) >= 0:
+                raise BadInput(
+                    f"holds objects made by {name.decode().strip().replace(chr(10), '.')}, no tensors; save its state dict alone"
+                )
+
+
 def _read_pickle(path: Path) -> Tensors:
     with path.open("rb") as file:
         try:
-            content = _ArrayUnpickler(file).load()
+            content = _ArrayUnpickler(file, path.stat().st_size).load()
             return _flattened(content, path)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
@@ -177,7 +191,9 @@ class _Array:
             _, shape, kind, fortran, raw = self.state
             if isinstance(raw, str):  # Python 2 wrote bytes as text
                 raw = raw.encode("latin-1")
-            array = np.frombuffer(bytes(raw), dtype=kind.numpy()).reshape(tuple(map(int, shape)), order="F" if fortran else "C")
+            if not isinstance(raw, bytes | bytearray):  # of a number, bytes() would make as many zeros
+                raise TypeError(f"a {type(raw).__name__} in the place of its bytes")
+            array = np.frombuffer(raw, dtype=kind.numpy()).reshape(tuple(map(int, shape)), order="F" if fortran else "C")
         except (TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"holds an array that is no plain block of numbers ({error})") from error
         return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
@@ -202,7 +218,7 @@ class _Kind:
     def numpy(self) -> np.dtype[Any]:
         name = self.name.decode("ascii") if isinstance(self.name, bytes) else self.name
         if not isinstance(name, str) or name not in PLAIN_KINDS or self.order not in ("<", ">", "=", "|"):
-            raise ValueError(f"type {name!r}")
+            raise ValueError(f"a type of number that is none of {', '.join(sorted(PLAIN_KINDS))}")
         return np.dtype(f"{'=' if self.order == '|' else self.order}{name}")
 
 
@@ -233,12 +249,53 @@ ADMITTED: dict[tuple[str, str], Any] = {
 }
 
 
+class _WithinFile:
+    """A file that is never asked for more bytes than it has left: reading allocates what it is asked for, before it finds the end."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+        self.readline = file.readline
+
+    def read(self, count: int) -> bytes:
+        left = self._size - self._file.tell()
+        if count > left:
+            raise BadInput(f"claims {count:,} bytes where {left:,} are left; it is cut off, damaged or hostile")
+        return self._file.read(count)
+
+
 # The interpreter's own Python implementation: the C one allocates whatever size a hostile file names.
 class _ArrayUnpickler(pickle._Unpickler):
-    """Admits NumPy arrays and plain containers, as stand-ins; any other name in the file ends the reading."""
+    """Admits NumPy arrays and plain containers, as stand-ins; any other name in the file ends the reading.
 
-    def __init__(self, file: io.BufferedIOBase | Any) -> None:
-        super().__init__(file, encoding="latin1")
+    Calls that a file asks for may copy their arguments, and it can ask for many in a few bytes: all of them together get MOST_TIMES_FILE
+    times the file's size.
+    """
+
+    stack: list[Any]
+    read: Callable[[int], bytes]
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(_WithinFile(file, size), encoding="latin1")
+        self._left = MOST_TIMES_FILE * size
+
+    def _spend(self, arguments: Any) -> None:
+        for argument in arguments:
+            if isinstance(argument, Sized):
+                self._left -= len(argument) * (1 if isinstance(argument, str | bytes | bytearray) else ENTRY_BYTES)
+        if self._left < 0:
+            raise BadInput("unpacks to many times what the file holds; it is damaged or hostile")
+
+    def load_reduce(self) -> None:
+        self._spend(self.stack[-1])
+        super().load_reduce()  # type: ignore[misc]
+
+    def _instantiate(self, kind: Any, arguments: Any) -> None:
+        self._spend(arguments)
+        super()._instantiate(kind, arguments)  # type: ignore[misc]
+
+    def load_bytearray8(self) -> None:
+        """As the base class, which makes room for as many bytes as are named before it reads them."""
+        self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         try:
@@ -249,8 +306,6 @@ class _ArrayUnpickler(pickle._Unpickler):
                 f"Do not load this file elsewhere unless you trust where it came from"
             ) from None
 
-    stack: list[Any]
-
     def load_build(self) -> None:
         """Hand a state to an array or dtype stand-in; the attributes that PyTorch hangs on an OrderedDict are dropped."""
         state, target = self.stack.pop(), self.stack[-1]
@@ -259,7 +314,12 @@ class _ArrayUnpickler(pickle._Unpickler):
         elif not isinstance(target, OrderedDict):
             raise BadInput(f"the pickle sets attributes of a {type(target).__name__}; only arrays and containers are admitted")
 
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.REDUCE[0]: load_reduce,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
     def persistent_load(self, pid: Any) -> Any:
         raise BadInput("the pickle refers to outside objects; is it a part of a PyTorch checkpoint?")

@@ -31,11 +31,6 @@ from uniter.extract.weights.sources import address_of, find_weight_file, silent_
 
 log = logging.getLogger(__name__)
 
-"""Counted up when the conversion changes, so that cached results of an older one are not taken."""
-
-
-"""What `detectron2://` stands for in Detectron2's configurations."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
@@ -128,7 +123,7 @@ def load_weight_file(path: Path, *, source: str | None = None) -> Weights:
     """Read a weight file of any published layout; the converted tensors are kept in the cache folder.
 
     Raises:
-        BadInput: see `weight_files.read_tensors`; or a value is not finite.
+        BadInput: see `files.read_tensors`; or a value is not finite.
     """
     source = source or str(path)
     source_sha256 = sha256_of(path)

@@ -45,6 +45,7 @@ DOWNLOAD_TIMEOUT_S, ANSWER_TIMEOUT_S = 30, 6
 
 
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
+"""What `detectron2://` stands for in Detectron2's configurations."""
 
 
 def find_weight_file(spec: str) -> Path:

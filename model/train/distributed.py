@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.devices import usable_device
+from uniter.datasets.errors import UniterError
 
 T = TypeVar("T")
 
@@ -90,17 +91,8 @@ def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
     Raises:
         BadInput: a GPU was asked for and there is none.
     """
-    if name in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(str(name))
-    except RuntimeError as error:
-        raise BadInput(f"unknown device {name!r}; give cpu, cuda or cuda:N") from error
+    device = usable_device(name, local_index=local_rank)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise BadInput(f"device {name!r} was asked for, but PyTorch sees no GPU here; leave --device out or give cpu")
-        if device.index is None:
-            device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device
 

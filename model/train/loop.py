@@ -7,13 +7,10 @@ accumulates twice as long.
 """
 
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -25,6 +22,7 @@ from uniter.datasets.batches.order import generator
 from uniter.datasets.batches.plans import Mixture, Part, Plan
 from uniter.datasets.errors import UniterError
 from uniter.datasets.progress import Progress
+from uniter.datasets.stopping import Stopped, told_to_stop
 from uniter.datasets.storage.run_log import RunLog
 from uniter.model import losses
 from uniter.model.tasks.task import Task
@@ -40,14 +38,6 @@ Normalisation = Literal["global-mean", "published"]
 
 class NotFinite(UniterError):
     """A loss or gradient became infinite or no number."""
-
-
-class Stopped(UniterError):
-    """The run was told to stop and has written a checkpoint. `signal_number` is what told it."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +125,7 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     progress = Progress(recipe.steps, unit="updates", label="training", done=progressed.step) if processes.writes else None
     shown: dict[str, float] = {}
-    with _signals() as told:
+    with told_to_stop() as told:
         while progressed.step < last:
             started = time.monotonic()
             step = progressed.step + 1
@@ -199,11 +189,7 @@ def train(
                 if progress is not None:
                     progress.close()
                 number = int(max(processes.gather(told[0] if told else 0)))
-                raise Stopped(
-                    f"stopped by {signal.Signals(number).name} after update {step:,} of {recipe.steps:,}; a checkpoint is written and "
-                    "the same command resumes",
-                    number,
-                )
+                raise Stopped.after(step, recipe.steps, number)
     if progress is not None:
         progress.close()
     return {
@@ -362,25 +348,3 @@ def _checkpoint(
         state.save(run, progressed, write_model=learner.write_model, model=learner.model, optimizer=learner.optimizer, keep=recipe.keep)
     # Nobody is ahead of a checkpoint: a process that fails afterwards fails behind it.
     processes.wait_for_all()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and the first SIGINT instead of dying of them; the list says which came."""
-    told: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if told and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        told.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals are somebody else's business
-        yield told
-        return
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -178,7 +178,7 @@ def scores_of_other_regions(folder: Path) -> Iterator[Step]:
         texts_of_another_file,
         texts_for_regions_of_other_keys,
         regions_of_other_boxes,
-        pytest.param(detector_of_other_photographs, marks=not_yet(1, "the old detector, exit 0")),
+        detector_of_other_photographs,
         pytest.param(pre_training_on_other_regions, marks=not_yet(1, "the old run is resumed, exit 0")),
         pytest.param(scores_of_other_regions, marks=not_yet(1, "the old scores, exit 0")),
     ],
@@ -286,7 +286,6 @@ def test_names_of_one_folder_that_share_a_key_are_counted(tmp_path: Path) -> Non
     accepted(run("build-db", captions, tmp_path / "out.db"), "shar|same key|same_key|one key|equal key")
 
 
-@not_yet(6, "VG_100K_2/7.jpg gets the boxes of VG_100K/7.jpg")
 def test_boxes_are_of_the_image_that_they_name(tmp_path: Path, trained: Any) -> None:
     images, out = world.photographs(tmp_path / "vg", ["VG_100K/7", "VG_100K_2/7"]), tmp_path / "out.lmdb"
     (tmp_path / "boxes.jsonl").write_text('{"image": "VG_100K/7.jpg", "boxes": [[1, 1, 50, 50]]}')

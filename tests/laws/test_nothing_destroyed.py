@@ -177,8 +177,8 @@ def detector_from_no_weights(folder: Path, trained: Any) -> tuple[Path, Words]:
         conversion_of_nothing_good,
         split_by_a_list_of_others,
         repair_of_nothing_good,
-        pytest.param(extraction_of_nothing_good, marks=not_yet("9, 12", "an empty database in its place, exit 0")),
-        pytest.param(detector_from_no_weights, marks=not_yet(9, "the finished detector is deleted")),
+        extraction_of_nothing_good,
+        detector_from_no_weights,
     ],
 )
 def test_what_fails_under_overwrite_leaves_what_was_there(
@@ -299,9 +299,7 @@ FOREIGN: dict[str, Foreign] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=not_yet(10, "it is taken away, exit 0")) if case == "detector" else case for case in FOREIGN]
-)
+@pytest.mark.parametrize("case", FOREIGN)
 def test_overwrite_does_not_touch_a_folder_of_others(case: str, tmp_path: Path, trained: Any) -> None:
     folder, words = FOREIGN[case](tmp_path, trained)
     before = tree(folder)

@@ -90,7 +90,6 @@ def interrupted(words: list[object], run: Path, *, after: int) -> Any:
         watcher.join()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="order 13, point 29: an interrupted detector has saved nothing")
 def test_an_interrupted_detector_goes_on_where_it_stopped(world: Any, tmp_path: Path) -> None:
     words, latest = detector_training(world, tmp_path, steps=100_000), tmp_path / "checkpoints" / "latest"
     result = interrupted(words, tmp_path, after=8)
@@ -139,7 +138,6 @@ def test_a_second_pretraining_leaves_the_first_ones_folder_alone(world: Any, tmp
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="order 13, point 29: two trainings of a detector at once in one folder")
 def test_a_second_detector_leaves_the_first_ones_folder_alone(world: Any, tmp_path: Path, held: Any) -> None:
     words = detector_training(world, tmp_path, steps=50)
     held(words, tmp_path)
@@ -159,7 +157,6 @@ def test_batches_that_hold_no_example_are_refused(world: Any, tmp_path: Path) ->
     assert re.search("batch.tokens", sentence) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="order 13, point 34: cpu:7 is taken for a device")
 def test_a_device_that_is_not_there_is_refused(world: Any, tmp_path: Path) -> None:
     words = ("--steps", 1, "--device", "cpu:7", *small.sets(small.QUICK + small.HEADS_OF_16))
     assert "cpu:7" in small.refused(small.run(train, *pretraining(world, tmp_path / "run", *words)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from uniter.datasets.errors import BadInput, UniterError
 from uniter.extract.detector.configuration import merged_config, read_config
 from uniter.extract.detector.detectron import Detectron2Detector
 from uniter.extract.detector.preparation import CaffePreparation, ShortestEdgePreparation
-from uniter.extract.detector.protocol import PreparedImage, RawRegions, is_out_of_memory
+from uniter.extract.detector.protocol import RawRegions, is_out_of_memory
 from uniter.extract.detector.recipes import Recipe, find_recipe
 from uniter.extract.select import select_regions
 from uniter.extract.weights.load import load_known_weights
@@ -59,7 +58,7 @@ ARCHITECTURES = {
 
 
 def build(name: str, **arguments: Any) -> Detectron2Detector:
-    return Detectron2Detector.from_recipe(small_recipe(name), weights="random:3", **arguments)
+    return Detectron2Detector(small_recipe(name), weights="random:3", **arguments)
 
 
 def pictures(sizes: Sequence[tuple[int, int]] = SIZES) -> list[NDArray[np.uint8]]:
@@ -210,7 +209,7 @@ def test_layers_that_mix_positions_otherwise_run_size_by_size() -> None:
     recipe = small_recipe(f"{ZOO}R_50_FPN_1x")
     recipe.config.MODEL.FPN.NORM = "GN"
     recipe.config.MODEL.FPN.OUT_CHANNELS = 32
-    detector = Detectron2Detector.from_recipe(recipe, weights="random:3")
+    detector = Detectron2Detector(recipe, weights="random:3")
     assert not detector.network.mixes_sizes
     prepared = [detector.prepare(picture) for picture in pictures()]
     for got, image in zip(detector.detect(prepared), prepared, strict=True):
@@ -221,7 +220,7 @@ def test_class_agnostic_regression_and_grouped_convolutions() -> None:
     recipe = small_recipe(f"{ZOO}X_101_32x8d_FPN_3x")
     recipe.config.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
     recipe.config.MODEL.RESNETS.NUM_GROUPS, recipe.config.MODEL.RESNETS.WIDTH_PER_GROUP = 4, 2
-    detector = Detectron2Detector.from_recipe(recipe, weights="random:3")
+    detector = Detectron2Detector(recipe, weights="random:3")
     prepared = [detector.prepare(picture) for picture in pictures()]
     for got, image in zip(detector.detect(prepared), prepared, strict=True):
         same(got, detector.detect([image])[0])
@@ -338,7 +337,7 @@ def butd_state() -> dict[str, torch.Tensor]:
 
 def load(state: dict[str, torch.Tensor], folder: Path, **arguments: Any) -> Detectron2Detector:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "w.safetensors")
-    return Detectron2Detector.from_recipe(small_recipe("butd"), weights=str(folder / "w.safetensors"), **arguments)
+    return Detectron2Detector(small_recipe("butd"), weights=str(folder / "w.safetensors"), **arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -528,12 +527,3 @@ def test_a_real_allocation_that_does_not_fit_is_told() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
-
-
-def test_preparation_travels_to_worker_processes_without_the_network() -> None:
-    detector = build("butd")
-    travelled = pickle.dumps(detector.preparation)
-    assert len(travelled) < 1000
-    picture = pictures()[0]
-    first, second = pickle.loads(travelled)(picture), detector.prepare(picture)
-    assert isinstance(first, PreparedImage) and np.array_equal(first.pixels, second.pixels) and first.scale == second.scale

@@ -28,6 +28,7 @@ from uniter.datasets.maintenance.split import split
 from uniter.extract import extract_images
 from uniter.extract.detector.preparation import CaffePreparation
 from uniter.extract.detector.protocol import RawRegions
+from uniter.extract.images.decoding import DECODING
 from uniter.extract.run.extraction import Stopped
 from uniter.extract.run.shares import share_from_environment
 
@@ -109,25 +110,27 @@ def test_other_settings_are_refused_in_words(
     assert summary.extracted == 3
 
 
-def test_other_images_are_refused(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
+def test_other_images_altogether_are_refused(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
     photos = make_photos(3)
     extract_images(photos, tmp_path / "out", detector=fake.FakeDetector())
-    (photos / "photo0001.jpg").rename(photos / "renamed.jpg")
-    (photos / "photo0002.jpg").unlink()
-    with pytest.raises(SettingsDiffer, match=r"for other images \(3 then, 2 now\): .*`uniter-db merge`.*--overwrite"):
+    before = content(tmp_path / "out")
+    for path in photos.iterdir():
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    said = r"for other images \(3 \(photo0000, photo0001, photo0002\) then; 3 \(renamed-photo0000, .*`uniter-db merge`.*--overwrite"
+    with pytest.raises(SettingsDiffer, match=said):
         extract_images(photos, tmp_path / "out", detector=fake.FakeDetector())
-    with pytest.raises(SettingsDiffer, match=r"images\.keys_sha256 was .*selection\.max_boxes was|selection\.max_boxes was .*images\.keys"):
+    with pytest.raises(SettingsDiffer, match=r"selection\.max_boxes was 7, now 5"):
         extract_images(photos, tmp_path / "out", detector=fake.FakeDetector(), max_boxes=5)
+    assert content(tmp_path / "out") == before
 
 
 def test_a_folder_of_other_things_is_no_place_for_a_database(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
     photos = make_photos(2)
     before = sorted(photos.iterdir())
-    with pytest.raises(BadInput, match=r"holds files that are no region database \(such as .*choose another OUT, or pass --overwrite"):
-        extract_images(photos, photos, detector=fake.FakeDetector())
+    for overwrite in (False, True):
+        with pytest.raises(BadInput, match=r"holds files that this command did not make \(such as .*choose another OUT"):
+            extract_images(photos, photos, detector=fake.FakeDetector(), overwrite=overwrite)
     assert sorted(photos.iterdir()) == before
-    assert extract_images(photos, photos, detector=fake.FakeDetector(), overwrite=True).images == 2
-    assert set(before) < set(photos.iterdir())
 
 
 def test_added_images_are_extracted_aside_and_merged(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_large_images_are_prepared_one_at_a_time(
                 at_once -= 1
             return prepared
 
-    monkeypatch.setattr("uniter.extract.run.units.LARGE_IMAGE_BYTES", 1000 if large else 1 << 30)
+    monkeypatch.setattr(DECODING, "total", 1000 if large else 1 << 30)
     assert extract_images(make_photos(12), tmp_path / "out", detector=Watched(), batch_size=4, workers=4).complete
     assert (most == 1) == large
 

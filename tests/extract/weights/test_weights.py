@@ -8,6 +8,7 @@ import pickle
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -249,6 +250,57 @@ HOSTILE_PICKLES = {
     "nothing": pickle.dumps({}, protocol=2),
     "wrong length": pickle.dumps({"a": np.zeros(4, dtype=np.float32)}, protocol=2).replace(b"K\x04\x85", b"K\x05\x85"),
 }
+
+
+ARRAY_OF_A_NUMBER = (
+    b"}X\x01\x00\x00\x00acnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\x00\x00\x00\x30\x85cnumpy\ndtype\nX\x02\x00\x00\x00u1K\x00K\x01\x87R"
+    b"\x89J\x00\x00\x00\x30tbs"
+)
+TEXT = b"X\x40\x42\x0f\x00" + b"a" * 1_000_000 + b"q\x000"
+# Files of a few bytes, or a few copies, that name memory by the gigabyte.
+GREEDY_PICKLES = {
+    "an array of a number": operations(ARRAY_OF_A_NUMBER),
+    "bytes": b"\x80\x04\x8e" + (1 << 33).to_bytes(8, "little") + b"aa.",
+    "bytearray": b"\x80\x05\x96" + (1 << 33).to_bytes(8, "little") + b"aa.",
+    "frame": b"\x80\x04\x95" + (1 << 33).to_bytes(8, "little") + b"aa.",
+    "integer": b"\x80\x02\x8b" + (1 << 30).to_bytes(4, "little") + b"aa.",
+    "copies of a text": operations(TEXT, b"](", b"c_codecs\nencode\nq\x01" + b"h\x01h\x00\x85R" * 2000, b"e"),
+    "copies of a mapping": operations(
+        b"}q\x00(" + b"".join(b"J" + n.to_bytes(4, "little") + b"N" for n in range(20_000)) + b"u0](",
+        b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 5000 + b"e",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY_PICKLES)
+def test_a_pickle_takes_no_more_memory_than_a_few_times_its_size(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pkl"
+    file.write_bytes(GREEDY_PICKLES[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match=r"weights\.pkl: .*(bytes|unpacks to many times)"):
+            read_tensors(file)
+        assert tracemalloc.get_traced_memory()[1] < 100 * file.stat().st_size + (1 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("call", [b"c__builtin__\nbytearray\nJ\x00\x00\x00\x30\x85R", b"cbuiltins\nbytearray\nJ\x00\x00\x00\x30\x85R"])
+def test_a_pytorch_file_takes_no_memory_that_it_merely_names(call: bytes, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "weights.bin", "w") as archive:
+        archive.writestr("a/data.pkl", operations(call))
+        archive.writestr("a/version", "3\n")
+    with pytest.raises(BadInput, match=r"weights\.bin: .*bytearray"):
+        read_tensors(tmp_path / "weights.bin")
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_arrays_in_every_protocol(protocol: int, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pkl"
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    file.write_bytes(pickle.dumps({"model": {"a": rows, "b": np.asfortranarray(rows), "c": rows[0]}}, protocol=protocol))
+    _, found = read_tensors(file)
+    assert all(np.array_equal(found[name].numpy(), wanted) for name, wanted in (("a", rows), ("b", rows), ("c", rows[0])))
 
 
 @pytest.mark.parametrize("name", HOSTILE_PICKLES)

@@ -1,0 +1,38 @@
+"""Where to compute: the one check of what users give as `--device`."""
+
+import torch
+
+from uniter.datasets.errors import BadInput
+
+
+def usable_device(name: str | None, *, local_index: int = 0) -> torch.device:
+    """The device of that name, once it is known to be there.
+
+    Args:
+        name: "cpu", "cuda", "cuda:N" or another kind of PyTorch's; None and "auto" take a GPU where there is one.
+        local_index: this process's number on its machine; "cuda" is the GPU of that number.
+
+    Raises:
+        BadInput: there is no such device here.
+    """
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(str(name))
+    except RuntimeError:
+        raise BadInput(f"device {name!r}: no such device; expected cpu, cuda or cuda:N") from None
+    if device.type == "cpu" and device.index not in (None, 0):
+        raise BadInput(f"device {name!r}: PyTorch knows one CPU, however many cores it has; give cpu (OMP_NUM_THREADS limits the cores)")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise BadInput(f"device {name!r}: PyTorch sees no GPU here; leave --device out or give cpu")
+        if device.index is not None and device.index >= count:
+            raise BadInput(f"device {name!r}: PyTorch sees {count} GPUs here, the last of them cuda:{count - 1}")
+        return torch.device("cuda", local_index % count if device.index is None else device.index)
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"device {name!r} cannot be used here ({reason[:200]}); expected cpu, cuda or cuda:N") from error
+    return device

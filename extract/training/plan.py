@@ -1,0 +1,159 @@
+"""What is to be trained, all of it decided before a folder is touched: the labelled images, the configuration, the schedule."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from uniter.datasets.errors import BadInput, UniterError, unknown_name
+from uniter.datasets.storage.files import sha256_of
+from uniter.extract.detector.configuration import checked_config, merged_config, read_config
+from uniter.extract.detector.preparation import ShortestEdgePreparation
+from uniter.extract.training.configs import MODELS, Schedule
+from uniter.extract.training.labelled_images import LabelledImages, parts_of, read_labelled_images
+from uniter.extract.training.predictor import build_network, start_from
+from uniter.extract.training.settings import configured, refuse_settings_in_vain, watched
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """How a detector is trained.
+
+    Attributes:
+        model: "tiny" (minutes on two cores) or "r101-c4" (Bottom-Up-Attention's size; a GPU's work).
+        config: a Detectron2 YAML of plain values that replaces the model's own configuration.
+        overrides: single settings of Detectron2's by their dotted names.
+        from_weights: a weight file to start from; what fits by name and shape is taken.
+        val_annotations: held-out annotations of photographs in the same folder; otherwise `held_out` (a fraction) of the images are kept
+            for validation, at most 500.
+        attributes: learn attributes where they are annotated.
+        steps, batch_size, learning_rate: None chooses what learns on such data; the rate is for the whole batch.
+        checkpoint_every: updates between checkpoints; five minutes are never exceeded, whatever it says.
+        validate_every: updates between validations; None: at a third, at two thirds and at the end.
+        seed: decides weights, batches and samples.
+        device: None takes a GPU where there is one.
+        workers: processes that decode; None: none where all photographs fit into memory.
+    """
+
+    model: str = "tiny"
+    config: str | Path | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    from_weights: str | Path | None = None
+    val_annotations: str | Path | None = None
+    held_out: float = 0.1
+    attributes: bool = True
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    checkpoint_every: int = 100
+    validate_every: int | None = None
+    seed: int = 0
+    device: str | None = None
+    workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A training with nothing left open.
+
+    Attributes:
+        train, val: the images to learn from, and those held out.
+        skipped: what was left out of both: reason -> how many.
+        cfg: Detectron2's configuration, as it is written beside the weights.
+        attributes: how many the detector learns.
+        settings: all that decides the weights, as `settings.json` says it, but for the photographs.
+        The others: see `Choices`.
+    """
+
+    train: LabelledImages
+    val: LabelledImages
+    skipped: dict[str, int]
+    cfg: CfgNode
+    schedule: Schedule
+    attributes: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    checkpoint_every: int
+    validate_every: int
+    seed: int
+    workers: int | None
+    settings: dict[str, Any]
+
+    @property
+    def preparation(self) -> ShortestEdgePreparation:
+        """From an upright image to the network's input, in training as later in the detector."""
+        return ShortestEdgePreparation(self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST, self.cfg.INPUT.FORMAT)
+
+    def described(self) -> dict[str, Any]:
+        """The first lines of the summary."""
+        return {
+            **{"train_images": len(self.train.images), "train_boxes": sum(len(image.boxes) for image in self.train.images)},
+            **{"val_images": len(self.val.images), "classes": len(self.train.class_names), "attributes": self.attributes},
+            "skipped": self.skipped,
+        }
+
+
+def plan_training(images: Path, annotations: Path, choices: Choices, *, device: torch.device) -> tuple[Plan, nn.Module]:
+    """Decide everything, and build the network: what can be refused is refused here.
+
+    Raises:
+        BadInput: annotations, configuration or weights cannot be used, or a setting would change nothing.
+        UniterError: there is no such model.
+    """
+    if choices.model not in MODELS:
+        raise UniterError(unknown_name("model", choices.model, MODELS))
+    if not 0 < choices.held_out < 1:
+        raise BadInput(f"--held-out {choices.held_out}: expected a fraction between 0 and 1")
+    labelled = read_labelled_images(images, annotations)
+    train, val, skipped = parts_of(labelled, images, choices.val_annotations, held_out=choices.held_out, seed=choices.seed)
+    attributes = len(labelled.attribute_names) if choices.attributes else 0
+    cfg, network = _network(choices, train, attributes, device)
+    _, schedule = MODELS[choices.model]
+    batch_size = choices.batch_size or min(schedule.batch_size, len(train.images))
+    steps = round(schedule.epochs * len(train.images) / batch_size)
+    steps = choices.steps or int(np.clip(steps, schedule.least_steps, schedule.most_steps))
+    learning_rate = choices.learning_rate or schedule.learning_rate * (batch_size / 16 if schedule.optimizer == "sgd" else 1)
+    validate_every = choices.validate_every or max(math.ceil(steps / 3), 1)
+    settings = {
+        **{"format": FORMAT_VERSION, "model": choices.model, "annotations": annotations.name, "annotations_sha256": sha256_of(annotations)},
+        **{"val_annotations_sha256": _sha256(choices.val_annotations), "held_out": choices.held_out},
+        **{"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "attributes": attributes > 0, "seed": choices.seed},
+        **{"validate_every": validate_every, "from": _sha256(choices.from_weights)},
+        **{"config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest()},
+    }
+    plan = Plan(
+        *(train, val, skipped, cfg, schedule, attributes, steps, batch_size, learning_rate, choices.checkpoint_every, validate_every),
+        *(choices.seed, choices.workers, settings),
+    )
+    return plan, network
+
+
+def _network(choices: Choices, train: LabelledImages, attributes: int, device: torch.device) -> tuple[CfgNode, nn.Module]:
+    """The configuration and the network made by it, on the device, with the weights that it starts from."""
+    make_config, _ = MODELS[choices.model]
+    path = None if choices.config is None else Path(choices.config)
+    asked = configured(make_config(train) if path is None else merged_config(read_config(path), path=path), choices.overrides)
+    cfg = checked_config(asked.clone(), path="--set")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = len(train.class_names), "", "cpu"
+    placed = cfg.clone()
+    placed.MODEL.DEVICE = str(device)
+    read: set[str] = set()
+    network = build_network(watched(placed, read), attributes=attributes, seed=choices.seed)
+    refuse_settings_in_vain(asked, cfg, read, own=make_config(train), path=path)
+    if choices.from_weights:
+        start_from(network, Path(choices.from_weights))
+    return cfg, network
+
+
+def _sha256(path: str | Path | None) -> str | None:
+    return None if path is None else sha256_of(Path(path))
