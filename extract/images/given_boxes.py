@@ -4,6 +4,7 @@ COCO writes x, y, width, height; the JSONL form writes x0, y0, x1, y1. Both are 
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
 from uniter.extract.images.items import ImageItem
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +70,7 @@ class GivenBoxes:
     """All given boxes, looked up by an image's key or path: an end of the path, with or without suffix.
 
     What a reader would get wrong: a name with folders in it is of an image in such folders alone. `VG_100K/7.jpg` gives no boxes to
-    `VG_100K_2/7.jpg`, nor to a `7.jpg` of which no folder is told.
+    `VG_100K_2/7.jpg`. Only where no image at all lies in such folders, names count alone; see `settle`.
 
     Args:
         path: COCO-style JSON (`images` with `id` and `file_name`, `annotations` with `image_id` and `bbox` = x, y, width, height), or JSONL
@@ -86,7 +89,8 @@ class GivenBoxes:
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._by_name: dict[str, GivenRegions] = {}
         self._by_path: dict[str, str] = {}
-        self._by_last: dict[str, str] = {}
+        self._by_last: dict[str, str | None] = {}
+        self._name_alone = False
         self._by_bare: dict[str, str | None] = {}
         try:
             whole = orjson.loads(content)
@@ -101,7 +105,8 @@ class GivenBoxes:
             bare = _without_suffix(_plain(name))
             # None: several images bear it, so it says nothing.
             self._by_bare[bare] = None if bare in self._by_bare else name
-            self._by_last[PurePosixPath(bare).name] = name
+            last = PurePosixPath(bare).name
+            self._by_last[last] = None if last in self._by_last else name
         if not self._by_name:
             raise BadInput(f"--boxes {self.path} holds no boxes")
 
@@ -121,14 +126,29 @@ class GivenBoxes:
 
     def why_not(self, item: ImageItem) -> str:
         """Why an image has no boxes, in words."""
-        other = self._by_last.get(_without_suffix(PurePosixPath(item.path).name))
-        hint = f"; {other!r} lies in another folder, or is one of several so called" if other is not None else ""
+        last = PurePosixPath(_without_suffix(item.path)).name
+        hint = (
+            f"; what it calls {self._by_last[last] or last!r} lies in another folder, or is one of several" if last in self._by_last else ""
+        )
         return f"{self.path} holds no boxes for it{hint}"
 
-    def refuse_ambiguous(self, items: Iterable[ImageItem]) -> None:
-        """BadInput where two images would get the boxes of one name."""
+    def settle(self, items: Iterable[ImageItem]) -> None:
+        """Look at all images once: do the folders in the names have anything to do with theirs?
+
+        Where not one image lies in the folders that are named, names count alone, as long as they are unique; a warning says so.
+
+        Raises:
+            BadInput: two images would get the boxes of one name.
+        """
+        images = list(items)
+        folders = [name for name in self._by_name if "/" in _plain(name)]
+        self._name_alone = bool(folders) and not any(
+            item.key in self._by_name or "/" in _plain(self._name_of(item) or "") for item in images
+        )
+        if self._name_alone:
+            log.warning("--boxes %s: no image lies in a folder that it names (as %r does); names count alone", self.path, folders[0])
         seen: dict[str, str] = {}
-        for item in items:
+        for item in images:
             name = item.key if item.key in self._by_name else self._name_of(item)
             if name is not None and seen.setdefault(name, item.path) != item.path:
                 raise BadInput(f"--boxes {self.path}: {name!r} is {seen[name]} as well as {item.path}; write more of the path, or the key")
@@ -141,7 +161,7 @@ class GivenBoxes:
         for end in _ends(_without_suffix(path)):
             if end in self._by_bare:
                 return self._by_bare[end]
-        return None
+        return self._by_last.get(PurePosixPath(_without_suffix(path)).name) if self._name_alone else None
 
     def _coco(self, document: dict[str, Any]) -> Iterator[tuple[str, GivenRegions]]:
         try:

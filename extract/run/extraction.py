@@ -137,7 +137,7 @@ def extract_listed(
     """
     stop = stop or threading.Event()
     if options.given is not None:
-        options.given.refuse_ambiguous(item for number in range(listed.units) for item in listed.unit(number))
+        options.given.settle(item for number in range(listed.units) for item in listed.unit(number))
     work = plan_work(options, detector, begun=None if options.overwrite else begun_with(Path(out)))
     store, wanted = open_store(out, listed, detector, work, options)
     finished = store.finished_units()

@@ -26,6 +26,7 @@ class QuarterDetector:
     """Finds the four quarters of every photograph; a feature is a quarter's mean colour."""
 
     name, feature_width, class_names, attribute_names, min_boxes, max_boxes = "quarters", 3, ("quarter",), (), 4, 4
+    device = "cpu"
     preparation = CaffePreparation(shortest=24, longest=40)
     device = "cpu"
     shown = 0

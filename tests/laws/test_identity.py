@@ -202,7 +202,7 @@ def test_other_contents_of_the_same_names_are_refused(case: Case, tmp_path: Path
         merge_of_other_databases,
         texts_of_another_file,
         texts_for_regions_of_other_keys,
-        pytest.param(regions_of_other_boxes, marks=not_yet(1, "nothing says so")),
+        regions_of_other_boxes,
     ],
 )
 def test_the_same_contents_are_already_complete(case: Case, tmp_path: Path, trained: Any) -> None:

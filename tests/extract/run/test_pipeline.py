@@ -355,6 +355,30 @@ def test_given_boxes_keep_their_order_and_ids(make_photos: Photos, fake: ModuleT
     assert rows == [{"key": "photo0000", "ids": ["c", "a", 7]}]
 
 
+def test_folders_in_the_names_of_given_boxes_count_where_they_are_those_of_the_images(
+    make_photos: Photos, fake: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = make_photos(3)
+    (photos / "VG_100K").mkdir()
+    (photos / "photo0000.jpg").rename(photos / "VG_100K" / "photo0000.jpg")
+    boxes = tmp_path / "boxes.jsonl"
+
+    def extracted(out: str, *names: str) -> set[str]:
+        boxes.write_text("\n".join(json.dumps({"image": name, "boxes": [[1, 1, 9, 9]]}) for name in names))
+        extract_images(photos, tmp_path / out, detector=fake.FakeDetector(), boxes=boxes)
+        return set(ImageDB(tmp_path / out).keys_list)
+
+    assert extracted("some", "VG_100K/photo0000.jpg", "VG_100K/photo0001.jpg", "photo0002") == {"photo0000", "photo0002"}
+    assert "VG_100K/photo0001.jpg' lies in another folder" in failures(tmp_path / "some")["photo0001"]
+    assert "names count alone" not in caplog.text
+    assert extracted("none", "scenes/photo0000.jpg", "scenes/photo0001.jpg") == {"photo0000", "photo0001"}
+    assert "names count alone" in caplog.text
+    (photos / "VG_100K" / "photo0001.jpg").write_bytes((photos / "photo0001.jpg").read_bytes())
+    boxes.write_text('{"image": "photo0001.jpg", "boxes": [[1, 1, 9, 9]]}')
+    with pytest.raises(BadInput, match=r"'photo0001\.jpg' is .* as well as .*; write more of the path"):
+        extract_images(photos, tmp_path / "two", detector=fake.FakeDetector(), boxes=boxes, key="path")
+
+
 def test_ids_of_given_boxes_survive_merging_splitting_converting_and_repair(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
     photos = make_photos(4)
     boxes = [[20, 5, 30, 25], [0, 0, 10, 10]]
