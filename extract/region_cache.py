@@ -23,7 +23,7 @@ from uniter.datasets.image_db.records import decode_record
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.storage.claims import Maker, claim
 from uniter.datasets.storage.lmdb_files import allocate_lock_file
-from uniter.datasets.storage.lmdb_pages import check_data_file
+from uniter.datasets.storage.lmdb_pages import check_data_file, is_empty_file
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class RegionCache:
     def _opened(self) -> Iterator[lmdb.Environment]:
         with _one_at_a_time:
             data = self.path / "data.mdb"
-            if data.exists() and data.stat().st_size >= 2 * 4096:  # a smaller one is being made at this moment
+            if data.exists() and not is_empty_file(data):  # else it is being made at this moment
                 check_data_file(data)
             allocate_lock_file(self.path)
             try:

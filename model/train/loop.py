@@ -172,6 +172,8 @@ def train(
     remember_validations(run, progressed, learner.validation, processes)
     progress = Progress(recipe.steps, unit="updates", label="training", done=progressed.step) if processes.writes else None
     shown: dict[str, float] = {}
+    if progressed.step >= last and processes.writes:
+        logger.info("%s is already trained, to update %s of %s: nothing is left to do", run, f"{progressed.step:,}", f"{recipe.steps:,}")
     with told_to_stop() as told:
         while progressed.step < last:
             update = _update(learner, recipe, batches, progressed=progressed, told=told, processes=processes)

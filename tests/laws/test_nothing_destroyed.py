@@ -329,8 +329,8 @@ def export_among_others(folder: Path, trained: Any) -> tuple[Path, Words]:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(scenes_among_others, marks=not_yet(10, "images/scene_* is deleted")),
-        pytest.param(another_world_among_others, marks=not_yet(10, "images/scene_* is deleted")),
+        scenes_among_others,
+        another_world_among_others,
         run_among_others,
         export_among_others,
     ],
