@@ -67,7 +67,7 @@ def main(
     runs = [source for source in sources if (Path(source) / "log.jsonl").is_file()]
     others = [source for source in sources if source not in runs]
     if runs:
-        from uniter.datasets.storage.run_log import read_log
+        from uniter.datasets.runs.run_log import read_log
 
         if others and (len(runs) > 1 or not texts):
             raise click.UsageError(f"with {others[0]}, give one run and --text: its words are looked at over those regions")

@@ -23,8 +23,8 @@ from uniter.datasets.batches.order import generator
 from uniter.datasets.batches.plans import Mixture, Part, Plan
 from uniter.datasets.errors import UniterError
 from uniter.datasets.progress import Progress
+from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.stopping import Stopped, told_to_stop
-from uniter.datasets.storage.run_log import RunLog
 from uniter.model import losses
 from uniter.model.tasks.task import Task
 from uniter.model.train import state
