@@ -185,16 +185,16 @@ def test_torchrun_trains_one_detector_or_is_refused(things: Things, annotations:
     [
         "extract {photos} {out} --boxes {boxes} --conf-threshold 0.9",
         "extract {photos} {out} --boxes {boxes} --min-boxes 5",
+        "db convert {regions} {out} --to npz --num-boxes 3",
+        "db check {regions} --overwrite",
+        "train predict nlvr2 --from nowhere --text a --images b --out {out} --answers {captions}",
         *(
             pytest.param(case, marks=pytest.mark.xfail(strict=True, reason="order 13, point 24 (a brother): accepted and ignored"))
             for case in (
                 "view {regions} --out {out} --pairs 3",
                 "view {run} --out {out} --limit 3",
-                "db convert {regions} {out} --to npz --num-boxes 3",
-                "db check {regions} --overwrite",
             )
         ),
-        "train predict nlvr2 --from nowhere --text a --images b --out {out} --answers {captions}",
     ],
 )
 def test_an_option_without_meaning_beside_the_others_is_refused(case: str, things: Things, tmp_path: Path) -> None:
@@ -324,13 +324,7 @@ def deep_published_config(things: Things, folder: Path) -> list[object]:
 
 @pytest.mark.parametrize(
     "words",
-    [
-        deep_detector,
-        deep_list,
-        deep_settings,
-        deep_config,
-        deep_published_config,
-    ],
+    [deep_list, deep_detector, deep_settings, deep_config, deep_published_config],
 )
 def test_deeply_nested_files_are_said(words: Callable[[Things, Path], list[object]], things: Things, tmp_path: Path) -> None:
     made.refused(made.run(*words(things, tmp_path)), "deep.|detector.json|settings.json")
