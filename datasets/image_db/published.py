@@ -114,20 +114,25 @@ def refuse_pickles(path: Path) -> None:
                 )
 
 
+USUAL_SELECTION: Final = {"conf_th": 0.2, "min_bb": 10, "max_bb": 100, "num_bb": 36}
+"""What UNITER reads where nothing else is said."""
+
 VARIANT = re.compile(
     r"(?:feat_th(?P<conf_th>-?[0-9.]+)_max(?P<max_bb>\d+)_min(?P<min_bb>\d+)|feat_numbb(?P<num_bb>\d+)|all)(?P<compressed>_compressed)?"
 )
 
 
 def rule_of_name(name: str, selection: dict[str, Any]) -> dict[str, Any]:
-    """The selection that the name of a published LMDB states; its own where the name says nothing."""
+    """The selection that the name of a published LMDB states where none was chosen; the one given otherwise, or where the name says
+    nothing.
+    """
     match = VARIANT.fullmatch(name)
+    if selection != USUAL_SELECTION:
+        return selection
     if match is None or (match["conf_th"] is None and match["num_bb"] is None):
         return selection
     if match["num_bb"] is not None:
         return {**selection, "conf_th": -1, "num_bb": int(match["num_bb"])}
-    if selection["conf_th"] == -1:
-        return selection
     return {**selection, "conf_th": float(match["conf_th"]), "max_bb": int(match["max_bb"]), "min_bb": int(match["min_bb"])}
 
 
@@ -142,7 +147,7 @@ def variant(path: Path, selection: dict[str, Any]) -> Path:
         if (path / name / "data.mdb").exists():
             return path / name
     there = sorted(child for child in path.iterdir() if (child / "data.mdb").exists() and not is_passing(child))
-    if len(there) == 1:  # nothing to choose from
+    if len(there) == 1 and selection == USUAL_SELECTION:  # nothing was chosen, and there is nothing to choose from
         return there[0]
     names = ", ".join(child.name for child in there)
     raise BadInput(f"{path} holds {names}, none of which is {exact} or all; name the one that is meant, such as {there[0]}")

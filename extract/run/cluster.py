@@ -149,7 +149,8 @@ def extract_on_ray(
     resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
     machines = sum(bool(node["Alive"]) for node in ray.nodes())
     log.info("%g %ss on %d machines of the Ray cluster", ray.cluster_resources().get(resource, 0), resource, machines)
-    remote = ray.remote(**{f"num_{resource.lower()}s": 1}, max_restarts=RESTARTS, max_task_retries=RESTARTS)
+    # A unit is tried again as long as its actor may be restarted: while a lost machine is not known to be lost, the tries fail quickly.
+    remote = ray.remote(**{f"num_{resource.lower()}s": 1}, max_restarts=RESTARTS, max_task_retries=-1)
     actor, folder = remote(UnitWorker), str(Path.cwd())
     crew = Crew(ray, hire=lambda: actor.remote(build, folder), resource=resource)
     try:

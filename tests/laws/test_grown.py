@@ -30,8 +30,8 @@ def _beside(name: str) -> ModuleType:
 
 
 world = _beside("identity_world")
-accepted, done, not_yet, records, refused, run, tree = (
-    world.accepted, world.done, world.not_yet, world.records, world.refused, world.run, world.tree,
+accepted, done, records, refused, run, tree = (
+    world.accepted, world.done, world.records, world.refused, world.run, world.tree,
 )  # fmt: skip
 GREW, WENT = "new|added|grown|grew|more", "gone|went|no longer|not there any more|missing|kept"
 

@@ -26,8 +26,8 @@ def _beside(name: str) -> ModuleType:
 
 
 world = _beside("identity_world")
-accepted, done, not_yet, records, refused, run, tree = (
-    world.accepted, world.done, world.not_yet, world.records, world.refused, world.run, world.tree,
+accepted, done, records, refused, run, tree = (
+    world.accepted, world.done, world.records, world.refused, world.run, world.tree,
 )  # fmt: skip
 Words = tuple[object, ...]
 

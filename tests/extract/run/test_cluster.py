@@ -62,23 +62,24 @@ def test_a_machine_is_lost_in_mid_run(
     (photos / "photo0017.jpg").write_text("broken")
     listed = list_images(photos, unit_images=6)
     out = tmp_path / "out"
-    locks = out / "units" / ".locks"
     lost: list[int] = []
+
+    def at_work() -> int:
+        return len(list((out / "units").glob("*.partial")))
 
     def lose_a_machine() -> None:
         until = time.monotonic() + 600
-        # Both are at work once two units are begun and one is done.
-        while time.monotonic() < until and not (locks.is_dir() and len(list(locks.iterdir())) >= 4):
+        while time.monotonic() < until and at_work() < 2:  # each machine has a unit
             time.sleep(0.02)
-        lost.append(len(list(locks.iterdir())))
+        lost.append(at_work())
         cluster.remove_node(second, allow_graceful=False)
 
     thread = threading.Thread(target=lose_a_machine)
     thread.start()
-    build = functools.partial(fake.build_fake, seconds=0.05)
+    build = functools.partial(fake.build_fake, seconds=0.25)
     summary = extract_on_ray(listed, out, Options(batch_size=2), build=build)
     thread.join()
-    assert lost and lost[0] >= 4, "the machine was lost before the work began"
+    assert lost == [2], "the machine was lost before the work began"
     assert "a worker was lost" in caplog.text, "the machine had nothing to do when it was lost"
     assert (summary.complete, summary.images, summary.failures) == (True, 59, 1)
     fake.extract_images(photos, tmp_path / "one", detector=fake.FakeDetector(), batch_size=2, unit_images=6)
