@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 import yaml
+from click.core import ParameterSource
 
 from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
 from uniter.extract.install import require_detectron2
@@ -46,6 +47,8 @@ def detector_command(
       uniter-train detector --images photos/ --annotations instances.json --out detector/
       uniter-extract photos/ out.lmdb --detector detector/
     """
+    if options["val_annotations"] and click.get_current_context().get_parameter_source("held_out") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--held-out and --val-annotations both say what is held out; leave one of the two out")
     overrides: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")

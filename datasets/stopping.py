@@ -46,3 +46,9 @@ def told_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_signals(worker: int) -> None:
+    """A data loader's `worker_init_fn`: a run that is told to stop needs its workers until its checkpoint is written."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,6 @@ any number of workers gives the same batches, and any process can make any batch
 """
 
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.example import Example, Masking
 from uniter.datasets.batches.plans import Part, Plan
+from uniter.datasets.stopping import leave_signals
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +67,7 @@ def load(
         pin_memory: into page-locked memory, for copies to a GPU that overlap with computing.
         prefetch: batches that each worker keeps ready.
     """
-    options: dict[str, Any] = {"prefetch_factor": prefetch, "worker_init_fn": _leave_signals_to_the_trainer} if workers else {}
+    options: dict[str, Any] = {"prefetch_factor": prefetch, "worker_init_fn": leave_signals} if workers else {}
     loader: DataLoader[MicroBatch] = DataLoader(
         assembler,
         batch_size=None,
@@ -92,9 +92,3 @@ class _Once:
 
 def _as_it_is(made: Any) -> Any:
     return made
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A pre-emption signals every process of the group; the trainer needs its workers until its checkpoint is written."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

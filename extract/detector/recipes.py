@@ -136,7 +136,11 @@ def _trained(folder: Path) -> Recipe:
     try:
         config, weights, classes = content["config"], content["weights"], content["class_names"]
         attributes = content.get("attribute_names") or []
-        if content["format"] != 1 or not all(isinstance(entry, str) for entry in (config, weights, *classes, *attributes)):
+        if (
+            content["format"] != 1
+            or not isinstance(classes, list)
+            or not all(isinstance(entry, str) for entry in (config, weights, *classes, *attributes))
+        ):
             raise ValueError(f"format {content['format']!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{described}: cannot be used ({error!r}); expected format 1 with config, weights and class_names") from error

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, UniterError
 from uniter.extract.detector.preparation import ShortestEdgePreparation
 from uniter.extract.images.decoding import decode_image
 from uniter.extract.training.labelled_images import LabelledImage
@@ -27,10 +27,11 @@ Item = dict[str, Any]
 # --------------------------------------------------------------------------------------------------------------------- batches
 
 
-class Batches(Dataset[list[Item]]):
+class Batches(Dataset[list[Item] | UniterError]):
     """Item `step` is the batch of that update: which images, which of them mirrored, follows from (seed, step) alone.
 
-    An image that cannot be decoded after all is replaced by the next one; its number stands in `broken` of the item that met it.
+    An image that cannot be decoded after all is replaced by the next one; its number stands in `broken` of the item that met it. An error
+    comes in the batch's place: raised in a worker process, it would arrive as that process's whole traceback.
     """
 
     def __init__(
@@ -47,7 +48,14 @@ class Batches(Dataset[list[Item]]):
         self._cache: dict[int, tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]] | None = {} if cache else None
         self._orders: dict[int, NDArray[np.int64]] = {}
 
-    def __getitem__(self, step: int) -> list[Item]:
+    def __getitem__(self, step: int) -> list[Item] | UniterError:
+        try:
+            return self.batch(step)
+        except UniterError as error:
+            return error
+
+    def batch(self, step: int) -> list[Item]:
+        """The batch of that update, counted from 0."""
         flips = np.random.default_rng([self.seed, 1, step]).random(self.batch_size) < 0.5
         return [self._item(self._number(step * self.batch_size + place), bool(flips[place])) for place in range(self.batch_size)]
 

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +27,9 @@ from torch.utils.data import DataLoader
 from uniter.datasets.devices import usable_device
 from uniter.datasets.errors import UniterError
 from uniter.datasets.progress import Progress, duration
-from uniter.datasets.stopping import Stopped, told_to_stop
+from uniter.datasets.stopping import Stopped, leave_signals, told_to_stop
 from uniter.datasets.storage.run_log import RunLog
+from uniter.extract.detector.protocol import is_out_of_memory
 from uniter.extract.training.batches import CACHE_BYTES, Batches, Item, input_bytes
 from uniter.extract.training.configs import Schedule, learning_rate_factor
 from uniter.extract.training.evaluation import evaluate_boxes
@@ -120,6 +120,7 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
     _say(plan, done)
     with (
         told_to_stop() as told,
+        _memory_said(plan),
         fitting_threads(network, device),
         EventStorage(done),
         RunLog(folder, step=done) as journal,
@@ -127,6 +128,8 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
     ):
         saved = time.monotonic()
         for step, batch in enumerate(_batches(plan, done), start=done + 1):
+            if isinstance(batch, UniterError):
+                raise batch
             broken.update(number for item in batch for number in item["broken"])
             rate = plan.learning_rate * learning_rate_factor(step - 1, steps=plan.steps, warmup=plan.schedule.warmup)
             losses = _update(network, optimizer, batch, rate=rate, seed=(plan.seed << 32) + step)
@@ -151,6 +154,20 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
     return validations, broken
 
 
+@contextlib.contextmanager
+def _memory_said(plan: Plan) -> Iterator[None]:
+    """Memory that does not suffice, in words."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UniterError(
+            f"memory does not suffice for updates of {plan.batch_size} images at {plan.preparation.shortest} pixels; train with a smaller "
+            "--batch-size or INPUT.MIN_SIZE_TEST, which is another training and needs another --out"
+        ) from error
+
+
 def _say(plan: Plan, done: int) -> None:
     """What is trained on what, before it begins."""
     if done:
@@ -164,7 +181,7 @@ def _say(plan: Plan, done: int) -> None:
     )
 
 
-def _batches(plan: Plan, done: int) -> DataLoader[list[Item]]:
+def _batches(plan: Plan, done: int) -> DataLoader[list[Item] | UniterError]:
     """The batches of the updates after `done`."""
     cached = sum(input_bytes(image, plan.preparation) for image in plan.train.images) <= CACHE_BYTES
     batches = Batches(
@@ -172,13 +189,7 @@ def _batches(plan: Plan, done: int) -> DataLoader[list[Item]]:
     )
     workers = plan.workers if plan.workers is not None else 0 if cached else min(os.cpu_count() or 1, 8)
     numbers = range(done, plan.steps)
-    return DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=_leave_signals)
-
-
-def _leave_signals(worker: int) -> None:
-    """What tells the run to stop also reaches its workers, which are still needed for the update at hand."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    return DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=leave_signals)
 
 
 NARROW = 10_000_000  # parameters

@@ -16,9 +16,10 @@ from uniter.datasets.errors import BadInput, UniterError, unknown_name
 from uniter.datasets.storage.files import sha256_of
 from uniter.extract.detector.configuration import checked_config, merged_config, read_config
 from uniter.extract.detector.preparation import ShortestEdgePreparation
-from uniter.extract.training.configs import MODELS, Schedule, configured, refuse_settings_in_vain, watched
+from uniter.extract.training.configs import MODELS, Schedule
 from uniter.extract.training.labelled_images import LabelledImages, parts_of, read_labelled_images
 from uniter.extract.training.predictor import build_network, start_from
+from uniter.extract.training.settings import configured, refuse_settings_in_vain, watched
 
 FORMAT_VERSION = 1
 

@@ -1,14 +1,20 @@
 """Training a detector: a resumed run equals an unbroken one, the folder is a detector, hostile inputs are answered."""
 
+import contextlib
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
@@ -18,6 +24,7 @@ from uniter.cli.train_detector import detector_command
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.made_up.files import write_world
 from uniter.datasets.made_up.world import WORLDS
+from uniter.datasets.stopping import Stopped
 from uniter.extract.detector.configuration import merged_config, read_config
 from uniter.extract.detector.detectron import build_detector
 from uniter.extract.detector.preparation import ShortestEdgePreparation
@@ -29,6 +36,7 @@ from uniter.extract.training.labelled_images import read_labelled_images
 from uniter.extract.training.loop import train_detector
 from uniter.extract.training.plan import Choices
 from uniter.extract.training.predictor import build_network
+from uniter.extract.training.settings import watched
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,7 +174,7 @@ def test_batches_follow_from_seed_and_number(world: Path) -> None:
     ]
     made[0][0]
     for step in (7, 2):
-        same, again, other = (batches[step] for batches in made)
+        same, again, other = (batches.batch(step) for batches in made)
         assert all(torch.equal(one["image"], two["image"]) for one, two in zip(same, again, strict=True))
         assert not all(torch.equal(one["image"], two["image"]) for one, two in zip(same, other, strict=True))
     epoch = [made[0]._number(position) for position in range(20)]
@@ -191,8 +199,38 @@ def test_a_file_that_turns_out_damaged_is_counted(world: Path, tmp_path: Path) -
     shutil.copytree(world, tmp_path / "world")
     damaged = tmp_path / "world" / "images" / "scene_000002.jpg"
     damaged.write_bytes(damaged.read_bytes()[:-900])
-    summary = short_run(tmp_path / "world", tmp_path / "detector", steps=6, validate_every=6)
+    options = {"steps": 6, "validate_every": 6, "checkpoint_every": 1}
+    summary = short_run(tmp_path / "world", tmp_path / "detector", **options)
     assert summary["skipped"] == {"an image that cannot be decoded": 1}
+    # Nor is it forgotten where the run was killed after it had been met.
+    (tmp_path / "detector" / "detector.json").unlink()
+    assert short_run(tmp_path / "world", tmp_path / "detector", **options)["skipped"] == summary["skipped"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_photographs_that_vanish_are_a_sentence(world: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    load = training.load_checkpoint
+
+    def unmounted(*arguments: Any) -> Any:
+        shutil.rmtree(tmp_path / "world" / "images")
+        return load(*arguments)
+
+    monkeypatch.setattr(training, "load_checkpoint", unmounted)
+    with pytest.raises(BadInput, match=r"^none of the training images can be decoded; are the files damaged\?$"):
+        short_run(tmp_path / "world", tmp_path / "detector", workers=workers)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_memory_that_does_not_suffice_is_a_sentence(
+    world: Path, tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*arguments: Any, **more: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(training, "_update", too_large)
+    with pytest.raises(UniterError, match="memory does not suffice for updates of 2 images at 128 pixels; train with a smaller"):
+        short_run(world, tmp_path / "detector")
 
 
 def test_numbers_that_run_away_are_said(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +253,157 @@ def test_numbers_that_run_away_are_said(world: Path, tmp_path: Path, monkeypatch
 def test_mistakes_are_answered_in_a_sentence(world: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UniterError, match=message):
         short_run(world, tmp_path / "detector", **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("SOLVER.BASE_LR", 0.5, "--learning-rate"),
+        ("SOLVER.WEIGHT_DECAY", 0.9, ""),
+        ("INPUT.MIN_SIZE_TRAIN", [64], "INPUT.MIN_SIZE_TEST"),
+        ("SEED", 4, "--seed"),
+        ("VIS_PERIOD", 7, ""),
+        ("MODEL.MASK_ON", True, ""),
+        ("MODEL.RETINANET.NUM_CONVS", 2, ""),
+        ("MODEL.WEIGHTS", "nowhere.pkl", "--from"),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", 3, "--annotations"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(world: Path, tmp_path: Path, name: str, value: Any, instead: str) -> None:
+    with pytest.raises(BadInput, match=f"{name}=.*{instead}.*would change nothing; leave it out"):
+        short_run(world, tmp_path / "detector", overrides={name: value})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(nested(name, value)))
+    refused = name != "MODEL.MASK_ON"  # a Mask R-CNN's file is a Faster R-CNN's, and more
+    with pytest.raises(BadInput, match=f"{name}=.* of .*config.yaml") if refused else contextlib.nullcontext():
+        short_run(world, tmp_path / "of-file", steps=1, config=tmp_path / "config.yaml", overrides=SMALL)
+    assert not (tmp_path / "detector").exists() and (tmp_path / "of-file").exists() != refused
+
+
+def nested(name: str, value: Any) -> dict[str, Any]:
+    first, _, rest = name.partition(".")
+    return {first: nested(rest, value) if rest else value}
+
+
+SMALL = {
+    **{"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.WIDTH_PER_GROUP": 2, "MODEL.RESNETS.RES2_OUT_CHANNELS": 8},
+    **{"MODEL.RESNETS.STEM_OUT_CHANNELS": 4, "INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 100},
+    **{"MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 0},
+}
+
+
+def test_what_a_setting_has_anyway_may_be_said(world: Path, finished: Path, tmp_path: Path) -> None:
+    short_run(world, tmp_path / "detector", overrides={"SOLVER.MAX_ITER": 40000, "MODEL.ROI_HEADS.NUM_CLASSES": 8})
+    assert (tmp_path / "detector" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_detectors_own_configuration_makes_it_again(world: Path, finished: Path, tmp_path: Path) -> None:
+    short_run(world, tmp_path / "detector", config=finished / "config.yaml")
+    assert (tmp_path / "detector" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_configuration_of_other_photographs_is_obeyed(world: Path, finished: Path, tmp_path: Path) -> None:
+    cfg = yaml.safe_load((finished / "config.yaml").read_text())
+    assert cfg["INPUT"]["MIN_SIZE_TRAIN"] == [128]
+    for name in ("MIN_SIZE_TEST", "MIN_SIZE_TRAIN"):
+        cfg["INPUT"][name] = 96 if name == "MIN_SIZE_TEST" else [96]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cfg))
+    short_run(world, tmp_path / "detector", steps=1, config=tmp_path / "config.yaml")
+    assert "MIN_SIZE_TEST: 96" in (tmp_path / "detector" / "config.yaml").read_text()
+
+
+def test_every_setting_of_the_shipped_models_is_obeyed(world: Path) -> None:
+    """What Detectron2 reads while it builds is seen, whichever way it reads it."""
+    labelled = read_labelled_images(world / "images", world / "instances_train.json")
+    cfg = r101_c4_config(labelled)
+    cfg.MODEL.DEVICE = "cpu"
+    read: set[str] = set()
+    build_network(watched(cfg, read), attributes=0, seed=0)
+    assert {"MODEL.RESNETS.DEPTH", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "MODEL.PIXEL_STD"} < read
+    assert {"MODEL.ANCHOR_GENERATOR.SIZES", "TEST.DETECTIONS_PER_IMAGE", "MODEL.ROI_HEADS.SCORE_THRESH_TEST"} < read
+    assert not [name for name in read if name.startswith(("SOLVER.", "DATASETS.", "MODEL.FPN.OUT"))]
+
+
+def test_overwriting_keeps_the_old_detector_until_the_new_one_is_whole(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    (out / "notes.txt").write_text("mine")
+    old = (out / "model.safetensors").read_bytes()
+    update = training._update
+    monkeypatch.setattr(training, "_update", lambda *arguments, **more: {"loss": float("nan")})
+    with pytest.raises(UniterError, match="the loss is nan"):
+        short_run(world, out, seed=5, overwrite=True)
+    monkeypatch.setattr(training, "_update", update)
+    assert (out / "model.safetensors").read_bytes() == old and build_detector(str(out))
+    short_run(world, out, seed=5, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() != old
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["run"]
+
+
+def test_nothing_that_is_read_is_overwritten(world: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    with pytest.raises(BadInput, match=r"holds the source .*model\.safetensors"):
+        short_run(world, out, from_weights=out / "model.safetensors", overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_other_photographs_are_another_training(world: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    (tmp_path / "world" / "images" / "of-no-concern.jpg").write_bytes(b"not annotated")
+    short_run(tmp_path / "world", tmp_path / "run")
+    cv2.imwrite(str(tmp_path / "world" / "images" / "scene_000002.jpg"), np.zeros((128, 160, 3), dtype=np.uint8))
+    with pytest.raises(SettingsDiffer, match=r"images \(images\) has other contents now"):
+        short_run(tmp_path / "world", tmp_path / "run")
+
+
+def test_slow_updates_are_saved_by_the_clock(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    update = training._update
+
+    def dying(*arguments: Any, seed: int, **more: Any) -> dict[str, float]:
+        if seed == 3:
+            raise Killed
+        return update(*arguments, seed=seed, **more)
+
+    monkeypatch.setattr(training, "_update", dying)
+    with pytest.raises(Killed):
+        short_run(world, tmp_path / "run", checkpoint_every=100)
+    assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step-2"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_keeps_what_it_has(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, number: signal.Signals
+) -> None:
+    update = training._update
+
+    def stopping(*arguments: Any, seed: int, **more: Any) -> dict[str, float]:
+        if seed == 3:
+            for process in [*(child.pid for child in multiprocessing.active_children()), os.getpid()]:
+                os.kill(process or 0, number)
+        return update(*arguments, seed=seed, **more)
+
+    monkeypatch.setattr(training, "_update", stopping)
+    with pytest.raises(Stopped, match=f"stopped by {number.name} after update 3 of 4; a checkpoint is written") as stopped:
+        short_run(world, tmp_path / "run", checkpoint_every=100, workers=workers)
+    assert stopped.value.signal_number == number
+    assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step-3"
+    monkeypatch.setattr(training, "_update", update)
+    short_run(world, tmp_path / "run", checkpoint_every=100, workers=workers)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
+
+
+def test_several_processes_are_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UniterError, match="torchrun started 2 processes"):
+        short_run(world, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_hostile_configuration_executes_nothing(world: Path, tmp_path: Path) -> None:
@@ -270,7 +459,7 @@ def test_the_full_model_is_bottom_up_attentions_size(world: Path) -> None:
     optimizer = training._optimizer(network, FULL, 1e-3)
     network.train()
     with EventStorage(0):
-        losses = training._update(network, optimizer, batches[0], rate=1e-3, seed=0)
+        losses = training._update(network, optimizer, batches.batch(0), rate=1e-3, seed=0)
     assert losses["loss_attribute"] > 0
     assert math.isfinite(losses["loss"])
 
@@ -310,6 +499,8 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["train_images"] == 9
     assert "NMS_THRESH: 0.6" in (tmp_path / "out" / "config.yaml").read_text()
     assert CliRunner().invoke(detector_command, [*arguments, "--set", "nonsense"]).exit_code == 2
+    both = ["--held-out", "0.2", "--val-annotations", str(world / "instances_val.json")]
+    assert "leave one of the two out" in CliRunner().invoke(detector_command, [*arguments, *both]).stderr
     refused = CliRunner().invoke(detector_command, [*arguments, "--steps", "2"])
     assert refused.exit_code == 1
     assert refused.stderr.startswith("error: ")
