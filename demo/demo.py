@@ -65,7 +65,7 @@ def world(out: Path) -> dict[str, Any]:
     """Second half: the made-up world from pictures and captions to what a pre-trained UNITER understands of held-out pairs."""
     scenes = out / "world"
     run("uniter-scenes", scenes)
-    run("uniter-train", "detector", "--images", scenes / "images", "--annotations", scenes / "instances_train.json",
+    run("uniter-train", "detector", "--model", "tiny", "--images", scenes / "images", "--annotations", scenes / "instances_train.json",
         "--val-annotations", scenes / "instances_val.json", "--out", out / "detector")  # fmt: skip
     run("uniter-extract", scenes / "images", out / "world.lmdb", "--detector", out / "detector")
     for part in ("train", "val"):

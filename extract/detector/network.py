@@ -32,7 +32,7 @@ ROIS_AT_ONCE = {"cpu": 20, "cuda": 512}
 
 
 SECOND_LOOK_NMS = 0.5
-"""Regressed boxes of one class with a higher intersection over union are one region: it is looked at again once."""
+"""Regressed boxes of one class with a higher intersection over union are one region: it is looked at again once, and kept once."""
 
 
 HEAD_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,7 +10,7 @@ from uniter.datasets.errors import BadInput
 from uniter.extract.detector.protocol import Detector
 from uniter.extract.images.decoding import MAX_PIXELS
 from uniter.extract.images.given_boxes import GivenBoxes
-from uniter.extract.select import GIVEN_RULE, SELECTION_RULE
+from uniter.extract.select import CLASS_NMS_THRESHOLD, GIVEN_RULE, SELECTION_RULE
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Work:
         batch_size: images that go through the detector together.
         max_pixels: images that claim more are refused.
         given: boxes to use instead of detecting.
+        nms_threshold: see `select_regions`; the detector's own, where it has one.
     """
 
     min_boxes: int
@@ -30,6 +31,7 @@ class Work:
     batch_size: int
     max_pixels: int = MAX_PIXELS
     given: GivenBoxes | None = None
+    nms_threshold: float = CLASS_NMS_THRESHOLD
 
 
 # --- settings --------------------------------------------------------------------------------------------------------------------
@@ -67,7 +69,8 @@ def plan_work(
         batch_size = begun_with(Path(out))
     if batch_size is None:
         batch_size = fitting_batch_size(device_of(detector))
-    return Work(low, high, conf_threshold, batch_size, max_pixels, given)
+    nms_threshold = float(getattr(detector, "nms_threshold", CLASS_NMS_THRESHOLD))
+    return Work(low, high, conf_threshold, batch_size, max_pixels, given, nms_threshold)
 
 
 def begun_with(out: Path) -> int | None:
@@ -97,7 +100,7 @@ def selection_settings(work: Work) -> dict[str, Any]:
     if work.given is not None:
         return {"rule": GIVEN_RULE, "boxes_sha256": work.given.sha256}
     return {
-        "rule": SELECTION_RULE,
+        "rule": SELECTION_RULE.format(nms=work.nms_threshold),
         "min_boxes": work.min_boxes,
         "max_boxes": work.max_boxes,
         "conf_threshold": work.conf_threshold,

@@ -252,7 +252,10 @@ def encode_regions(raw: RawRegions, size: tuple[int, int], work: Work, key: str)
     if work.given is not None:
         regions = keep_given(raw, size=size)
     else:
-        regions = select_regions(raw, size=size, min_boxes=work.min_boxes, max_boxes=work.max_boxes, conf_threshold=work.conf_threshold)
+        regions = select_regions(
+            raw, size=size, min_boxes=work.min_boxes, max_boxes=work.max_boxes, conf_threshold=work.conf_threshold,
+            nms_threshold=work.nms_threshold,
+        )  # fmt: skip
     return encode_record(regions, key=key), len(regions)
 
 

@@ -121,6 +121,7 @@ def test_the_header_says_which_boxes_they_are(detector: Detectron2Detector, tmp_
     summary = extract_images(photographs, tmp_path / "out.lmdb", detector=detector)
     assert (summary.box_kind, summary.feature_width, summary.classes) == ("regressed", 512, 80)
     header = json.loads((tmp_path / "out.lmdb" / "header.json").read_text(encoding="utf-8"))
+    assert "class-wise NMS at 0.5" in header["selection"]["rule"]
     assert header["box_kind"] == "regressed" and header["detector"] == "on-board"
 
 
@@ -138,6 +139,6 @@ def test_an_unknown_name_is_answered_with_it() -> None:
 def test_what_is_on_scikit_images_photographs_comes_first(detector: Detectron2Detector, name: str, what: str) -> None:
     prepared = detector.prepare(photograph(name))
     (raw,) = detector.detect([prepared])
-    regions = select_regions(raw, size=prepared.size)
+    regions = select_regions(raw, size=prepared.size, nms_threshold=detector.nms_threshold)
     assert regions.soft_labels is not None
     assert detector.class_names[int(regions.soft_labels[0, 1:].argmax())] == what
