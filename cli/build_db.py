@@ -1,12 +1,12 @@
 """uniter-build-db: captions (or a task's annotations) to a text database; `uniter-build-db exclude`: lists of images not to see."""
 
 import hashlib
-import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, product
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,19 @@ import click
 
 from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
 from uniter.datasets.errors import BadInput, unknown_name
-from uniter.datasets.image_db.database import match_image_key, open_image_dbs
+from uniter.datasets.image_db.database import ImageDB, match_image_key, open_image_dbs
 from uniter.datasets.image_db.keys import key_maker, last_number
-from uniter.datasets.storage.files import write_json
-from uniter.datasets.text_db.annotations import table as annotations
+from uniter.datasets.storage.claims import Source, refuse_source_inside, source_names
+from uniter.datasets.storage.files import expand_braces, write_json
+from uniter.datasets.storage.streams import first_character, json_pairs
+from uniter.datasets.text_db.annotations.table import ANNOTATIONS, Annotations
 from uniter.datasets.text_db.building.build import build_text_db
 from uniter.datasets.text_db.caption import Caption
-from uniter.datasets.text_db.captions.img2dataset import shards_in
 from uniter.datasets.text_db.captions.table import CAPTIONS, detect
 from uniter.datasets.text_db.captions.visual_genome import image_tables
-from uniter.datasets.text_db.exclusions import PARTS, Exclusion, exclusion_lists, forbidden_coco, kind_of_annotations
+from uniter.datasets.text_db.exclusions import LISTS, PARTS, Exclusion, exclusion_lists, forbidden_coco, kind_of_annotations
 from uniter.datasets.text_db.tokenizer import Tokenizer
 
-HASHED_WHOLE = 1 << 30  # bytes; of larger files the size, the first and the last part tell them apart
-HASHED_PART = 1 << 26
 # How UNITER's published region databases call the images of a source (facts 1.4), tried after the rules of the contract.
 PUBLISHED_KEYS = {
     "karpathy": ("coco_{parent}_{id:012d}.npz", "flickr30k_{id:012d}.npz", "flickr30k_{stem}.npz"),
@@ -107,64 +106,31 @@ def main(
     The same command again finishes what was killed, and does nothing where all is done.
     """
     start = time.monotonic()
-    paths = expand(captions)
-    folder = out or _default_out(paths[0])
-    kind, read = _reader(task, format_name, paths[0])
-    exclusion = Exclusion(lists) if lists else None
-    read_split, part = _parts(kind, split, exclusion)
-    if kind == "vg" and exclusion is not None and exclusion.lists_coco and not all(image_tables(path, join) for path in paths):
-        raise BadInput(
-            "the --exclude lists are of COCO's images, and only image_data.json says which of Visual Genome's are these: "
-            f"put it beside {paths[0]}, or name it with --join"
-        )
-    counts: Counter[str] = Counter()
-
-    def source() -> Iterator[Caption]:
-        counts.clear()
-        # Texts without ids are numbered in their file; several files must not number alike.
-        prefixes = [{"row_prefix": f"{place}-"} if task == "captions" and len(paths) > 1 else {} for place in range(len(paths))]
-        texts = chain.from_iterable(
-            read(path, split=read_split, join=join, counts=counts, **prefix) for path, prefix in zip(paths, prefixes, strict=True)
-        )
-        return texts if part is None else _of_part(texts, part, exclusion, counts)
-
-    pieces = _tokenizer(tokenizer, source, exclusion).with_words(getattr(read, "added_words", ()))
-    side_files: Callable[..., Mapping[str, Any]] | None = getattr(read, "side_files", None)
-    settings = {
-        "task": task,
-        "source": [_fingerprint(path) for path in paths],
-        "source_format": kind,
-        "split": split,
-        "join": [_fingerprint(path) for path in join],
-        "exclude": exclusion.hashes if exclusion is not None else {},
-        "images": [],
-    }
-    match = None
-    if images:
-        databases = open_image_dbs(list(images))
-        settings["images"] = [{"names": [Path(name).name for name in images], "count": len(databases), "key": key}]
-        match = _matcher(databases, key, getattr(read, "published_keys", PUBLISHED_KEYS.get(kind, ())))
+    source = _source(task, format_name, expand(captions), split=split, join=join, lists=lists)
+    folder = out or _default_out(source.paths[0])
+    regions = _regions(images, folder)
+    pieces = _tokenizer(tokenizer, source).with_words(source.kind.added_words)
     report = build_text_db(
-        source(),
+        source.captions(),
         folder,
         tokenizer=pieces,
-        settings=settings,
-        images=match,
-        key=key or "stem",
-        excluded=exclusion,
-        source_counts=counts,
-        lengths=getattr(read, "lengths", None),
-        meta={"task": task, "annotations": [path.name for path in paths], "output": folder.name},
-        side_files=(lambda: side_files(paths, split=split, join=join)) if side_files is not None else None,
+        settings=source.settings(task),
+        sources={**source.contents(), **_region_content(images, regions)},
+        images=_matcher(regions, key, source.kind.published_keys) if regions is not None else None,
+        key=key,
+        folders_tell_apart=source.kind.folders_tell_apart,
+        source_counts=source.counts,
+        lengths=source.kind.lengths,
+        meta={"task": task, "annotations": [path.name for path in source.paths], "output": folder.name},
+        side_files=source.side_files,
         overwrite=overwrite,
     )
     seconds = time.monotonic() - start
-    summary = {"out": str(folder), "format": kind, "tokenizer": pieces.name, **report.as_dict(), "seconds": round(seconds, 3)}
+    summary = {"out": str(folder), "format": source.format, "tokenizer": pieces.name, **report.as_dict(), "seconds": round(seconds, 3)}
     if not report.already_complete:
         summary["texts_per_second"] = round(report.counts["read"] / max(seconds, 1e-9))
-    print_summary(
-        summary, as_json=as_json, title="Already complete; nothing was done." if report.already_complete else "Text database made."
-    )
+    title = "Already complete; nothing was done." if report.already_complete else "Text database made."
+    print_summary(summary, as_json=as_json, title=title)
     if strict and report.counts.get("empty", 0) + report.counts.get("without_image", 0):
         sys.exit(SKIPPED_UNDER_STRICT)
 
@@ -221,6 +187,7 @@ def exclude(
         flickr30k=given["flickr30k"],
         visual_genome=genome[0] if genome else None,
     )
+    _refuse_to_replace(out, {*files, *coco, *karpathy, *refcoco, *refcocog, *flickr30k, *([vg] if vg is not None else [])})
     write_json(out, lists)
     summary: dict[str, Any] = {"out": str(out), **{name: len(values) for name, values in lists.items()}}
     summary["forbidden_coco_images"] = len(forbidden_coco(lists))
@@ -233,26 +200,17 @@ def exclude(
         )
 
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
+def _refuse_to_replace(out: Path, sources: set[Path]) -> None:
+    """BadInput if the lists would take the place of something else than such lists."""
+    if out.resolve() in {path.resolve() for path in sources}:
+        raise BadInput(f"{out} is one of the files that the lists are made from, and would be written over; choose another --out")
+    if out.exists() and not (first_character(out) == "{" and set(LISTS) & {name for name, _ in islice(json_pairs(out), len(LISTS))}):
+        raise BadInput(f"{out} is there already and holds no lists of `uniter-build-db exclude`; choose another --out")
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files that a name with braces stands for: {00000..00331} counts, {train,val} lists; a file that exists is itself."""
-    if Path(pattern).exists() or not _BRACES.search(pattern):
-        return [Path(pattern)]
-    pieces = _BRACES.split(pattern)
-    choices = [[piece] if place % 2 == 0 else _choices(piece, pattern) for place, piece in enumerate(pieces)]
-    return [Path("".join(parts)) for parts in product(*choices)]
-
-
-def _choices(inside: str, pattern: str) -> list[str]:
-    counted = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inside)
-    if counted is None:
-        return inside.split(",")
-    first, last = int(counted[1]), int(counted[2])
-    if last < first or last - first >= 1_000_000:
-        raise BadInput(f"{{{inside}}} in {pattern!r} counts from {first} to {last}; expected at most a million, upwards")
-    return [f"{number:0{len(counted[1])}d}" for number in range(first, last + 1)]
+    """The files that a name with braces stands for; a file that exists is itself."""
+    return [Path(pattern)] if Path(pattern).exists() else [Path(name) for name in expand_braces(pattern)]
 
 
 def _default_out(path: Path) -> Path:
@@ -260,21 +218,90 @@ def _default_out(path: Path) -> Path:
     return path.parent / f"{name.split('.')[0] if path.is_file() else name}.db"
 
 
-def _reader(task: str, format_name: str | None, path: Path) -> tuple[str, Callable[..., Iterator[Caption]]]:
-    """The format's name and its reader; down-stream tasks are formats of their own."""
+@dataclass(frozen=True)
+class _Source:
+    """What the texts are read from.
+
+    Attributes:
+        format: the name of the caption format, or the task.
+        kind: its row of the table.
+        read_split: the part that the reader is asked for; `part`: the one that the lists decide.
+        counts: what was passed over, by name, in the pass that is going on.
+    """
+
+    format: str
+    kind: Annotations
+    paths: list[Path]
+    split: str | None
+    read_split: str | None
+    part: str | None
+    join: tuple[Path, ...]
+    exclusion: Exclusion | None
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def captions(self) -> Iterator[Caption]:
+        """One pass over the texts that may be seen."""
+        self.counts.clear()
+        # Texts without ids are numbered in their file; several files must not number alike.
+        prefixes = [
+            {"row_prefix": f"{place}-"} if self.format in CAPTIONS and len(self.paths) > 1 else {} for place in range(len(self.paths))
+        ]
+        texts: Iterator[Caption] = chain.from_iterable(
+            self.kind.read(path, split=self.read_split, join=self.join, counts=self.counts, **prefix)
+            for path, prefix in zip(self.paths, prefixes, strict=True)
+        )
+        if self.exclusion is not None:
+            texts = texts if self.part is None else _of_part(texts, self.part, self.exclusion, self.counts)
+            texts = self.exclusion.leave_out(texts, self.counts)
+        yield from texts
+
+    def side_files(self) -> Mapping[str, Any]:
+        return self.kind.side_files(self.paths, split=self.split, join=self.join)
+
+    def settings(self, task: str) -> dict[str, Any]:
+        """What decides the texts, but for the contents of files."""
+        excluded = self.exclusion.hashes if self.exclusion is not None else {}
+        return {"task": task, "source_format": self.format, "split": self.split, "exclude": excluded}
+
+    def contents(self) -> dict[str, Source]:
+        """The files, under the names by which the database remembers them."""
+        contents: dict[str, Source] = {**source_names(self.paths, "captions")}
+        if self.join:
+            contents |= source_names(self.join, "join")
+        if self.exclusion is not None:
+            together = hashlib.sha256("".join(sorted(self.exclusion.hashes.values())).encode()).hexdigest()
+            contents["exclude"] = {"name": ", ".join(self.exclusion.hashes), "sha256": together}
+        return contents
+
+
+def _source(
+    task: str, format_name: str | None, paths: list[Path], *, split: str | None, join: tuple[Path, ...], lists: tuple[Path, ...]
+) -> _Source:
+    name, kind = _reader(task, format_name, paths[0])
+    exclusion = Exclusion(lists) if lists else None
+    read_split, part = _parts(name, split, exclusion)
+    if name == "vg" and exclusion is not None and exclusion.lists_coco and not all(image_tables(path, join) for path in paths):
+        raise BadInput(
+            "the --exclude lists are of COCO's images, and only image_data.json says which of Visual Genome's are these: "
+            f"put it beside {paths[0]}, or name it with --join"
+        )
+    return _Source(name, kind, paths, split, read_split, part, join, exclusion)
+
+
+def _reader(task: str, format_name: str | None, path: Path) -> tuple[str, Annotations]:
+    """The format's name and its row; down-stream tasks are formats of their own."""
     if task == "captions":
         if not path.exists():
             raise BadInput(f"{path} is not there; expected a file or folder of captions")
         name = format_name or detect(path)
         if name not in CAPTIONS:
             raise BadInput(unknown_name("caption format", name, CAPTIONS))
-        return name, CAPTIONS[name]
-    readers: dict[str, Callable[..., Iterator[Caption]]] = getattr(annotations, "ANNOTATIONS", {})
-    if task not in readers:
-        raise BadInput(unknown_name("task", task, ("captions", *readers)))
+        return name, Annotations(read=CAPTIONS[name], companions="", published_keys=PUBLISHED_KEYS.get(name, ()))
+    if task not in ANNOTATIONS:
+        raise BadInput(unknown_name("task", task, ("captions", *ANNOTATIONS)))
     if format_name is not None:
         raise BadInput(f"--format chooses among caption formats; with --task {task} leave it away")
-    return task, readers[task]
+    return task, ANNOTATIONS[task]
 
 
 def _parts(kind: str, split: str | None, exclusion: Exclusion | None) -> tuple[str | None, str | None]:
@@ -286,8 +313,7 @@ def _parts(kind: str, split: str | None, exclusion: Exclusion | None) -> tuple[s
     return None, split
 
 
-def _of_part(texts: Iterator[Caption], part: str, exclusion: Exclusion | None, counts: Counter[str]) -> Iterator[Caption]:
-    assert exclusion is not None
+def _of_part(texts: Iterator[Caption], part: str, exclusion: Exclusion, counts: Counter[str]) -> Iterator[Caption]:
     for caption in texts:
         if exclusion.part(caption) == part:
             yield caption
@@ -295,17 +321,35 @@ def _of_part(texts: Iterator[Caption], part: str, exclusion: Exclusion | None, c
             counts["texts_of_other_parts"] += 1
 
 
-def _tokenizer(name: str, source: Callable[[], Iterator[Caption]], exclusion: Exclusion | None) -> Tokenizer:
+def _tokenizer(name: str, source: _Source) -> Tokenizer:
     if not name.startswith("train:"):
         return Tokenizer.load(name)
     size = name.removeprefix("train:")
     if not (size.isascii() and size.isdigit() and len(size) <= 9) or int(size) < 1:
         raise BadInput(f"--tokenizer {name!r}: expected train:SIZE with a whole number of word pieces, e.g. train:8000")
-    texts = (caption.text or "" for caption in source() if exclusion is None or not exclusion(caption))
-    return Tokenizer.learn(texts, size=int(size))
+    return Tokenizer.learn((caption.text or "" for caption in source.captions()), size=int(size))
 
 
-def _matcher(databases: Any, key: str | None, published: Sequence[str]) -> Callable[[str], tuple[str, str] | None]:
+def _regions(images: Sequence[str], out: Path) -> ImageDB | None:
+    if not images:
+        return None
+    for name in images:
+        for path in name.split(";"):  # ground truth and detected
+            refuse_source_inside(out, Path(path))
+    return open_image_dbs(list(images))
+
+
+def _region_content(images: Sequence[str], regions: ImageDB | None) -> dict[str, Any]:
+    """Region databases as a source: of them only the keys decide what is written."""
+    if regions is None:
+        return {}
+    digest = hashlib.sha256()
+    for key in regions.keys_list:
+        digest.update(f"{key}\n".encode(errors="surrogatepass"))
+    return {"images": {"name": ", ".join(Path(name).name for name in images), "images": len(regions), "index": digest.hexdigest()}}
+
+
+def _matcher(databases: ImageDB, key: str | None, published: Sequence[str]) -> Callable[[str], tuple[str, str] | None]:
     make_key = key_maker(key) if key is not None else None
     published_makers = [key_maker(template) for template in published]
 
@@ -324,27 +368,6 @@ def _matcher(databases: Any, key: str | None, published: Sequence[str]) -> Calla
         return next(((key, "published") for key in made if key in databases), None)
 
     return match
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """What tells a source from another: its size and content (of folders and tars the shards' names and sizes)."""
-    digest = hashlib.sha256()
-    if path.is_dir() or path.suffix == ".tar":
-        files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.is_file()] or shards_in(path)
-        for file in files:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        return {"bytes": sum(file.stat().st_size for file in files), "sha256": digest.hexdigest()}
-    try:
-        with open(path, "rb") as stream:
-            size = path.stat().st_size
-            if size <= HASHED_WHOLE:
-                return {"bytes": size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-            digest.update(stream.read(HASHED_PART))
-            stream.seek(size - HASHED_PART)
-            digest.update(stream.read(HASHED_PART))
-            return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
-    except FileNotFoundError:
-        raise BadInput(f"{path} is not there; expected a file or folder") from None
 
 
 if __name__ == "__main__":

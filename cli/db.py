@@ -1,7 +1,7 @@
 """uniter-db: look at, check, convert, merge and split databases."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ def main() -> None:
 @click.argument("databases", metavar="DB...", nargs=-1, required=True, type=DATABASE)
 @common_options
 def info(databases: Sequence[Path], as_json: bool) -> None:
-    """Tell what databases are and hold: counts, widths, detector, size on disk. Unfinished and damaged ones too.
+    """Tell what databases are and hold: counts, widths, detector, size on disk. Unfinished and damaged ones too; of damaged ones, with
+    exit code 1.
 
     \b
     Example:
@@ -53,9 +54,10 @@ def info(databases: Sequence[Path], as_json: bool) -> None:
     told = [describe(path) for path in databases]
     if as_json:
         print_summary({"databases": told}, as_json=True, title="")
-        return
-    for one in told:
+    for one in () if as_json else told:
         print_summary({name: value for name, value in one.items() if name != "path"}, as_json=False, title=one["path"])
+    if any("error" in one for one in told):
+        sys.exit(FAILED)
 
 
 @main.command(context_settings=HELP)
@@ -177,9 +179,17 @@ def convert_command(
     summary = asdict(report)
     if not as_json:
         summary["skipped"] = len(report.skipped)
-    print_summary(summary, as_json=as_json, title=str(out))
+    _print_written(summary, as_json=as_json, out=out)
     if report.skipped and strict:
         sys.exit(SKIPPED_UNDER_STRICT)
+
+
+def _print_written(summary: Mapping[str, Any], *, as_json: bool, out: Path) -> None:
+    """What was written, or that nothing had to be."""
+    if summary["already_complete"]:
+        click.echo(f"{out} was already complete, made from the same; nothing was done", err=True)
+    shown = summary if as_json else {name: value for name, value in summary.items() if name != "already_complete"}
+    print_summary(shown, as_json=as_json, title=str(out))
 
 
 @main.command("merge", context_settings=HELP)
@@ -198,7 +208,7 @@ def merge_command(paths: Sequence[Path], overwrite: bool, as_json: bool) -> None
     for path in paths[:-1]:
         if not path.exists():
             raise BadInput(f"{path} does not exist")
-    print_summary(merge(paths[:-1], paths[-1], overwrite=overwrite), as_json=as_json, title=str(paths[-1]))
+    _print_written(merge(paths[:-1], paths[-1], overwrite=overwrite), as_json=as_json, out=paths[-1])
 
 
 @main.command("split", context_settings=HELP)
@@ -215,7 +225,7 @@ def split_command(source: Path, out: Path, by: str, overwrite: bool, as_json: bo
       uniter-db split out.lmdb parts/ --by 4
       uniter-db split out.lmdb parts/ --by val_keys.txt      # parts/listed and parts/rest
     """
-    print_summary(split(source, out, by=by, overwrite=overwrite), as_json=as_json, title=str(out))
+    _print_written(split(source, out, by=by, overwrite=overwrite), as_json=as_json, out=out)
 
 
 if __name__ == "__main__":

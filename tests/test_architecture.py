@@ -30,7 +30,7 @@ FOLDERS = {
     "datasets/image_db/writing": _RECORDS,
     "datasets/image_db/formats": {*_RECORDS, "datasets/image_db/writing"},
     "datasets/text_db": {"datasets/storage", "datasets/text_db/captions"},  # exclusions know SBU's names of photographs
-    "datasets/text_db/captions": _TEXTS,
+    "datasets/text_db/captions": {*_TEXTS, "datasets/image_db"},  # which members of a tar are images
     "datasets/text_db/annotations": {*_TEXTS, "datasets/text_db/captions"},
     "datasets/text_db/building": {*_TEXTS, "datasets/image_db"},  # texts are matched with images by key
     "datasets/batches": {"datasets/image_db", "datasets/text_db", "datasets/text_db/annotations"},

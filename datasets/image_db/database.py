@@ -21,6 +21,7 @@ from uniter.datasets.image_db.ours import Complete, Live, open_complete, open_un
 from uniter.datasets.image_db.published import VARIANT, Published, open_published, rule_of_name, variant
 from uniter.datasets.image_db.records import ALL_FIELDS, DEFAULT_FIELDS, MissingImage, decode, is_npz, plan_of, present
 from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.storage.claims import is_passing
 from uniter.datasets.storage.index_file import KeyList
 
 _Part = Complete | Live | Published
@@ -175,14 +176,6 @@ class ImageDB(Mapping[str, RegionFeatures]):
             if row >= 0:
                 return int(start) + row
         raise MissingImage(f"image {key!r} is not in {self._name()}; was it extracted, and under this key?")
-
-    def nbb_of_name(self, key: str) -> int:
-        """The number of boxes that UNITER's own reader states for this name, which can exceed the rows that exist."""
-        for part in self._parts:
-            row = part.keys.find(key)
-            if row >= 0:
-                return part.stated(key) if isinstance(part, Published) else int(part.region_counts[row])
-        raise MissingImage(f"image {key!r} is not in {self._name()}")
 
     def _name(self) -> str:
         return ", ".join(str(part.path) for part in self._parts[:3]) + (" ..." if len(self._parts) > 3 else "")
@@ -374,7 +367,8 @@ def kind_of(path: Path) -> str:
 
 def kind_of_child(path: Path) -> bool:
     """Whether a folder is itself a database (of ours or published)."""
-    return path.is_dir() and any((path / name).exists() for name in ("header.json", "settings.json", "data.mdb"))
+    # What is being made, or being taken away, beside a database is none of those that the folder holds.
+    return path.is_dir() and not is_passing(path) and any((path / name).exists() for name in ("header.json", "settings.json", "data.mdb"))
 
 
 def _open_parts(path: Path, allow_partial: bool, readahead: bool, selection: dict[str, Any]) -> list[_Part]:
@@ -388,7 +382,8 @@ def _open_parts(path: Path, allow_partial: bool, readahead: bool, selection: dic
     if kind == "published":
         return [open_published(path, readahead, rule_of_name(path.name, selection))]
     if kind == "split":
-        return [open_published(variant(path, selection), readahead, selection)]
+        chosen = variant(path, selection)
+        return [open_published(chosen, readahead, rule_of_name(chosen.name, selection))]
     if kind == "folder":
         parts: list[_Part] = []
         for child in sorted(path.iterdir()):

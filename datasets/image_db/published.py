@@ -12,6 +12,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.ours import DataFile
 from uniter.datasets.image_db.records import MissingImage, decode_record, is_npz
 from uniter.datasets.storage.array_codec import find_arrays
+from uniter.datasets.storage.claims import is_passing
 from uniter.datasets.storage.files import read_json
 from uniter.datasets.storage.index_file import KeyList, key_columns
 from uniter.datasets.storage.lmdb_pages import Fault, PageFile
@@ -99,6 +100,20 @@ class Published:
         return self.stated(key)
 
 
+def refuse_pickles(path: Path) -> None:
+    """BadInput if the first value of an LMDB made elsewhere is a Python pickle, as other projects store features."""
+    for folder in (path, *sorted(child for child in path.iterdir() if (child / "data.mdb").exists())):
+        if (folder / "data.mdb").exists():
+            with PageFile(folder / "data.mdb") as pages:
+                first = next((found for found in pages.records() if not isinstance(found, Fault) and found.key != _KEYS_ENTRY), None)
+                value = None if first is None else pages.value(first)
+            if value is not None and value[:1] == b"\x80" and value[1:2] in (b"\2", b"\3", b"\4", b"\5") and value[-1:] == b".":
+                raise BadInput(
+                    f"{folder} is an LMDB of Python pickles, which are never read, since they can run code; "
+                    "write it out with the project that made it, as .npz or .tsv for instance, and convert that"
+                )
+
+
 VARIANT = re.compile(
     r"(?:feat_th(?P<conf_th>-?[0-9.]+)_max(?P<max_bb>\d+)_min(?P<min_bb>\d+)|feat_numbb(?P<num_bb>\d+)|all)(?P<compressed>_compressed)?"
 )
@@ -126,8 +141,11 @@ def variant(path: Path, selection: dict[str, Any]) -> Path:
     for name in (exact, f"{exact}_compressed", "all", "all_compressed"):
         if (path / name / "data.mdb").exists():
             return path / name
-    there = ", ".join(sorted(child.name for child in path.iterdir() if (child / "data.mdb").exists()))
-    raise BadInput(f"{path} holds {there}, none of which is {exact} or all; choose --conf-threshold, --max-boxes and the like to fit")
+    there = sorted(child for child in path.iterdir() if (child / "data.mdb").exists() and not is_passing(child))
+    if len(there) == 1:  # nothing to choose from
+        return there[0]
+    names = ", ".join(child.name for child in there)
+    raise BadInput(f"{path} holds {names}, none of which is {exact} or all; name the one that is meant, such as {there[0]}")
 
 
 def open_published(path: Path, readahead: bool, selection: dict[str, Any]) -> Published:

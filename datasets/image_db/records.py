@@ -107,8 +107,8 @@ def _plan(places: Mapping[str, ArrayPlace], fields: Sequence[str]) -> _Plan:
     if "norm_bb" not in places or "features" not in places:
         raise BadInput(f"a record holds {', '.join(sorted(places)) or 'nothing'}; expected at least features and norm_bb")
     shape = places["norm_bb"].shape
-    if len(shape) != 2 or shape[1] not in (4, 6):
-        raise BadInput(f"norm_bb has shape {shape}, expected (n, 6)")
+    if len(shape) != 2 or shape[1] != 6:
+        raise BadInput(f"norm_bb has shape {shape}, expected (n, 6): x0, y0, x1, y1, width, height as fractions")
     count = shape[0]
     arrays = []
     for name in dict.fromkeys((*fields, "features")):
@@ -172,6 +172,8 @@ def decode(
         kept["soft_labels"] = kept["soft_labels"][np.asarray(soft_label_rows)]
     if size is not None:
         kept["size"] = (int(size[0]), int(size[1]))
+        if min(kept["size"]) < 1:
+            raise BadInput(f"size is {kept['size'][1]}x{kept['size'][0]}, expected at least one pixel")
     if "features" not in kept:
         kept["features"] = np.empty((len(kept["norm_bb"]), 0), dtype=np.float16)
     if "conf" not in kept:

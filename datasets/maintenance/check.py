@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from uniter.datasets.image_db import ImageDB
+from uniter.datasets.image_db.database import kind_of_child
 from uniter.datasets.maintenance.check_regions import examine_regions
 from uniter.datasets.maintenance.check_report import SHOWN, CheckReport
 from uniter.datasets.maintenance.check_texts import examine_text
@@ -35,7 +36,7 @@ def check_database(path: Path) -> CheckReport:
     with Progress(None, unit="records", label=f"checking {path.name}") as progress:
         if kind == "folder of regions":
             report.kind = kind
-            for child in sorted(child for child in path.iterdir() if child.is_dir() and (child / "data.mdb").exists()):
+            for child in sorted(child for child in path.iterdir() if kind_of_child(child) and (child / "data.mdb").exists()):
                 for _ in examine_regions(child, report):
                     progress.update()
             report.kind = kind

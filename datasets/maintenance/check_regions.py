@@ -29,9 +29,10 @@ def examine_regions(path: Path, report: CheckReport) -> Iterator[tuple[str, byte
         report.notes.append(f"{path} is unfinished: the command that made it continues it")
         folders: list[tuple[Path, bytes | None]] = [(path, None)] if (path / "data.mdb").exists() else []
         folders += [(unit, b"records") for unit in sorted((path / "units").glob("[0-9]*")) if (unit / "data.mdb").exists()]
+        widths = Widths()
         for folder, table in folders:
             for key, value in records_of(folder, report, table):
-                yield from _good_record(path, key, value, None, None, report, Widths())
+                yield from _good_record(path, key, value, None, None, report, widths)
         return
     checksums = _index(path, report) if report.kind == "regions" else None
     widths = Widths()
@@ -131,9 +132,9 @@ def faults_of(regions: RegionFeatures) -> list[tuple[str, str]]:
     extent = box[:, 2:4] - box[:, :2]
     if (box[:, :4] < -2e-3).any() or (box[:, :4] > 1 + 2e-3).any():
         faults.append(("box", f"has boxes outside the image (fractions from {box[:, :4].min():.3f} to {box[:, :4].max():.3f})"))
-    if box.shape[1] == 6 and np.abs(extent - box[:, 4:6]).max() > 4e-3:
+    if np.abs(extent - box[:, 4:6]).max() > 4e-3:
         faults.append(("box", "has widths that are not x1 - x0; are its boxes x, y, width, height?"))
-    elif (np.maximum(extent, box[:, 4:6] if box.shape[1] == 6 else extent) <= 0).any():
+    elif (np.maximum(extent, box[:, 4:6]) <= 0).any():
         faults.append(("box", "has boxes with x1 <= x0 or y1 <= y0; are they x, y, width, height?"))
     if regions.boxes is not None and regions.size is not None:
         faults += _pixel_faults(regions.boxes, box, regions.size)
@@ -151,8 +152,6 @@ def faults_of(regions: RegionFeatures) -> list[tuple[str, str]]:
 
 def _pixel_faults(boxes: NDArray[Any], fractions: NDArray[np.float32], size: tuple[int, int]) -> list[tuple[str, str]]:
     height, width = size
-    if height < 1 or width < 1:
-        return [("box", f"has size {width}x{height}")]
     scale = np.array([width, height, width, height], dtype=np.float32)
     if (boxes < -1).any() or (boxes > scale + 1).any():
         return [("box", f"has boxes outside its {width}x{height} pixels")]

@@ -1,19 +1,23 @@
 """`uniter-db convert`: from any layout to any other. What a layout lacks is said, never invented."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from uniter.datasets.errors import BadInput, UniterError, unknown_name
-from uniter.datasets.image_db.formats import lmdbs
 from uniter.datasets.image_db.formats.records import ImageSizes, Item, Selection, with_pixels
 from uniter.datasets.image_db.formats.table import FORMATS, read_items, recognise
+from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.regions import RegionFeatures
-from uniter.datasets.image_db.writing.side_files import read_box_ids
+from uniter.datasets.image_db.writing.side_files import read_failures
+from uniter.datasets.maintenance.copying import Record, box_ids_of, folders_of, refuse_overlap, write_regions
 from uniter.datasets.progress import Progress
-from uniter.datasets.storage.files import read_json
+from uniter.datasets.storage.claims import REPORT, may_replace, note_of, source_names, write_note
+from uniter.datasets.storage.files import read_json, read_json_object
+from uniter.datasets.storage.index_file import hash_key
+from uniter.datasets.storage.lmdb_files import checked_key
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
 
 
@@ -27,6 +31,7 @@ class ConvertReport:
         skipped: {"key", "path", "error"} of images that could not be.
         soft_labels: whether the records written hold the detector's distribution (MRC-KL needs it).
         lacks: what the target lacks because the source or the format has it not, in words.
+        already_complete: nothing was done, it was there already, made from the same.
     """
 
     source: str
@@ -36,20 +41,22 @@ class ConvertReport:
     skipped: list[dict[str, Any]]
     soft_labels: bool
     lacks: str
+    already_complete: bool = False
 
 
 class _Seen:
     """Watches the records on their way: counts and what they hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self.images = self.regions = self.width = self.label_columns = self.attribute_columns = 0
         self.top_object = self.top_attribute = -1
         self.confidences = False
         self.skipped: list[dict[str, Any]] = []
 
-    def watch(self, items: Iterable[Item], progress: Progress) -> Iterator[Item]:
+    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
         for key, regions in items:
-            progress.update()
+            self._progress.update()
             if isinstance(regions, BadInput):
                 self.skipped.append({"key": key, "path": key, "error": str(regions)})
             else:
@@ -119,49 +126,138 @@ def convert(
         raise BadInput(unknown_name("format", to, FORMATS))
     name = source_format or recognise(source)
     rule = selection or Selection()
-    within = to == "npz" and source.resolve().is_relative_to(target.resolve())
-    if target.exists() and (within or target.resolve() == source.resolve()):
+    if target.exists() and target.resolve() == source.resolve():
         raise BadInput(f"{target} is both source and target")
     sizes = ImageSizes(images) if images is not None else None
-    seen = _Seen()
-    form = FORMATS[to]
-    box_ids: dict[str, list[Any]] = {}
-    for folder in (source, *sorted(source.glob("*/"))) if name == "lmdb" else ():  # a database, or a folder of several
-        box_ids = {**read_box_ids(folder), **box_ids}
-    if form.write is not None and not overwrite and (target.is_file() or (to == "npz" and target.is_dir() and any(target.iterdir()))):
-        raise BadInput(f"{target} is there already; choose another name, or --overwrite")
+    folders = folders_of(source) if name == "lmdb" else [source]
+    sources = source_names(folders) | ({} if images is None else {"images": images})
+    settings = {
+        "made_by": "uniter-db convert",
+        "source": source.name,
+        "source_format": name,
+        "selection": asdict(rule),
+        "images": None if images is None else images.name,
+    }
+    refuse_overlap(FORMATS[to].place(target, rule), [source, *folders])
     with Progress(None, unit="images", label=f"{name} to {to}") as progress:
+        seen = _Seen(progress)
         items: Iterable[Item] = read_items(source, selection=rule, source=name)
-        if form.needs_pixels or sizes is not None:
-            items = with_pixels(items, sizes, needed=form.needs_pixels)
-        watched = _not_in_vain(seen.watch(items, progress), seen, source, name)
-        if form.write is None:
-            settings: dict[str, Any] = {
-                "made_by": "uniter-db convert",
-                "source": source.name,
-                "source_format": name,
-                "selection": asdict(rule),
-            }
-            settings["images"] = None if images is None else images.name
-            origin = _origin(source)
+        if FORMATS[to].needs_pixels or sizes is not None:
+            items = with_pixels(items, sizes, needed=FORMATS[to].needs_pixels)
+        watched = _not_in_vain(seen.watch(items), seen, source, name)
+        box_ids = box_ids_of(folders) if name == "lmdb" else {}
+        if FORMATS[to].write is None:
+            return _to_ours(target, watched, seen, (name, source, folders), settings, sources, box_ids, overwrite)
+        return _to_others(target, watched, seen, (name, to), rule, settings, sources, box_ids, overwrite)
 
-            def header() -> dict[str, Any]:
-                return {**seen.header(), **origin, "converted_from": name, "lacks": seen.lacks(form.holds)}
 
-            seen.skipped = lmdbs.write_ours(target, watched, settings=settings, header=header, box_ids=box_ids, overwrite=overwrite)
-            written = read_json(target / "header.json")
-            return ConvertReport(
-                name, to, written["images"], written["regions"], seen.skipped, written["label_classes"] > 0, str(written.get("lacks", ""))
-            )
-        try:
-            form.write(target, _good(watched, seen, target), rule, overwrite, seen.skip)
-        except OSError as error:
-            raise UniterError(f"writing {target} failed ({error.strerror or error}); make room and run the same command again") from None
-    labels = seen.label_columns > 0 and "soft labels" in form.holds
-    lacks = seen.lacks(form.holds)
-    if box_ids:
-        lacks = "the ids of given boxes" if lacks == "nothing" else f"{lacks}, the ids of given boxes"
-    return ConvertReport(name, to, seen.images, seen.regions, seen.skipped, labels, lacks)
+def _to_ours(
+    target: Path,
+    items: Iterator[Item],
+    seen: _Seen,
+    origin: tuple[str, Path, Sequence[Path]],
+    settings: Mapping[str, Any],
+    sources: Mapping[str, Path],
+    box_ids: Mapping[str, Sequence[Any]],
+    overwrite: bool,
+) -> ConvertReport:
+    name, source, folders = origin
+    handed_on = [row for folder in folders for row in read_failures(folder / "failures.jsonl")] if name == "lmdb" else []
+    records = Encoded(items)
+    written = write_regions(
+        target,
+        records,
+        settings=settings,
+        sources=sources,
+        header=lambda: {
+            **{**records.widths, **seen.header(), **_origin(source)},
+            "converted_from": name,
+            "lacks": seen.lacks(FORMATS["lmdb"].holds),
+        },
+        failures=handed_on,
+        box_ids=box_ids,
+        overwrite=overwrite,
+    )
+    failed_before = {row["key"] for row in handed_on}
+    skipped = [row for row in written.failures if row["key"] not in failed_before]
+    labels, lacks = written.header["label_classes"] > 0, str(written.header.get("lacks", ""))
+    return ConvertReport(name, "lmdb", written.images, written.regions, skipped, labels, lacks, written.already_complete)
+
+
+def _to_others(
+    target: Path,
+    items: Iterator[Item],
+    seen: _Seen,
+    formats: tuple[str, str],
+    rule: Selection,
+    settings: Mapping[str, Any],
+    sources: Mapping[str, Path],
+    box_ids: Mapping[str, Any],
+    overwrite: bool,
+) -> ConvertReport:
+    name, to = formats
+    form = FORMATS[to]
+    assert form.write is not None
+    place = form.place(target, rule)
+    note = may_replace(place, {**settings, "format": to}, sources=sources, overwrite=overwrite)
+    if note is None:
+        return ConvertReport(**{**read_json_object(note_of(place))[REPORT], "already_complete": True})
+    try:
+        if not place.exists() and place == target and to != "npz":
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_note(place, note)
+        form.write(target, _good(items, seen, target), rule, note, seen.skip)
+        lacks = seen.lacks(form.holds)
+        if box_ids:
+            lacks = "the ids of given boxes" if lacks == "nothing" else f"{lacks}, the ids of given boxes"
+        labels = seen.label_columns > 0 and "soft labels" in form.holds
+        report = ConvertReport(name, to, seen.images, seen.regions, seen.skipped, labels, lacks)
+        write_note(place, note, asdict(report))
+        return report
+    except UniterError:
+        if not place.exists():
+            note_of(place).unlink(missing_ok=True)
+        raise
+    except OSError as error:
+        raise UniterError(f"writing {target} failed ({error.strerror or error}); make room and run the same command again") from None
+
+
+class Encoded:
+    """Items as records of our database: an image that comes twice, or is wider than the first, says so instead.
+
+    Attributes:
+        widths: of the first image, as the header says them.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = items
+        self.widths: dict[str, int] = {"feature_width": 0, "label_classes": 0}
+
+    def __iter__(self) -> Iterator[Record]:
+        seen: set[int] = set()
+        for key, regions in self._items:
+            digest = hash_key(key.encode(errors="surrogatepass"))
+            twice = digest in seen
+            seen.add(digest)
+            if isinstance(regions, BadInput):
+                yield key, regions, 0
+                continue
+            labels = 0 if regions.soft_labels is None else regions.soft_labels.shape[1]
+            found = {"feature_width": regions.features.shape[1], "label_classes": labels}
+            if not self.widths["feature_width"]:
+                self.widths = found
+            try:
+                if twice:
+                    raise BadInput(f"image {key!r} comes twice; the first one was taken")
+                if found != self.widths:
+                    raise BadInput(
+                        f"image {key!r}: features and soft labels are {found['feature_width']} and {labels} wide, "
+                        f"the first image's {self.widths['feature_width']} and {self.widths['label_classes']}"
+                    )
+                checked_key(key)
+                yield key, encode_record(regions, key=key), len(regions)
+            except BadInput as error:
+                yield key, error, 0
 
 
 def _not_in_vain(items: Iterator[Item], seen: _Seen, source: Path, name: str) -> Iterator[Item]:

@@ -6,13 +6,10 @@ images were kept out. Published text databases are written in UNITER's layout (a
 """
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-
-import lmdb
-import orjson
 
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError, shown
 from uniter.datasets.image_db import ImageDB
@@ -21,13 +18,12 @@ from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.maintenance.kinds import database_kind
-from uniter.datasets.storage.files import difference_in_words, read_json, sync, write_json
-from uniter.datasets.storage.lmdb_files import put_all
+from uniter.datasets.maintenance.published_texts import Text, side_files_of, stated_settings, write_published_texts
+from uniter.datasets.storage.claims import MADE_FROM, refuse_source_inside, source_names
+from uniter.datasets.storage.files import difference_in_words, read_json_object
 from uniter.datasets.text_db.annotations.table import ANNOTATIONS
 from uniter.datasets.text_db.building.build import build_text_db
-from uniter.datasets.text_db.building.folder import TASK_FILES
 from uniter.datasets.text_db.caption import Caption
-from uniter.datasets.text_db.database import LENGTHS
 from uniter.datasets.text_db.records import decode_text_record
 from uniter.datasets.text_db.tokenizer import Tokenizer
 
@@ -37,10 +33,10 @@ _UNIT: Final = 512
 _COUNTS: Final = ("format_version", "kind", "images", "regions", "failures", "units")
 
 
-Record = tuple[str, bytes, int]
+Record = tuple[str, bytes | BadInput, int]
 
 
-"""A region record on its way: key, value, number of regions."""
+"""A region record on its way: key, value, number of regions; or the reason why there is none."""
 
 
 # -------------------------------------------------------------------------------------------------------- regions: write some
@@ -54,51 +50,96 @@ def records_of(database: ImageDB, keys: Iterable[str]) -> Iterator[Record]:
         yield key, raw if raw is not None else encode_record(regions, key=key), len(regions)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A region database that was written, or found.
+
+    Attributes:
+        images, regions: how many it holds.
+        failures: the rows of its `failures.jsonl`.
+        header: what it says of itself.
+        already_complete: whether nothing was done.
+    """
+
+    images: int
+    regions: int
+    failures: list[dict[str, Any]]
+    header: Mapping[str, Any]
+    already_complete: bool
+
+
 def write_regions(
     out: Path,
     records: Iterable[Record],
     *,
     settings: Mapping[str, Any],
+    sources: Mapping[str, Path],
     header: Callable[[], Mapping[str, Any]],
     failures: Sequence[Mapping[str, Any]] = (),
     box_ids: Mapping[str, Sequence[Any]] | None = None,
     overwrite: bool = False,
-) -> int:
-    """Write records in units; the same call again goes on. Returns how many images the database holds.
+) -> Written:
+    """Write records in units; the same call again goes on where a killed one stopped, or finds the database complete.
 
     Args:
+        records: not touched if the database is complete already.
+        sources: what they are made from, see `claims.claim`.
         header: asked at the end for what the header says.
+        failures: rows to be kept of images that are in none of the records.
         box_ids: the caller's ids of given boxes by key; those of the records written are kept.
 
     Raises:
-        BadInput: there is not one record.
+        BadInput: there is not one record, or whatever the records raise: then nothing is left of what was begun.
     """
-    store = UnitStore(out, settings=settings, overwrite=overwrite)
-    if not store.is_complete():
-        units = 0
-        kept: dict[str, Sequence[Any]] = {}
-        stream = iter(records)
-        while batch := list(itertools.islice(stream, _UNIT)):
-            writer = store.unit(units)
-            if writer is not None:
-                with writer:
-                    for key, value, regions in batch:
-                        if key not in writer.done:
-                            writer.put(key, value, regions=regions)
-                    if units == 0:
-                        for row in failures:
-                            if row["key"] not in writer.done:
-                                writer.fail(str(row["key"]), str(row.get("path", "")), str(row.get("error", "")))
-                    writer.complete()
-            kept.update({key: box_ids[key] for key, _, _ in batch if key in box_ids} if box_ids else {})
-            units += 1
-        if not units:
-            raise BadInput(f"there is not one good record to write to {out}")
-        if not store.is_complete():
-            write_box_ids(out, kept)
-        if not store.finish(units=units, header=header()):
-            raise UniterError(f"{out} is being written by another process; wait for it, or choose another folder")
-    return int(read_json(out / "header.json")["images"])
+    store = UnitStore(out, settings=settings, sources=sources, overwrite=overwrite)
+    complete = store.is_complete()
+    if not complete:
+        try:
+            units = _write_units(store, records, failures, box_ids or {})
+            if not units:
+                raise BadInput(f"there is not one good record to write to {out}")
+            if not store.finish(units=units, header=header()):
+                raise UniterError(f"{out} is being written by another process; wait for it, or choose another folder")
+        except (BadInput, SettingsDiffer):
+            store.claim.abandon()
+            raise
+    told = read_json_object(store.path / "header.json")
+    return Written(int(told["images"]), int(told["regions"]), store.failures(), told, complete)
+
+
+def _write_units(
+    store: UnitStore, records: Iterable[Record], failures: Sequence[Mapping[str, Any]], box_ids: Mapping[str, Sequence[Any]]
+) -> int:
+    """Write all units that are not there yet, and the ids; how many there are."""
+    units = 0
+    kept: dict[str, Sequence[Any]] = {}
+    stream = iter(records)
+    while batch := list(itertools.islice(stream, _UNIT)):
+        writer = store.unit(units)
+        if writer is not None:
+            with writer:
+                for key, value, regions in batch:
+                    if isinstance(value, BadInput):
+                        writer.fail(key, key, str(value))
+                    elif key not in writer.done:
+                        writer.put(key, value, regions=regions)
+                for row in failures if units == 0 else ():
+                    if row["key"] not in writer.done:
+                        writer.fail(str(row["key"]), str(row.get("path", "")), str(row.get("error", "")), retry=row.get("retry"))
+                writer.complete()
+        kept.update({key: box_ids[key] for key, _, _ in batch if key in box_ids})
+        units += 1
+    if units and not store.is_complete():
+        write_box_ids(store.path, kept)
+    return units
+
+
+def refuse_overlap(out: Path, sources: Iterable[Path]) -> None:
+    """BadInput if writing `out` would change one of the sources, or the next reading of it."""
+    for source in sources:
+        refuse_source_inside(out, source)
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise BadInput(f"{out} lies inside the source {source}, and would be a part of it; choose another OUT")
 
 
 def shared_header(headers: Sequence[Mapping[str, Any] | None], paths: Sequence[Path]) -> dict[str, Any]:
@@ -140,46 +181,56 @@ def folders_of(source: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- texts: write some
 
 
-Text = tuple[str, bytes]
-
-
-"""A text on its way: id, record as stored."""
-
-
 def write_texts(
-    out: Path, texts: Iterable[Text], sources: Sequence[Path], *, made_by: str, part: str | None = None, overwrite: bool
-) -> int:
+    out: Path,
+    texts: Iterable[Text],
+    sources: Sequence[Path],
+    *,
+    made_by: str,
+    part: str | None = None,
+    lists: Mapping[str, Path] | None = None,
+    overwrite: bool,
+) -> tuple[int, bool]:
     """Write a text database of the same kind as its sources: ours again, with index and header, or in UNITER's layout.
 
+    Args:
+        texts: not touched if the database is complete already.
+        lists: what else decides which texts are taken: files.
+
     Returns:
-        How many texts it holds.
+        How many texts it holds, and whether it was complete already.
     """
+    refuse_overlap(out, sources)
+    contents = {**source_names(sources), **(lists or {})}
     if not all((source / "settings.json").exists() and (source / "vocab.txt").exists() for source in sources):
-        return _write_published_texts(out, texts, sources, overwrite=overwrite)
-    stated = [stated_settings(source) for source in sources]
-    lists = [{tuple(row) for row in settings.get("exclude", {}).items()} for settings in stated]
-    settings = {
+        settings = {"made_by": made_by, "part": part}
+        return write_published_texts(out, texts, sources, settings=settings, contents=contents, overwrite=overwrite)
+    # Contents are compared by `contents`: the times of files in them are no setting.
+    stated = [{name: value for name, value in stated_settings(source).items() if name != MADE_FROM} for source in sources]
+    kept_out = [{tuple(row) for row in settings.get("exclude", {}).items()} for settings in stated]
+    stated_by_all: dict[str, Any] = {
         "made_by": made_by,
         "part": part,
         "task": stated[0].get("task"),
         # What every one of the sources kept out is kept out of the whole.
-        "exclude": dict(sorted(set.intersection(*lists))),
+        "exclude": dict(sorted(set.intersection(*kept_out))),
         "sources": [{"name": source.name, "settings": its} for source, its in zip(sources, stated, strict=True)],
     }
-    task = ANNOTATIONS.get(str(settings["task"]))
+    task = ANNOTATIONS.get(str(stated_by_all["task"]))
     report = build_text_db(
         (_as_caption(key, decode_text_record(value, example=key)) for key, value in texts),
         out,
         tokenizer=Tokenizer.load(sources[0]),
-        settings=settings,
+        settings=stated_by_all,
+        sources=contents,
         images=lambda key: (key, "exact"),
         lengths=None if task is None else task.lengths,
         meta={name: value for name, value in stated_settings(sources[0], "meta.json").items() if name in ("task", "annotations")}
         | {"output": out.name},
-        side_files=lambda: _side_files(sources),
+        side_files=lambda: side_files_of(sources),
         overwrite=overwrite,
     )
-    return report.counts["kept"]
+    return report.counts["kept"], report.already_complete
 
 
 def _as_caption(key: str, record: dict[str, Any]) -> Caption:
@@ -190,103 +241,3 @@ def _as_caption(key: str, record: dict[str, Any]) -> Caption:
             raise BadInput(f"text {key!r} is about {shown(image)}; expected the key of an image, or of several; see `uniter-db check`")
         image = tuple(image)
     return Caption(key, image, text if isinstance(text, str) else None, fields=record)
-
-
-def stated_settings(source: Path, name: str = "settings.json") -> dict[str, Any]:
-    """A JSON object beside a text database; an empty one if it cannot be read."""
-    try:
-        stated = read_json(source / name)
-    except (FileNotFoundError, BadInput):
-        return {}
-    return stated if isinstance(stated, dict) else {}
-
-
-def _side_files(sources: Sequence[Path]) -> dict[str, Any]:
-    """The task's files of the sources as one: equal ones are kept, lists (RefCOCO's) put together without repetition.
-
-    Raises:
-        SettingsDiffer: they are others, so that labels would mean other things.
-    """
-    together: dict[str, Any] = {}
-    for name in TASK_FILES:
-        values = [read_json(source / name) for source in sources if (source / name).exists()]
-        if values and all(value == values[0] for value in values):
-            together[name] = values[0]
-        elif values and all(isinstance(value, list) for value in values):
-            rows = {orjson.dumps(row, option=orjson.OPT_SORT_KEYS): row for value in values for row in value}
-            together[name] = list(rows.values())
-        elif values:
-            raise SettingsDiffer(
-                f"{', '.join(str(source / name) for source in sources)} differ; texts of other labels cannot be one database"
-            )
-    return together
-
-
-def _write_published_texts(out: Path, texts: Iterable[Text], sources: Sequence[Path], *, overwrite: bool) -> int:
-    """Write a text database in UNITER's layout; what meta.json and RefCOCO's side files say is taken from the sources."""
-    if out.exists() and any(out.iterdir()) and not (overwrite and (out / "data.mdb").is_file()):
-        raise BadInput(f"{out} is there already; choose another folder" + ("" if overwrite else ", or --overwrite"))
-    if any(source.resolve().is_relative_to(out.resolve()) for source in sources):
-        raise BadInput(f"{out} holds the source, and would be replaced; choose another folder")
-    temporary, old = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.old.tmp")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    stated = [_stated_lengths(source) for source in sources]
-    lengths: dict[str, dict[str, int]] = {}
-    images: dict[str, Any] = {}
-    texts_of: dict[str, list[str]] = {}
-    environment = lmdb.open(str(temporary), map_size=1 << 26, lock=False, max_spare_txns=0)
-    try:
-        pending: list[tuple[bytes, bytes]] = []
-        for key, value in texts:
-            record = decode_text_record(value, example=key)
-            for name in LENGTHS:
-                found = next((tables[name][key] for tables in stated if key in tables.get(name, {})), None)
-                if found is None and name == "id2len" and not any(stated):
-                    found = len(record.get("input_ids", ()))
-                if found is not None:
-                    lengths.setdefault(name, {})[key] = found
-            image = record.get("img_fname")
-            if image is not None:
-                images[key] = image
-                for name in [image] if isinstance(image, str) else image:
-                    texts_of.setdefault(name, []).append(key)
-            pending.append((key.encode(), value))
-            if len(pending) == 4096:
-                put_all(environment, pending)
-                pending = []
-        put_all(environment, pending)
-    finally:
-        environment.close()
-    if not lengths and not images:
-        shutil.rmtree(temporary)
-        raise BadInput(f"there is not one good text to write to {out}")
-    for name, table in lengths.items():
-        write_json(temporary / f"{name}.json", table)
-    write_json(temporary / "txt2img.json", images)
-    write_json(temporary / "img2txts.json", texts_of)
-    for name, value in _side_files(sources).items():
-        write_json(temporary / name, value)
-    if (sources[0] / "vocab.txt").exists():
-        shutil.copyfile(sources[0] / "vocab.txt", temporary / "vocab.txt")
-    write_json(temporary / "meta.json", next((meta for source in sources if (meta := stated_settings(source, "meta.json"))), {}))
-    if out.exists():
-        out.rename(old)  # not removed in place: half of it could still open
-    temporary.rename(out)
-    sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    return len(images) or max(map(len, lengths.values()))
-
-
-def _stated_lengths(source: Path) -> dict[str, dict[str, int]]:
-    """The length tables of a text database, as far as they can be read."""
-    tables = {}
-    for name in LENGTHS:
-        try:
-            table = read_json(source / f"{name}.json")
-        except (FileNotFoundError, BadInput):
-            continue
-        if isinstance(table, dict):
-            tables[name] = {key: length for key, length in table.items() if type(length) is int}
-    return tables

@@ -28,6 +28,7 @@ def describe(path: Path) -> dict[str, Any]:
     try:
         told |= _describe_text(path) if kind.endswith("text") else _describe_regions(path, kind)
     except (UniterError, OSError, ValueError, KeyError, TypeError, lmdb.Error) as error:
+        told["complete"] = False
         told["error"] = f"{error}; see `uniter-db check`"
     return told
 

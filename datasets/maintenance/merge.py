@@ -10,15 +10,17 @@ from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.maintenance.copying import (
     Record,
-    Text,
     box_ids_of,
     folders_of,
     records_of,
+    refuse_overlap,
     shared_header,
     write_regions,
     write_texts,
 )
 from uniter.datasets.maintenance.kinds import database_kind
+from uniter.datasets.maintenance.published_texts import Text, stated_settings
+from uniter.datasets.storage.claims import source_names
 from uniter.datasets.text_db import TextDB
 
 # -------------------------------------------------------------------------------------------------------------------- merging
@@ -37,20 +39,12 @@ def merge(sources: Sequence[Path], out: Path, *, overwrite: bool = False) -> dic
     kinds = {database_kind(path).endswith("text") for path in sources}
     if len(kinds) != 1:
         raise BadInput("text and region databases cannot be merged into one")
-    if any(path.resolve() == out.resolve() for path in sources):
-        raise BadInput(f"{out} is both a source and the target; choose another folder")
     if kinds == {True}:
         return _merge_texts(sources, out, overwrite=overwrite)
     folders = [folder for source in sources for folder in folders_of(source)]
+    refuse_overlap(out, [*folders, *sources])
     databases = [ImageDB(folder) for folder in folders]
-    first = next((database for database in databases if len(database)), databases[0])
-    for folder, database in zip(folders, databases, strict=True):
-        widths = (database.feature_width, database.label_classes)
-        if len(database) and widths != (first.feature_width, first.label_classes):
-            mine = f"{folder} has features and labels {widths[0]} and {widths[1]} wide"
-            raise SettingsDiffer(f"{mine}, {folders[0]} {first.feature_width} and {first.label_classes}: they cannot be one database")
-    header = {"feature_width": first.feature_width, "label_classes": first.label_classes}
-    header |= shared_header([database.header for database in databases], folders)
+    header = {**_shared_widths(databases, folders), **shared_header([database.header for database in databases], folders)}
     doubled = 0
 
     def all_records() -> Iterator[Record]:
@@ -74,18 +68,34 @@ def merge(sources: Sequence[Path], out: Path, *, overwrite: bool = False) -> dic
         "sources": [path.name for path in sources],
         "images": [len(database) for database in databases],
     }
-    images = write_regions(
-        out, all_records(), settings=settings, header=lambda: header, failures=failed, box_ids=box_ids_of(folders), overwrite=overwrite
+    written = write_regions(
+        out,
+        all_records(),
+        settings=settings,
+        sources=source_names(folders),
+        header=lambda: header,
+        failures=failed,
+        box_ids=box_ids_of(folders),
+        overwrite=overwrite,
     )
-    return {"out": str(out), "kind": "regions", "sources": len(sources), "images": images, "equal_records_dropped": doubled}
+    told = {"out": str(out), "kind": "regions", "sources": len(sources), "images": written.images, "equal_records_dropped": doubled}
+    return {**told, "already_complete": written.already_complete}
+
+
+def _shared_widths(databases: Sequence[ImageDB], folders: Sequence[Path]) -> dict[str, int]:
+    """The widths of all that hold anything; SettingsDiffer if there are several."""
+    first = next((database for database in databases if len(database)), databases[0])
+    for folder, database in zip(folders, databases, strict=True):
+        widths = (database.feature_width, database.label_classes)
+        if len(database) and widths != (first.feature_width, first.label_classes):
+            mine = f"{folder} has features and labels {widths[0]} and {widths[1]} wide"
+            raise SettingsDiffer(f"{mine}, {folders[0]} {first.feature_width} and {first.label_classes}: they cannot be one database")
+    return {"feature_width": first.feature_width, "label_classes": first.label_classes}
 
 
 def _merge_texts(sources: Sequence[Path], out: Path, *, overwrite: bool) -> dict[str, Any]:
     databases = [TextDB(path) for path in sources]
-    names = {database.tokenizer_name for database in databases}
-    ranges = {database.meta.get("v_range") and tuple(database.meta["v_range"]) for database in databases}
-    if len(names) != 1 or len(ranges) != 1:
-        raise SettingsDiffer(f"the databases were made with different tokenizers ({', '.join(sorted(map(str, names)))})")
+    _refuse_other_tokenizers(databases, sources)
 
     def each_once() -> Iterator[Text]:
         for number, database in enumerate(databases):
@@ -98,5 +108,19 @@ def _merge_texts(sources: Sequence[Path], out: Path, *, overwrite: bool) -> dict
                         f"text {example!r} is in {sources[earlier]} and in {sources[number]} and differs; give the texts other ids"
                     )
 
-    kept = write_texts(out, each_once(), sources, made_by="uniter-db merge", overwrite=overwrite)
-    return {"out": str(out), "kind": "text", "sources": len(sources), "texts": kept}
+    kept, complete = write_texts(out, each_once(), sources, made_by="uniter-db merge", overwrite=overwrite)
+    return {"out": str(out), "kind": "text", "sources": len(sources), "texts": kept, "already_complete": complete}
+
+
+def _refuse_other_tokenizers(databases: Sequence[TextDB], sources: Sequence[Path]) -> None:
+    """SettingsDiffer if the same number means other word pieces: by the vocabulary's contents or, where those are unknown, by name."""
+    stated = [stated_settings(source).get("tokenizer") for source in sources]
+    contents = [(one.get("sha256"), one.get("lowercase")) if isinstance(one, dict) else (None, None) for one in stated]
+    if all(sha256 is not None for sha256, _ in contents):
+        different = len(set(contents)) > 1
+    else:
+        ranges = {database.meta.get("v_range") and tuple(database.meta["v_range"]) for database in databases}
+        different = len({database.tokenizer_name for database in databases}) > 1 or len(ranges) > 1
+    if different:
+        names = ", ".join(sorted({str(database.tokenizer_name) for database in databases}))
+        raise SettingsDiffer(f"the databases were made with different tokenizers or vocabularies ({names}): build their texts with one")

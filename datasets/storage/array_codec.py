@@ -10,7 +10,6 @@ Source: the layout as msgpack-numpy 0.4 writes it (facts/uniter.md, 1.2).
 """
 
 import math
-import struct
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -32,7 +31,13 @@ MAX_DIMENSIONS = 4
 MAX_UNPACKED_BYTES = 1 << 30
 
 
-_MAX_DEPTH = 8
+_LONGEST_NAME: Final = 4096
+
+
+_MAPS: Final = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
+_LISTS: Final = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
+_EXTENSIONS: Final = frozenset((0xC1, 0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9)))
+_HEADS: Final = {0xC4: 2, 0xD9: 2, 0xC5: 3, 0xDA: 3, 0xC6: 5, 0xDB: 5}  # of bytes and strings: type and length, in bytes
 
 
 class ArrayPlace(NamedTuple):
@@ -116,8 +121,8 @@ def find_layout(value: bytes | memoryview) -> Layout:
         return known
     try:
         places = _Walker(value).arrays()
-    except (IndexError, struct.error, UnicodeDecodeError):
-        raise BadInput("the value is cut off or no msgpack") from None
+    except (IndexError, UnicodeDecodeError, ValueError, msgpack.UnpackException) as error:
+        raise BadInput(f"the value is cut off or no msgpack{f' ({error})' if str(error) else ''}") from None
     if len(_layouts) >= _MAX_LAYOUTS:
         _layouts.clear()
     layout = _layouts[(len(value), bytes(value[:_HEAD_BYTES]))] = Layout(value, places)
@@ -125,158 +130,75 @@ def find_layout(value: bytes | memoryview) -> Layout:
 
 
 class _Walker:
+    """msgpack's own reader, asked for places instead of objects. Nothing of a value is made an object but names and numbers.
+
+    Where the reader would believe a length, its limits stand (4,096 bytes of a name, no list or map as a name); what is stepped over costs
+    no memory whatever it claims.
+    """
+
     def __init__(self, value: bytes | memoryview) -> None:
         self.value = value
-        self.place = 0
+        limits = dict.fromkeys(("max_str_len", "max_bin_len", "max_ext_len"), _LONGEST_NAME)
+        self.reader = msgpack.Unpacker(
+            raw=True, strict_map_key=False, max_buffer_size=max(1, len(value)), max_array_len=0, max_map_len=0, **limits
+        )
+        self.reader.feed(value)
 
     def arrays(self) -> dict[str, ArrayPlace]:
-        count = self._map_length()
-        if count is None:
+        if self._code() not in _MAPS:
             raise BadInput("the value is no msgpack map of arrays")
+        count = self.reader.read_map_header()
         if count > MAX_ARRAYS:
             raise BadInput(f"the value claims {count:,} arrays, expected at most {MAX_ARRAYS}")
         found: dict[str, ArrayPlace] = {}
         for _ in range(count):
             name = self._scalar()
-            if isinstance(name, bytes):
-                name = name.decode()
-            if not isinstance(name, str):
+            if not isinstance(name, bytes):
                 raise BadInput("the value is no msgpack map from names to arrays")
-            before = self.place
-            entries = self._map_length()
-            if entries is None:
-                self.place = before
-                self._skip(0)
+            if self._code() not in _MAPS:
+                self.reader.skip()
                 continue
-            array = self._array(name, entries)
+            array = self._array(name.decode())
             if array is not None and array.shape:
-                found[name] = array
-        if self.place != len(self.value):
-            raise BadInput(f"the value has {len(self.value) - self.place:,} bytes too many")
+                found[name.decode()] = array
+        if self.reader.tell() != len(self.value):
+            raise BadInput(f"the value has {len(self.value) - self.reader.tell():,} bytes too many")
         return found
 
-    def _take(self, count: int) -> int:
-        """Step over `count` bytes; where they begin."""
-        begin = self.place
-        if begin + count > len(self.value):
-            raise BadInput(f"the value is cut off: {count:,} bytes are announced but {len(self.value) - begin:,} follow")
-        self.place = begin + count
-        return begin
-
-    def _number(self, layout: str) -> Any:
-        size = struct.calcsize(layout)
-        return struct.unpack_from(layout, self.value, self._take(size))[0]
-
-    def _map_length(self) -> int | None:
-        code = self.value[self.place]
-        if 0x80 <= code <= 0x8F:
-            self.place += 1
-            return code & 0x0F
-        if code in (0xDE, 0xDF):
-            self.place += 1
-            return int(self._number(">H" if code == 0xDE else ">I"))
-        return None
-
-    def _list_length(self) -> int | None:
-        code = self.value[self.place]
-        if 0x90 <= code <= 0x9F:
-            self.place += 1
-            return code & 0x0F
-        if code in (0xDC, 0xDD):
-            self.place += 1
-            return int(self._number(">H" if code == 0xDC else ">I"))
-        return None
-
-    def _blob_length(self) -> int | None:
-        """Length of the bytes or string that begins here, None if something else does."""
-        code = self.value[self.place]
-        if 0xA0 <= code <= 0xBF:
-            self.place += 1
-            return code & 0x1F
-        layout = {0xC4: ">B", 0xD9: ">B", 0xC5: ">H", 0xDA: ">H", 0xC6: ">I", 0xDB: ">I"}.get(code)
-        if layout is None:
-            return None
-        self.place += 1
-        return int(self._number(layout))
+    def _code(self) -> int:
+        """The type of what comes next."""
+        return int(self.value[self.reader.tell()])
 
     def _scalar(self) -> Any:
         """A short string or bytes (both as bytes), number, bool or nil."""
-        length = self._blob_length()
-        if length is not None:
-            if length > 4096:
-                raise BadInput(f"a name of {length:,} bytes; is the value damaged?")
-            begin = self._take(length)
-            return bytes(self.value[begin : begin + length])
-        code = self.value[self.place]
-        self.place += 1
-        if code <= 0x7F:
-            return code
-        if code >= 0xE0:
-            return code - 0x100
-        if code in (0xC0, 0xC2, 0xC3):
-            return {0xC0: None, 0xC2: False, 0xC3: True}[code]
-        layout = {
-            0xCA: ">f",
-            0xCB: ">d",
-            0xCC: ">B",
-            0xCD: ">H",
-            0xCE: ">I",
-            0xCF: ">Q",
-            0xD0: ">b",
-            0xD1: ">h",
-            0xD2: ">i",
-            0xD3: ">q",
-        }.get(code)
-        if layout is None:
+        code = self._code()
+        if code in _MAPS or code in _LISTS or code in _EXTENSIONS:
             raise BadInput(f"the value holds msgpack type 0x{code:02x} where a name or a number was expected")
-        return self._number(layout)
+        return self.reader.unpack()
 
-    def _skip(self, depth: int) -> None:
-        """Step over anything that is no extension."""
-        if depth > _MAX_DEPTH:
-            raise BadInput("the value is nested too deeply")
-        length = self._map_length()
-        if length is not None:
-            for _ in range(self._plausible(2 * length)):
-                self._skip(depth + 1)
-            return
-        length = self._list_length()
-        if length is not None:
-            for _ in range(self._plausible(length)):
-                self._skip(depth + 1)
-            return
-        length = self._blob_length()
-        if length is not None:
-            self._take(length)
-            return
-        self._scalar()
-
-    def _plausible(self, count: int) -> int:
-        if count > len(self.value) - self.place:
-            raise BadInput(f"the value claims {count:,} entries but has {len(self.value) - self.place:,} bytes left")
-        return count
-
-    def _array(self, name: str, entries: int) -> ArrayPlace | None:
+    def _array(self, name: str) -> ArrayPlace | None:
         fields: dict[bytes, Any] = {}
         data: tuple[int, int] | None = None
-        for _ in range(self._plausible(entries)):
+        for _ in range(self.reader.read_map_header()):
             key = self._scalar()
             if key == b"data":
-                length = self._blob_length()
-                if length is None:
+                head = 1 if 0xA0 <= self._code() <= 0xBF else _HEADS.get(self._code())
+                if head is None:
                     raise BadInput(f"array {name!r}: its data are no bytes")
-                data = (self._take(length), length)
+                begin = self.reader.tell() + head
+                self.reader.skip()
+                data = begin, self.reader.tell() - begin
             elif key == b"shape":
-                extents = self._list_length()
-                if extents is None or extents > MAX_DIMENSIONS:
+                extents = self.reader.read_array_header() if self._code() in _LISTS else MAX_DIMENSIONS + 1
+                if extents > MAX_DIMENSIONS:
                     raise BadInput(f"array {name!r} has a shape that is no list of at most {MAX_DIMENSIONS} numbers")
                 fields[key] = [self._scalar() for _ in range(extents)]
             elif key in (b"nd", b"type", b"kind"):
-                if self.value[self.place] in (*range(0x80, 0xA0), 0xDC, 0xDD, 0xDE, 0xDF):
+                if self._code() in _MAPS or self._code() in _LISTS:
                     raise BadInput(f"array {name!r} has a structured type; only plain number types are read")
                 fields[key] = self._scalar()
             else:
-                self._skip(0)
+                self.reader.skip()
         if b"nd" not in fields:
             return None  # some other map
         if fields.get(b"kind", b"") not in (b"", None):

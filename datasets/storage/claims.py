@@ -12,7 +12,6 @@ What a reader would get wrong: `overwrite` does not touch OUT until its successo
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,24 +22,43 @@ from typing import Any, Final
 
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.storage.cards import CARD_FILE, has_foreign_readme
+from uniter.datasets.storage.contents import (
+    MADE_FROM as MADE_FROM,
+)
+from uniter.datasets.storage.contents import (
+    SETTINGS as SETTINGS,
+)
+from uniter.datasets.storage.contents import (
+    Source as Source,
+)
+from uniter.datasets.storage.contents import (
+    content_of as content_of,
+)
+from uniter.datasets.storage.contents import (
+    contents_of,
+    differences_of_settings,
+    stored_contents,
+)
+from uniter.datasets.storage.contents import (
+    source_names as source_names,
+)
 from uniter.datasets.storage.files import (
-    difference_in_words,
+    REPLACED,
+    UNFINISHED,
     first_json,
     first_phrases,
     read_json_object,
     remove,
-    sha256_of,
     sync,
     write_json,
 )
-from uniter.datasets.storage.index_file import INDEX, map_arrays
 from uniter.datasets.storage.lmdb_files import full_disk_said
 from uniter.datasets.storage.locks import file_lock, only_writer
 
 log = logging.getLogger(__name__)
 
-SETTINGS: Final = "settings.json"
-MADE_FROM: Final = "made_from"  # the key of settings.json
+REPORT: Final = "report"
+NOTE: Final = "made_by.json"  # what settings.json is to us, in layouts of others
 _ASIDE, _REPLACED, _CLAIMING = ".overwriting", ".replaced", ".claim"
 _GOING: Final = ".replaced"  # a file in a folder that is being replaced: what is called OUT.replaced without it is somebody's own
 
@@ -130,6 +148,8 @@ class Claim:
                 if not self.published():
                     self._refuse_if_lost()
                     _swap(self.out, self.folder, self.maker)
+                elif self.folder.is_dir() and not (self.folder / SETTINGS).exists():
+                    remove(self.folder)  # locks of a process that was too late
 
     def abandon(self) -> None:
         """Take away the begun folder of a command that failed for good; what stood at `out` before it, and what is not ours, stays."""
@@ -142,7 +162,7 @@ def claim(
     settings: Mapping[str, Any],
     *,
     maker: Maker,
-    sources: Mapping[str, Path | Mapping[str, Any]] | None = None,
+    sources: Mapping[str, Source] | None = None,
     overwrite: bool = False,
     may_differ: Sequence[str] = (),
 ) -> Claim:
@@ -151,8 +171,7 @@ def claim(
     Args:
         out: the folder; made if it is absent.
         settings: JSON; all that decides what is written, but for the contents of the sources.
-        sources: what the contents are made from, by the names under which `settings.json` remembers them: files, databases, folders; or
-            what `content_of` would say, of what is none of these (the photographs that a list names).
+        sources: what the contents are made from, by the names under which `settings.json` remembers them.
         overwrite: begin anew, beside what is there.
         may_differ: keys of `settings` that are remembered but refuse nothing.
 
@@ -174,7 +193,7 @@ def claim(
         if _begun(out, maker) and overwrite:
             folder = aside
             if _begun(aside, maker):  # an earlier attempt to overwrite
-                if _differences(read_json_object(aside / SETTINGS), asked, may_differ):
+                if differences_of_settings(read_json_object(aside / SETTINGS), asked, may_differ):
                     _remove_ours(aside, maker)
                 elif (aside / maker.complete).is_file():  # killed with everything done
                     _swap(out, aside, maker)
@@ -183,7 +202,7 @@ def claim(
         with full_disk_said(folder):
             first_json(folder / SETTINGS, asked)
         stored = read_json_object(folder / SETTINGS)
-        if phrases := _differences(stored, asked, may_differ):
+        if phrases := differences_of_settings(stored, asked, may_differ):
             raise SettingsDiffer(
                 f"{out} was begun with other settings ({first_phrases(phrases)}): use the same ones, another folder, or --overwrite"
             )
@@ -199,108 +218,15 @@ def refuse_source_inside(out: Path, source: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------- identity is content
 
-_PLACES: Final = ("offsets", "sizes", "data_file", "units", "failure_units")
-"""Columns of an index that say where a record lies and in which order it came: no part of what a database holds."""
 
-_READ: Final = (".npz", ".mdb", ".json", ".jsonl", ".tsv", ".csv", ".txt", ".h5", ".hdf5", INDEX)
-"""Endings of files in a folder that are told apart by what is in them; all others, photographs and tars for instance, by their size."""
-
-
-def content_of(path: Path, known: Any = None, *, without: Path | None = None) -> dict[str, Any]:
-    """What a source holds, in a few fields that are equal exactly where the contents are.
-
-    A database of ours: the digest of its index (keys, numbers, checksums). A file, or the data.mdb of a published database: SHA-256, read
-    again only where size or time differ from those of `known`. Another folder: names and sizes of photographs and tars, SHA-256 of the
-    rest, by the same rule.
-
-    Args:
-        path: the file or folder.
-        known: what this function gave for it earlier.
-        without: a folder inside `path` that does not count: what is being made there.
-
-    Raises:
-        BadInput: there is no such file or folder.
-    """
-    if not path.exists():
-        raise BadInput(f"{path} does not exist")
-    known = known if isinstance(known, dict) else {}
-    if path.is_dir() and (path / INDEX).is_file():
-        return {"name": path.name, "index": _digest_of_index(path / INDEX)}
-    file = path / "data.mdb" if path.is_dir() and (path / "data.mdb").is_file() and not (path / SETTINGS).exists() else path
-    if file.is_file():
-        status = file.stat()
-        same = (known.get("bytes"), known.get("modified")) == (status.st_size, status.st_mtime_ns)
-        sha256 = known["sha256"] if same and isinstance(known.get("sha256"), str) else sha256_of(file)
-        return {"name": path.name, "bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": sha256}
-    return {"name": path.name, **_content_of_folder(path, known, without)}
-
-
-def _content_of_folder(folder: Path, known: Mapping[str, Any], without: Path | None) -> dict[str, Any]:
-    named, times = hashlib.sha256(), hashlib.sha256()
-    to_read: list[Path] = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not (without is not None and path.is_relative_to(without)):
-            status = path.stat()
-            row = f"{path.relative_to(folder).as_posix()}\0{status.st_size}\n".encode(errors="surrogateescape")
-            if path.name.endswith(_READ):
-                to_read.append(path)
-                times.update(row + str(status.st_mtime_ns).encode())
-            else:
-                named.update(row)
-    told = {"names_and_sizes": named.hexdigest()}
-    if not to_read:
-        return told
-    if known.get("modified") == times.hexdigest() and isinstance(known.get("sha256"), str):
-        return {**told, "modified": times.hexdigest(), "sha256": known["sha256"]}
-    content = hashlib.sha256()
-    for path in to_read:
-        content.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of(path)}\n".encode(errors="surrogateescape"))
-    return {**told, "modified": times.hexdigest(), "sha256": content.hexdigest()}
-
-
-def _digest_of_index(index: Path) -> str:
-    """SHA-256 of the columns that tell what a database holds."""
-    digest = hashlib.sha256()
-    for name, column in sorted(map_arrays(index).items()):
-        if name not in _PLACES:
-            digest.update(f"{name} {column.dtype} {column.shape}\n".encode())
-            if column.size:
-                digest.update(column.data.cast("B"))
-    return digest.hexdigest()
-
-
-_CONTENT: Final = ("index", "sha256", "names_and_sizes")
-
-
-def _asked(settings: Mapping[str, Any], sources: Mapping[str, Path | Mapping[str, Any]] | None, out: Path, maker: Maker) -> dict[str, Any]:
+def _asked(settings: Mapping[str, Any], sources: Mapping[str, Source] | None, out: Path, maker: Maker) -> dict[str, Any]:
     asked: dict[str, Any] = {"kind": maker.kind, **json.loads(json.dumps(settings))}
     if sources:
         known: dict[str, Any] = {}
         for folder in (out, _beside(out, _ASIDE)):
-            with contextlib.suppress(BadInput):
-                stored = read_json_object(folder / SETTINGS).get(MADE_FROM)
-                known |= stored if isinstance(stored, dict) else {}
-        asked[MADE_FROM] = {
-            name: content_of(source, known.get(name), without=out) if isinstance(source, Path) else dict(source)
-            for name, source in sources.items()
-        }
+            known |= stored_contents(folder / SETTINGS)
+        asked[MADE_FROM] = contents_of(sources, known, without=out)
     return asked
-
-
-def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any], may_differ: Sequence[str] = ()) -> list[str]:
-    """In words; what the stored settings do not know of the contents is no difference, nor are names and times of files."""
-    left = (MADE_FROM, "kind", *may_differ)
-    before, wanted = ({name: value for name, value in one.items() if name not in left} for one in (stored, asked))
-    phrases = difference_in_words(before, wanted)
-    known, now = stored.get(MADE_FROM), asked.get(MADE_FROM)
-    if not isinstance(known, dict) or not isinstance(now, dict):
-        return phrases
-    for name in [*known, *(name for name in now if name not in known)]:
-        if name not in now or name not in known:
-            phrases.append(f"{name} was {'absent' if name not in known else 'there'}, now {'there' if name not in known else 'absent'}")
-        elif not isinstance(known[name], dict) or any(known[name].get(field) != now[name].get(field) for field in _CONTENT):
-            phrases.append(f"{name} ({now[name]['name']}) has other contents now")
-    return phrases
 
 
 def _stamped(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
@@ -312,6 +238,48 @@ def _stamped(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> dic
     with contextlib.suppress(PermissionError):  # somebody else's database, which is only read
         write_json(folder / SETTINGS, stamped)
     return stamped
+
+
+# ----------------------------------------------------------------------------------------------- what is not in a layout of ours
+
+
+def note_of(out: Path) -> Path:
+    """Where a file or folder in somebody else's layout has our note of what it was made from: in the folder, or beside the file."""
+    return out / NOTE if out.is_dir() else out.with_name(f"{out.name}.{NOTE}")
+
+
+def may_replace(out: Path, settings: Mapping[str, Any], *, sources: Mapping[str, Path], overwrite: bool) -> dict[str, Any] | None:
+    """Whether to write a file or folder in somebody else's layout, which appears whole by rename.
+
+    Returns:
+        What `write_note` takes before it appears (new files), with it (folders) or after it (files that are replaced), and once more,
+        with a "report", when all is done; None if it is there already, made from the same.
+
+    Raises:
+        SettingsDiffer: it is ours, made with other settings or from other contents.
+        BadInput: it is not known to be ours, or is one of the sources.
+    """
+    for source in sources.values():
+        refuse_source_inside(out, source)
+    known = stored_contents(note_of(out))
+    asked: dict[str, Any] = json.loads(json.dumps(settings)) | {
+        MADE_FROM: {name: content_of(path, known.get(name)) for name, path in sources.items()}
+    }
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return asked
+    if not note_of(out).is_file():
+        raise BadInput(f"{out} is there already, and is not known to be made by this command; choose another OUT, or remove it yourself")
+    stored = read_json_object(note_of(out))
+    if overwrite:
+        return asked
+    if phrases := differences_of_settings(stored, asked, (REPORT,)):
+        raise SettingsDiffer(f"{out} is there already, made otherwise ({first_phrases(phrases)}): choose another OUT, or --overwrite")
+    return None if REPORT in stored else asked
+
+
+def write_note(out: Path, note: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> None:
+    """Remember of a file or folder in somebody else's layout what it was made from and, when it is whole, what was reported."""
+    write_json(note_of(out), note if report is None else {**note, REPORT: report})
 
 
 # ------------------------------------------------------------------------------------ nothing is destroyed before its successor is whole
@@ -345,6 +313,22 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
+
+
+def is_passing(path: Path) -> bool:
+    """Whether a folder is there only while the one beside it is written: its successor, or its predecessor once the successor stands."""
+    stands_for = path.with_name(standing_for(path.name))
+    if path.name.endswith(_ASIDE):
+        return stands_for.exists() or (_beside(stands_for, _REPLACED) / _GOING).exists()
+    return path.name.endswith(UNFINISHED) or (stands_for != path and stands_for.exists())
+
+
+def standing_for(name: str) -> str:
+    """The name of the folder whose successor or predecessor bears this one."""
+    for ending in (_ASIDE, _REPLACED, REPLACED, UNFINISHED):
+        if name.endswith(ending):
+            return name.removesuffix(ending)
+    return name
 
 
 def _beside(out: Path, ending: str) -> Path:
@@ -417,8 +401,3 @@ def _remove_ours(folder: Path, maker: Maker) -> None:
     (folder / SETTINGS).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
-
-
-def source_names(paths: Sequence[Path], name: str = "source") -> dict[str, Path]:
-    """Several sources under names that stay apart: "source" for one, "source 1" and so on for several."""
-    return {name: paths[0]} if len(paths) == 1 else {f"{name} {number}": path for number, path in enumerate(paths, start=1)}

@@ -1,14 +1,17 @@
-"""Files written whole or not at all, and JSON read with errors in words."""
+"""Files written whole or not at all, JSON read with errors in words, and names with braces in them."""
 
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import orjson
 
@@ -17,21 +20,40 @@ from uniter.datasets.errors import BadInput
 # ---------------------------------------------------------------------------------------------------------------- small files
 
 
+UNFINISHED, REPLACED = ".uniter.tmp", ".uniter-old.tmp"  # of large files and folders, beside what they are to be, or were
+
+
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, *, large: bool = False) -> Iterator[Path]:
     """A name beside `path` to write a file to: made durable, it takes the place of `path` at the end; if anything fails, it is removed.
 
     So a file is there whole or not at all, however the process ends. What a killed one leaves is called `NAME.*.tmp`.
+
+    Args:
+        large: a file or folder that is worth looking after: what a killed process left of it is removed here. One at a time.
     """
+    path = path.resolve()  # what a link leads to is replaced, not the link
     # Processes in containers on several machines often have the same id.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(path.name + (UNFINISHED if large else f".{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"))
+    old = path.with_name(path.name + REPLACED)
+    if large:
+        remove(temporary)
+        if old.exists() and not path.exists():  # killed between the two renames
+            old.rename(path)
     try:
         yield temporary
         sync(temporary)
+        if path.exists() and path.is_dir() != temporary.is_dir():
+            raise BadInput(f"{path} is a {'folder' if path.is_dir() else 'file'}, and is not replaced; choose another name")
+        if path.is_dir():
+            remove(old)
+            path.rename(old)
         temporary.replace(path)
         sync(path.parent)
+        if large:
+            remove(old)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise
 
 
@@ -149,3 +171,33 @@ def first_phrases(phrases: Sequence[str], most: int = 4) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ----------------------------------------------------------------------------------------------------------------- many names
+
+
+_BRACES: Final = re.compile(r"\{([^{}]*)\}")
+_MOST_NAMES: Final = 1_000_000
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a name with braces stands for, in order: {00000..00331} counts, {train,val} lists.
+
+    Raises:
+        BadInput: it counts downwards, or stands for more than a million names.
+    """
+    pieces = _BRACES.split(pattern)
+    choices = [[piece] if place % 2 == 0 else _choices(piece, pattern) for place, piece in enumerate(pieces)]
+    if math.prod(map(len, choices)) > _MOST_NAMES:
+        raise BadInput(f"{pattern!r} stands for more than {_MOST_NAMES:,} names; name the folder that holds them")
+    return ["".join(parts) for parts in product(*choices)]
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    counted = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inside)
+    if counted is None:
+        return inside.split(",")
+    first, last = int(counted[1]), int(counted[2])
+    if last < first or last - first >= _MOST_NAMES:
+        raise BadInput(f"{{{inside}}} in {pattern!r} counts from {first} to {last}; expected at most a million, upwards")
+    return [f"{number:0{len(counted[1])}d}" for number in range(first, last + 1)]

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,13 +97,17 @@ def whole_json(path: Path, wanted: str = "", *, most_bytes: int = MOST_WHOLE_BYT
         BadInput: it is not there, no JSON, cut off, too large, or nested too deeply.
     """
     with open_stream(path) as stream:
-        most = most_bytes
-        if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, gzip.GzipFile):
-            most = min(most, FREE_BYTES + MOST_UNPACKING * path.stat().st_size)
+        most = min(most_bytes, _most_unpacked(path, stream))
         content = stream.read(most + 1)
         if len(content) > most:
             raise BadInput(f"{path} has more than {most:,} bytes of JSON; expected {wanted or 'a smaller file'}, is it the right file?")
     return json_value(content, str(path), wanted)
+
+
+def _most_unpacked(path: Path, stream: BinaryIO) -> int:
+    """How many bytes of JSON a file may hold: of what is packed more is no JSON that anybody wrote, and would fill the memory."""
+    packed = isinstance(stream, io.BufferedReader) and isinstance(stream.raw, gzip.GzipFile)
+    return FREE_BYTES + MOST_UNPACKING * path.stat().st_size if packed else sys.maxsize
 
 
 def json_lines(path: Path, wanted: str = "one object a line") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -156,8 +161,8 @@ def json_pairs(path: Path) -> Iterator[tuple[str, Any]]:
 class _Checked:
     """A stream of JSON for ijson, without what would bring it down or to a halt.
 
-    It breaks off where JSON is nested deeper than `DEEPEST` (within one block it may be three times as deep), and halves of surrogate
-    pairs (\\ud83d alone), which Python's json writes and yajl refuses, become U+FFFD.
+    It breaks off where JSON is nested deeper than `DEEPEST` (within one block it may be three times as deep) or unpacks to more than
+    `_most_unpacked`, and halves of surrogate pairs (\\ud83d alone), which Python's json writes and yajl refuses, become U+FFFD.
     """
 
     _IN_ESCAPES: Final = b'\\/"0123456789ABCDEFabcdefnrtu'
@@ -169,15 +174,16 @@ class _Checked:
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self._stream, self._path = stream, path
+        self._left = _most_unpacked(path, stream)
         self._held = b""
         self._depth, self._in_string = 0, False
 
     def read(self, size: int = -1) -> bytes:
-        fresh = self._stream.read(size)
+        fresh = self._fresh(size)
         block = self._held + fresh
         # No escape, nor pair of them, may be cut in two: what could be a part of one waits for what follows it.
         while fresh and not block.rstrip(self._IN_ESCAPES) and len(block) < LONGEST_LINE:
-            fresh = self._stream.read(size)
+            fresh = self._fresh(size)
             block += fresh
         end = len(block.rstrip(self._IN_ESCAPES)) if fresh else 0
         block, self._held = (block[:end], block[end:]) if end else (block, b"")
@@ -199,6 +205,13 @@ class _Checked:
         if self._depth > DEEPEST:
             raise BadInput(f"{self._path} is JSON nested more than {DEEPEST} deep; is it a file of captions or annotations?")
         return block
+
+    def _fresh(self, size: int) -> bytes:
+        fresh = self._stream.read(size)
+        self._left -= len(fresh)
+        if self._left < 0:
+            raise BadInput(f"{self._path} unpacks to more than {MOST_UNPACKING} times its size; is it a file of captions or annotations?")
+        return fresh
 
 
 def _json(path: Path, parse: Callable[[BinaryIO], Iterator[Any]]) -> Iterator[Any]:

@@ -29,9 +29,6 @@ TEXT_FORMAT = 1
 LENGTHS = ("id2len", "id2len_qar", "id2len_qa")  # VCR has two of them, and "qa,qar" training goes by the longer
 
 
-"""msgpack -> an lz4 frame with a checksum, which every reader of lz4 frames verifies."""
-
-
 class _ImageTexts(Mapping[str, Sequence[int]]):
     """Image key -> the numbers of its examples, from the index."""
 

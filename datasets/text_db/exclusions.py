@@ -4,19 +4,22 @@ The rules are pretrain-vl-data's (facts 7). A reader would get this wrong: Karpa
 validation part of the pre-training data. Only their Flickr ids are, from SBU, whose photographs cannot be held out otherwise.
 """
 
-import hashlib
-import json
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from uniter.datasets.errors import BadInput, shown
+from uniter.datasets.storage.files import sha256_of
 from uniter.datasets.storage.plain_pickle import load_plain_pickle
-from uniter.datasets.storage.streams import first_character, json_events, json_items, lines_of, object_of
+from uniter.datasets.storage.streams import first_character, json_events, json_items, lines_of, object_of, whole_json
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.sbu import flickr_photo
+
+log = logging.getLogger(__name__)
 
 LISTS = (
     "refer_val_coco_iids",
@@ -42,6 +45,13 @@ LOOKED_AT = 1_000_000  # JSON events
 _COCO_NAME: Final = re.compile(r"coco_(?:train|val|test)20[0-9]{2}_([0-9]{12})(?![0-9])", re.IGNORECASE)
 
 
+class _List(NamedTuple):
+    """What one file lists: ids that must not be seen by kind, "plain" where the file does not say of what, and Karpathy's validation."""
+
+    ids: Mapping[str, set[str]]
+    validation: set[str]
+
+
 class Exclusion:
     """The images of some lists.
 
@@ -59,65 +69,63 @@ class Exclusion:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.hashes: dict[str, str] = {}
-        self._coco: set[str] = set()
-        self._vg: set[str] = set()
-        self._flickr: set[str] = set()
-        self._plain: set[str] = set()
-        self._validation: set[str] = set()
+        self._lists: dict[str, _List] = {}
         for path in paths:
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                raise BadInput(f"list of excluded images {path} is not there; `uniter-build-db exclude` makes one") from None
+            if not path.is_file():
+                raise BadInput(f"list of excluded images {path} is not there; `uniter-build-db exclude` makes one")
             name = path.name if path.name not in self.hashes else str(path)
-            self.hashes[name] = hashlib.sha256(content).hexdigest()
-            start = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-            if start in (b"{", b"["):
-                self._add_json(path, content)
+            self.hashes[name] = sha256_of(path)
+            self._lists[name] = _json_list(path) if first_character(path) in ("{", "[") else _plain_list(path)
+        self._kinds = {kind: set().union(*(one.ids[kind] for one in self._lists.values())) for kind in ("coco", "vg", "flickr", "plain")}
+        self._validation = set().union(*(one.validation for one in self._lists.values()))
+        self._met: set[tuple[str, str]] = set()
+
+    def leave_out(self, captions: Iterable[Caption], counts: Counter[str]) -> Iterator[Caption]:
+        """The texts whose images may be seen; `counts["excluded"]` receives how many may not.
+
+        Raises:
+            BadInput: at the end, if a plain list named none of the images: they are spelt otherwise, and everything would leak. (A JSON
+                object of lists is of several sources at once; that it names none of one is said aloud.)
+        """
+        counts["excluded"] = 0
+        first = None
+        for caption in captions:
+            first = first or caption
+            if self(caption):
+                counts["excluded"] += 1
             else:
-                self._add_lines(path)
-        self._kinds = {"coco": self._coco, "vg": self._vg, "flickr": self._flickr}
+                yield caption
+        if first is not None:
+            self._check_that_lists_were_met(first)
 
-    def _add_json(self, path: Path, content: bytes) -> None:
-        try:
-            document = json.loads(content.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"list of excluded images {path} is not JSON ({error}); was it cut off?") from None
-        if isinstance(document, list):
-            self._plain |= _ids(document, str(path))
-            return
-        lists = {name: _ids(document[name], f"{name} of {path}") for name in LISTS if name in document}
-        if not lists:
-            raise BadInput(f"{path} holds none of {', '.join(LISTS)}; expected what `uniter-build-db exclude` writes, or a plain list")
-        for name in FORBIDDEN_COCO:
-            self._coco |= lists.get(name, set())
-        self._vg |= lists.get("flickr30k_vg_iids", set())
-        self._flickr |= lists.get("excluded_flickr_url_ids", set())
-        self._validation |= lists.get("karpathy_val_iids", set())
-
-    def _add_lines(self, path: Path) -> None:
-        for line in lines_of(path):
-            if entry := line.strip():
-                self._plain.add(_plain_id(entry))
-                # Karpathy's own lists are "val2014/COCO_val2014_000000391895.jpg 391895".
-                name, _, number = entry.rpartition(" ")
-                if name and number.isdigit():
-                    self._plain |= {_plain_id(number), name.strip()}
+    def _check_that_lists_were_met(self, first: Caption) -> None:
+        image = first.image if isinstance(first.image, str) else ", ".join(first.image)
+        for name, of in self._lists.items():
+            if any((kind, number) in self._met for kind, numbers in of.ids.items() for number in numbers):
+                continue
+            entries = sum(map(len, of.ids.values()))
+            if of.ids["plain"]:
+                raise BadInput(
+                    f"none of the {entries:,} entries of {name} is an image of these texts, whose images are called like {shown(image)}; "
+                    "nothing would be left out: name the images as the texts do, or leave this list away"
+                )
+            if entries or not of.validation:  # the validation images alone only say what is in which part
+                log.warning("%s names none of the images of these texts (%s ids); nothing is left out by it", name, f"{entries:,}")
 
     def __call__(self, caption: Caption) -> bool:
         """Whether this text's image must not be seen."""
-        for kind, number in _origins(caption):
-            if number in self._kinds[kind] or number in self._plain:
-                return True
-        if not self._plain:
-            return False
-        images = (caption.image,) if isinstance(caption.image, str) else caption.image
-        return any(_plain_id(name) in self._plain for image in images for name in _names(image))
+        met = [(kind, number) for kind, number in _origins(caption) if number in self._kinds[kind]]
+        if plain := self._kinds["plain"]:
+            images = (caption.image,) if isinstance(caption.image, str) else caption.image
+            called = {_plain_id(name) for image in images for name in _names(image)} | {number for _, number in _origins(caption)}
+            met += [("plain", name) for name in called & plain]
+        self._met.update(met)
+        return bool(met)
 
     @property
     def lists_coco(self) -> bool:
         """Whether the lists are of COCO's ids, which Visual Genome's images have only in image_data.json."""
-        return bool(self._coco or self._validation)
+        return bool(self._kinds["coco"] or self._validation)
 
     @property
     def knows_parts(self) -> bool:
@@ -127,6 +135,36 @@ class Exclusion:
     def part(self, caption: Caption) -> str:
         """ "val" for images of Karpathy's validation split, "train" for all others (facts 7.2)."""
         return "val" if any(kind == "coco" and number in self._validation for kind, number in caption.origins) else "train"
+
+
+def _json_list(path: Path) -> _List:
+    document = whole_json(path, "lists of images")
+    if isinstance(document, list):
+        return _plain(path, _ids(document, str(path)))
+    lists = {name: _ids(document[name], f"{name} of {path}") for name in LISTS if name in document}
+    if not lists:
+        raise BadInput(f"{path} holds none of {', '.join(LISTS)}; expected what `uniter-build-db exclude` writes, or a plain list")
+    coco = set().union(*(lists.get(name, set()) for name in FORBIDDEN_COCO))
+    vg, flickr = lists.get("flickr30k_vg_iids", set()), lists.get("excluded_flickr_url_ids", set())
+    return _List({"coco": coco, "vg": vg, "flickr": flickr, "plain": set()}, lists.get("karpathy_val_iids", set()))
+
+
+def _plain_list(path: Path) -> _List:
+    plain: set[str] = set()
+    for line in lines_of(path):
+        if entry := line.strip():
+            plain.add(_plain_id(entry))
+            # Karpathy's own lists are "val2014/COCO_val2014_000000391895.jpg 391895".
+            name, _, number = entry.rpartition(" ")
+            if name and number.isdigit():
+                plain |= {_plain_id(number), name.strip()}
+    return _plain(path, plain)
+
+
+def _plain(path: Path, plain: set[str]) -> _List:
+    if not plain:
+        raise BadInput(f"list of excluded images {path} is empty; expected ids or images' names")
+    return _List({"coco": set(), "vg": set(), "flickr": set(), "plain": plain}, set())
 
 
 def _origins(caption: Caption) -> Sequence[tuple[str, str]]:

@@ -108,8 +108,8 @@ class Tokenizer:
 
         Args:
             name_or_path: `bert-base-cased` (on board), a vocabulary file, a folder that holds `vocab.txt` or `tokenizer.json` (a text
-                database of ours is one), or the name of a model on the Hugging Face hub. Letters are lowered iff the name has "uncased"
-                in it, or the folder's own JSON says so.
+                database of ours is one), or the name of a model on the Hugging Face hub. Letters are lowered as the folder's own JSON
+                says, and without one iff the name has "uncased" in it.
 
         Raises:
             BadInput: there is nothing of that name, or it holds no WordPiece vocabulary.
@@ -128,7 +128,8 @@ class Tokenizer:
             return cls(read_vocabulary(path), name=name, lowercase="uncased" in own_name)
         if name.startswith("train:"):
             raise BadInput(f"{name!r} learns a vocabulary from captions, which only uniter-build-db does; give a vocabulary here")
-        return cls(from_hub(name), name=name, lowercase="uncased" in name)
+        vocabulary, lowercase, added = from_hub(name)
+        return cls(vocabulary, name=name, lowercase=lowercase, added=added)
 
     def with_words(self, words: Sequence[str]) -> Self:
         """The same vocabulary with a task's words behind it; itself where it has them already."""

@@ -1,10 +1,9 @@
 """The word pieces of a vocabulary file, a folder, a tokenizer.json or the hub."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.streams import object_of, whole_json
 
 PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -26,18 +25,22 @@ def read_vocabulary(path: Path) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def read_folder(path: Path) -> tuple[list[str], str, bool, list[str]]:
-    """Vocabulary, name, lowercase and added words of a folder: a text database of ours, or a model's folder."""
-    name, lowercase = str(path), "uncased" in path.resolve().name
+def read_folder(path: Path, *, called: str = "") -> tuple[list[str], str, bool, list[str]]:
+    """Vocabulary, name, lowercase and added words of a folder: a text database of ours, or a model's folder.
+
+    Args:
+        called: what the folder goes by, where that is not its name.
+    """
+    name, lowercase = str(path), "uncased" in (called or path.resolve().name)
     added: list[str] = []
     if (path / "meta.json").is_file() and (path / "vocab.txt").is_file():
-        meta = _read_json(path / "meta.json")
+        meta = object_of(whole_json(path / "meta.json"), str(path / "meta.json"))
         name = str(meta.get("bert", name))
         lowercase = bool(meta.get("lowercase", "uncased" in name))
         words = meta.get("added_words", [])
         added = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
     elif (path / TOKENIZER_FILE).is_file():
-        told = _read_json(path / TOKENIZER_FILE)
+        told = object_of(whole_json(path / TOKENIZER_FILE), str(path / TOKENIZER_FILE))
         stated = told.get("do_lower_case")
         lowercase = stated if isinstance(stated, bool) else lowercase
         name = str(told.get("name_or_path") or name)
@@ -60,7 +63,7 @@ def read_folder(path: Path) -> tuple[list[str], str, bool, list[str]]:
 
 
 def read_tokenizer_json(path: Path) -> tuple[list[str], bool]:
-    document = _read_json(path)
+    document = object_of(whole_json(path), str(path))
     model, normalizer = document.get("model"), document.get("normalizer")
     vocabulary = model.get("vocab") if isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece" else None
     if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(range(len(vocabulary))):
@@ -69,28 +72,31 @@ def read_tokenizer_json(path: Path) -> tuple[list[str], bool]:
     return sorted(vocabulary, key=lambda piece: int(vocabulary[piece])), lowercase is True
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def from_hub(name: str) -> tuple[list[str], bool, list[str]]:
+    """Vocabulary, lowercase and added words of a model on the Hugging Face hub; nothing from there is run.
+
+    Raises:
+        BadInput: it cannot be had, or its tokeniser is none of BERT's kind.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    folder = None
     try:
-        document = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON ({error}); was it cut off?") from None
-    if not isinstance(document, dict):
-        raise BadInput(f"{path} holds a JSON {type(document).__name__}; expected an object")
-    return document
-
-
-def from_hub(name: str) -> list[str]:
-    from transformers import AutoTokenizer  # slow to import and seldom needed
-
-    try:
-        # Knows every form in which a vocabulary lies on the hub, and runs no code from there.
-        ids: dict[str, int] = AutoTokenizer.from_pretrained(name, trust_remote_code=False).get_vocab()
+        for file in (VOCABULARY_FILE, "tokenizer.json", TOKENIZER_FILE):
+            try:
+                folder = Path(hf_hub_download(name, file)).parent
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                continue
     except Exception as error:  # every kind of network trouble has its own class there
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise BadInput(
             f"tokenizer {name!r} is neither on board (bert-base-cased), nor a file, nor a folder, and could not be had from the "
             f"Hugging Face hub ({reason}); give a vocab.txt"
         ) from None
-    if sorted(ids.values()) != list(range(len(ids))) or UNK not in ids:
-        raise BadInput(f"tokenizer {name!r} is no WordPiece tokeniser of BERT's kind, whose ids count from 0 and which has {UNK}")
-    return sorted(ids, key=lambda piece: ids[piece])
+    if folder is None:
+        raise BadInput(f"tokenizer {name!r} is no WordPiece tokeniser of BERT's kind: the hub has no {VOCABULARY_FILE} of it")
+    vocabulary, _, lowercase, added = read_folder(folder, called=name)
+    return vocabulary, lowercase, added

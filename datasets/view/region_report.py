@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db import ImageDB
+from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.records import ALL_FIELDS
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.image_db.writing.side_files import read_failures
@@ -26,7 +27,7 @@ from uniter.datasets.view.charts import histogram
 from uniter.datasets.view.drawing import draw_regions
 from uniter.datasets.view.labels import RegionLabel, class_colour, label_regions
 from uniter.datasets.view.page import LISTED, fresh_folder, listing, page_of
-from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, Photographs, photograph
+from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, photograph
 from uniter.datasets.view.pictures import resized, write_picture
 
 PICTURES_PER_PAGE = 100

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.view.charts import LINE_COLOURS, curves
 from uniter.datasets.view.drawing import draw_regions, draw_weights
 from uniter.datasets.view.labels import label_regions
 from uniter.datasets.view.page import fresh_folder, page_of
-from uniter.datasets.view.photographs import Photographs, photograph
+from uniter.datasets.view.photographs import photograph
 from uniter.datasets.view.pictures import resized, write_picture
 
 # ---------------------------------------------------------------------------------------------------------------------- runs

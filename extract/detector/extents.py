@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from uniter.extract.detector.cpu import FusedConvolution
-
 Size = tuple[int, int]
 
 
@@ -88,7 +86,7 @@ class PaddingGuard:
         self._extents: ValidExtents | None = None
         for root in modules:
             for module in root.modules():
-                if isinstance(module, (nn.Conv2d, FusedConvolution)):
+                if isinstance(module, nn.Conv2d):
                     module.register_forward_pre_hook(self._before_convolution)
                     module.register_forward_hook(self._after_convolution)
                 elif _is_stem(module):
@@ -109,12 +107,12 @@ class PaddingGuard:
 
     # The hooks clear their inputs in place: outside the extents no value is ever needed, so whoever else reads them loses nothing.
     def _before_convolution(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, (nn.Conv2d, FusedConvolution))
+        assert isinstance(layer, nn.Conv2d)
         if self._extents is not None and max(layer.kernel_size) > 1:
             self._extents.clear_outside(inputs[0])
 
     def _after_convolution(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(layer, (nn.Conv2d, FusedConvolution))
+        assert isinstance(layer, nn.Conv2d)
         if self._extents is not None:
             kernel, stride, padding, dilation = (_pair(getattr(layer, name)) for name in ("kernel_size", "stride", "padding", "dilation"))
             self._extents.record(inputs[0], output, Arithmetic(kernel, stride, padding, dilation, beyond=getattr(layer, "beyond", 0)))
@@ -139,9 +137,7 @@ def supports_padding(*modules: nn.Module) -> bool:
     """Whether every layer of the modules is one that the guard understands."""
     leaves = [leaf for root in modules for leaf in root.modules() if not list(leaf.children())]
     return all(
-        isinstance(leaf, (nn.Conv2d, FusedConvolution))
-        or type(leaf).__name__ in (*POINTWISE, "LastLevelMaxPool")
-        or not list(leaf.parameters())
+        isinstance(leaf, nn.Conv2d) or type(leaf).__name__ in (*POINTWISE, "LastLevelMaxPool") or not list(leaf.parameters())
         for leaf in leaves
     )
 

@@ -18,7 +18,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torchvision.ops import RoIPool, batched_nms
 
-from uniter.extract.detector.cpu import fuse_blocks, keep_freed_memory, max_pooled
+from uniter.extract.detector.cpu import keep_freed_memory, max_pooled
 from uniter.extract.detector.extents import PaddingGuard, Size, pad_together, supports_padding
 from uniter.extract.detector.lite import UniterSecondLookROIHeads
 
@@ -66,9 +66,6 @@ class RegionNetwork:
             poolers = self.pooler.level_poolers
             if len(poolers) == 1 and isinstance(poolers[0], RoIPool):
                 self._max_pooler = poolers[0]
-            fuse_blocks(self.backbone, images=1, side=64)
-            if self.is_c4:
-                fuse_blocks(self.head, images=ROIS_AT_ONCE["cpu"], side=int(self.pooler.output_size[0]))
         self.feature_width: int = self.predictor.cls_score.in_features
         self._mean, self._deviation = self.model.pixel_mean.to(self.device), self.model.pixel_std.to(self.device)
         self._cores = ThreadPoolExecutor(torch.get_num_threads())

@@ -14,12 +14,6 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.keys import key_fault
 from uniter.extract.images.decoding import MAX_PIXELS
 
-_JPEG, _PNG, _TIFF, _BMP = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), (".png", ".apng"), (".tif", ".tiff"), (".bmp", ".dib")
-
-
-IMAGE_SUFFIXES = frozenset((*_JPEG, *_PNG, ".webp", ".gif", *_BMP, *_TIFF, ".ppm", ".pgm", ".pbm", ".pnm", ".avif"))
-
-
 UNIT_IMAGES = 128
 
 

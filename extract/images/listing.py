@@ -9,15 +9,15 @@ import itertools
 import json
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.keys import KeyRule, NameParts, key_rule
+from uniter.datasets.image_db.photographs import IMAGE_SUFFIXES
+from uniter.datasets.storage.files import expand_braces
 from uniter.extract.images.items import (
-    IMAGE_SUFFIXES,
     UNIT_IMAGES,
     ImageItem,
     ImageList,
@@ -30,9 +30,6 @@ from uniter.extract.images.items import (
 from uniter.extract.images.tars import TarImages
 
 log = logging.getLogger(__name__)
-
-"""What counts as an image in folders and tars, in upper or lower case; in lists every entry does."""
-
 
 _RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
 
@@ -133,7 +130,7 @@ def _expanded(text: str) -> list[Path]:
     """Brace patterns (`{00000..00331}`, `{train,val}`) and globs to paths, in order; a path that exists is taken as it is."""
     if os.path.lexists(text):
         return [Path(text)]
-    names = _braces(text)
+    names = expand_braces(text)
     if any(character in text for character in "*?["):
         globbed = [sorted(Path(name).parent.glob(Path(name).name)) for name in names]
         if not all(globbed):
@@ -144,23 +141,6 @@ def _expanded(text: str) -> list[Path]:
         others = f" (and {len(missing) - 1} more of {len(names)})" if len(missing) > 1 else ""
         raise BadInput(f"{missing[0]}{others} does not exist; expected a folder, an image, a list or tar shards")
     return [Path(name) for name in names]
-
-
-def _braces(text: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", text)
-    if match is None:
-        return [text]
-    inner = match.group(1)
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
-    if numbers:
-        first, last = int(numbers[1]), int(numbers[2])
-        if last < first or last - first >= 10_000_000:
-            raise BadInput(f"the pattern {{{inner}}} in {text!r} counts from {first} to {last}; expected a rising range")
-        width = len(numbers[1]) if len(numbers[1]) > 1 else 0
-        choices = [f"{number:0{width}d}" if width else str(number) for number in range(first, last + 1)]
-    else:
-        choices = inner.split(",")
-    return [text[: match.start()] + choice + rest for choice in choices for rest in _braces(text[match.end() :])]
 
 
 def _tars(path: Path) -> list[Path]:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.keys import KeyRule, NameParts
-from uniter.extract.images.items import IMAGE_SUFFIXES, ImageItem, digest_of_keys, digests_of, image_item, refuse_equal_keys, text_of
+from uniter.datasets.image_db.photographs import IMAGE_SUFFIXES
+from uniter.extract.images.items import ImageItem, digest_of_keys, digests_of, image_item, refuse_equal_keys, text_of
 
 
 class TarImages:

@@ -149,8 +149,21 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
         **{"config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest()},
     }
     plan = Plan(
-        *(train, val, skipped, cfg, schedule, attributes, steps, batch_size, learning_rate, choices.checkpoint_every, validate_every),
-        *(running_mean, choices.seed, choices.workers, settings),
+        train=train,
+        val=val,
+        skipped=skipped,
+        cfg=cfg,
+        schedule=schedule,
+        attributes=attributes,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        checkpoint_every=choices.checkpoint_every,
+        validate_every=validate_every,
+        running_mean=running_mean,
+        seed=choices.seed,
+        workers=choices.workers,
+        settings=settings,
     )
     return plan, network
 

@@ -129,7 +129,10 @@ def test_convert_there_and_back(database: Path, tmp_path: Path) -> None:
     assert sorted(ImageDB(tmp_path / "back.lmdb")) == sorted(ImageDB(database))
     run("convert", tmp_path / "out.tsv", tmp_path / "x", "--to", "nonsense", code=2)
     assert "does not exist" in run("convert", tmp_path / "none", tmp_path / "x", code=1).stderr
-    assert "is there already" in run("convert", database, tmp_path / "out.tsv", "--to", "lxmert-tsv", code=1).stderr
+    again = as_json("convert", database, tmp_path / "out.tsv", "--to", "lxmert-tsv")
+    assert {**told, "already_complete": True} == again
+    other = write(tmp_path / "other.lmdb", ["other"])
+    assert "is there already, made otherwise" in run("convert", other, tmp_path / "out.tsv", "--to", "lxmert-tsv", code=1).stderr
 
 
 def test_skipped_images_are_said_and_strict_makes_it_an_exit_code(database: Path, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torchvision.ops import box_iou
 
 from uniter.extract.detector.protocol import RawRegions
 from uniter.extract.select import class_confidences, keep_given, overlapping, select_regions
@@ -71,6 +73,14 @@ def test_areas_are_inclusive() -> None:
     # 10 x 10 and 10 x 4 pixels when counted inclusively: 40 / 100; without the + 1 it would be 27 / 81.
     boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 3]], dtype=np.float32)
     assert overlapping(boxes, 0.39)[0, 1] and not overlapping(boxes, 0.41)[0, 1]
+
+
+def test_overlaps_are_torchvisions_of_boxes_one_pixel_larger() -> None:
+    boxes = random_regions(3, 200, 2).boxes
+    larger = torch.from_numpy(boxes + np.array([0, 0, 1, 1], dtype=np.float32))
+    expected = box_iou(larger, larger).numpy()
+    clear = np.abs(expected - 0.3) > 1e-5
+    assert (overlapping(boxes, 0.3) == (expected > 0.3))[clear].all() and 0.01 < (expected > 0.3).mean() < 0.5
 
 
 def test_no_regions_and_no_classes() -> None:

@@ -222,7 +222,6 @@ def test_a_repaired_tar_is_done_again_alone(trained: Any, tmp_path: Path) -> Non
 # --------------------------------------------------------------------------------------------------------- 36: grown captions
 
 
-@not_yet(36, "the old database is taken away before the new one is begun")
 def test_grown_captions_are_built_aside_and_swapped(tmp_path: Path) -> None:
     """Killed meanwhile, the old database is there, or the new one; the same command again ends with the new one."""
     (tmp_path / "there").mkdir()
@@ -258,8 +257,10 @@ CONTINUED: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("case", CONTINUED)
-@not_yet(1, "nothing is said, nothing is remembered")
+@pytest.mark.parametrize(
+    "case",
+    CONTINUED,
+)
 def test_folders_without_digests_are_accepted_and_stamped(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they were made from is unknown: said once, then remembered."""
     shutil.copytree(OLDER, tmp_path / "older")

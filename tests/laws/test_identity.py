@@ -180,16 +180,16 @@ def scores_of_other_regions(folder: Path) -> Iterator[Step]:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(split_by_another_list, marks=not_yet(1, "the old parts, exit 0")),
-        pytest.param(split_of_another_database, marks=not_yet(1, "the old parts, exit 0")),
-        pytest.param(split_of_texts_by_another_list, marks=not_yet(1, "the old parts, exit 0")),
-        pytest.param(conversion_of_another_file, marks=not_yet(1, "the old file's data, exit 0")),
-        pytest.param(conversion_of_a_folder_exported_again, marks=not_yet(1, "the old data, exit 0")),
-        pytest.param(conversion_of_another_database, marks=not_yet(1, "the old data, exit 0")),
-        pytest.param(merge_of_other_databases, marks=not_yet(1, "the old data, exit 0")),
-        pytest.param(merge_of_other_texts, marks=not_yet(1, "the old data, exit 0")),
+        split_by_another_list,
+        split_of_another_database,
+        split_of_texts_by_another_list,
+        conversion_of_another_file,
+        conversion_of_a_folder_exported_again,
+        conversion_of_another_database,
+        merge_of_other_databases,
+        merge_of_other_texts,
         texts_of_another_file,
-        pytest.param(texts_for_regions_of_other_keys, marks=not_yet(3, "called complete, with the old keys")),
+        texts_for_regions_of_other_keys,
         regions_of_other_boxes,
         detector_of_other_photographs,
         pytest.param(pre_training_on_other_regions, marks=not_yet(1, "the old run is resumed, exit 0")),
@@ -209,10 +209,10 @@ def test_other_contents_of_the_same_names_are_refused(case: Case, tmp_path: Path
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(split_by_another_list, marks=not_yet(1, "nothing says so")),
-        pytest.param(split_of_texts_by_another_list, marks=not_yet(1, "nothing says so")),
-        pytest.param(conversion_of_another_file, marks=not_yet(1, "nothing says so")),
-        pytest.param(merge_of_other_databases, marks=not_yet(1, "nothing says so")),
+        split_by_another_list,
+        split_of_texts_by_another_list,
+        conversion_of_another_file,
+        merge_of_other_databases,
         texts_of_another_file,
         texts_for_regions_of_other_keys,
         pytest.param(regions_of_other_boxes, marks=not_yet(1, "nothing says so")),
@@ -233,7 +233,6 @@ def test_the_same_contents_are_already_complete(case: Case, tmp_path: Path, trai
 # ------------------------------------------------------------------------------------------ 2: killed, and the source exported again
 
 
-@not_yet(2, "half of each source, exit 0, header complete")
 def test_a_killed_conversion_does_not_go_on_with_another_source(tmp_path: Path) -> None:
     """It is refused; with the first source again it ends as an unbroken conversion."""
     names = [f"{place:04d}" for place in range(530)]
@@ -256,7 +255,7 @@ def test_a_killed_conversion_does_not_go_on_with_another_source(tmp_path: Path) 
 # --------------------------------------------------------------------------------------------------- 4: one database, one detector
 
 
-@pytest.mark.parametrize("widths", [pytest.param("unequal", marks=not_yet(4)), pytest.param("equal", marks=not_yet(4))])
+@pytest.mark.parametrize("widths", ["unequal", "equal"])
 def test_repair_does_not_put_two_detectors_into_one_database(widths: str, tmp_path: Path, trained: Any) -> None:
     """As `merge` does not."""
     parts, out = tmp_path / "parts", tmp_path / "out.lmdb"
@@ -282,7 +281,6 @@ FOLDERS = ("cats/0001.jpg", "dogs/0001.jpg", "cars/0001.jpg")
 
 
 @pytest.mark.parametrize("with_regions", [False, True])
-@not_yet(5, "all three are about the image 0001, exit 0")
 def test_names_of_different_folders_that_share_a_key_are_refused(with_regions: bool, tmp_path: Path) -> None:
     words: tuple[object, ...] = (world.captions_file(tmp_path / "captions.jsonl", FOLDERS), tmp_path / "out.db")
     if with_regions:
@@ -296,7 +294,6 @@ def test_names_of_different_folders_have_keys_of_their_own_by_path(tmp_path: Pat
     assert told["images"] == 3
 
 
-@not_yet(5, "not a word")
 def test_names_of_one_folder_that_share_a_key_are_counted(tmp_path: Path) -> None:
     captions = world.captions_file(tmp_path / "captions.jsonl", ["cats/0001.jpg", "cats/0001.png", "cats/0002.jpg"])
     accepted(run("build-db", captions, tmp_path / "out.db"), "shar|same key|same_key|one key|equal key")
@@ -315,7 +312,6 @@ def test_boxes_are_of_the_image_that_they_name(tmp_path: Path, trained: Any) -> 
         refused(result, "7.jpg")
 
 
-@not_yet(6, "any of the two files gives its size")
 def test_an_ambiguous_picture_gives_no_size(tmp_path: Path) -> None:
     """Boxes in pixels of another picture would be wrong; the full path tells the two apart."""
     for name, size in (("a/7", (100, 200)), ("b/7", (300, 400)), ("a/8", (50, 60))):
@@ -343,14 +339,12 @@ def tokenised(folder: Path, name: str, vocabulary: Path) -> Path:
     return folder / f"{name}.db"
 
 
-@not_yet(7, "refused as different tokenizers")
 def test_the_same_vocabulary_by_another_path_is_the_same(tmp_path: Path) -> None:
     both = [tokenised(tmp_path, name, world.vocabulary_file(tmp_path / name / "vocab.txt")) for name in ("x", "y")]
     accepted(run("db", "merge", *both, tmp_path / "both.db"))
     assert world.texts(tmp_path / "both.db") == {**world.texts(both[0]), **world.texts(both[1])}
 
 
-@not_yet(7, "merged: the same number means other words")
 def test_another_vocabulary_of_the_same_path_is_another(tmp_path: Path) -> None:
     first = tokenised(tmp_path, "x", world.vocabulary_file(tmp_path / "vocab.txt"))
     second = tokenised(tmp_path, "y", world.vocabulary_file(tmp_path / "vocab.txt", world.WORDS[::-1]))

@@ -74,13 +74,13 @@ WITHIN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Words]]] = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param("split", marks=not_yet(9, "the source is erased")),
-        pytest.param("split of texts", marks=not_yet(9, "the source is erased")),
-        pytest.param("merge", marks=not_yet(9, "the source is erased")),
+        "split",
+        "split of texts",
+        "merge",
         "merge of texts",
-        pytest.param("convert", marks=not_yet(9, "the source is erased")),
-        pytest.param("convert to UNITER's", marks=not_yet(9, "the source is replaced")),
-        pytest.param("repair", marks=not_yet(9, "the source is erased")),
+        "convert",
+        "convert to UNITER's",
+        "repair",
     ],
 )
 def test_a_source_is_never_overwritten(case: str, tmp_path: Path) -> None:
@@ -170,13 +170,13 @@ def detector_from_no_weights(folder: Path, trained: Any) -> tuple[Path, Words]:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(build_of_no_such_part, marks=not_yet(9, "the finished database is deleted")),
-        pytest.param(build_without_an_image, marks=not_yet(9, "the finished database is deleted")),
-        pytest.param(merge_that_conflicts, marks=not_yet(9, "the finished database is deleted")),
-        pytest.param(merge_of_texts_that_conflicts, marks=not_yet(9, "the finished database is deleted")),
+        build_of_no_such_part,
+        build_without_an_image,
+        merge_that_conflicts,
+        merge_of_texts_that_conflicts,
         conversion_of_nothing_good,
         split_by_a_list_of_others,
-        pytest.param(repair_of_nothing_good, marks=not_yet(9, "the finished database is deleted")),
+        repair_of_nothing_good,
         pytest.param(extraction_of_nothing_good, marks=not_yet("9, 12", "an empty database in its place, exit 0")),
         detector_from_no_weights,
     ],
@@ -206,7 +206,6 @@ KILLED: dict[str, Callable[[Path, int], tuple[Path, Words]]] = {
 
 
 @pytest.mark.parametrize("case", KILLED)
-@not_yet(9, "the finished database is taken away before the new one is begun")
 def test_what_is_killed_under_overwrite_leaves_the_old_or_the_new(case: str, tmp_path: Path) -> None:
     def held(path: Path) -> Mapping[str, Any]:
         return world.texts(path) if case == "build-db" else records(path)
@@ -300,9 +299,7 @@ FOREIGN: dict[str, Foreign] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in ("detector",) else pytest.param(case, marks=not_yet(10, "it is taken away, exit 0")) for case in FOREIGN]
-)
+@pytest.mark.parametrize("case", FOREIGN)
 def test_overwrite_does_not_touch_a_folder_of_others(case: str, tmp_path: Path, trained: Any) -> None:
     folder, words = FOREIGN[case](tmp_path, trained)
     before = tree(folder)
@@ -393,10 +390,10 @@ def handed_on(way: str, source: Path, out: Path) -> list[Path]:
 @pytest.mark.parametrize(
     "way",
     [
-        pytest.param("split by number", marks=not_yet(11, "the rows are dropped")),
-        pytest.param("split by list", marks=not_yet(11, "the rows are dropped")),
-        pytest.param("split and merged", marks=not_yet(11, "the rows are dropped")),
-        pytest.param("convert", marks=not_yet(11, "the rows are dropped")),
+        "split by number",
+        "split by list",
+        "split and merged",
+        "convert",
         "merge",
         "repair",
     ],
@@ -418,7 +415,6 @@ def test_failures_are_handed_on(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["uniter", "uniter-compressed"])
-@not_yet(28, "at least 10 are stated")
 def test_regions_are_counted_as_they_are_for_uniters_code(to: str, tmp_path: Path) -> None:
     """UNITER's loader takes as many rows as nbb_*.json says, and dies where there are fewer."""
     source, out = tmp_path / "npz", tmp_path / "published"

@@ -263,7 +263,6 @@ def test_an_empty_region_database_is_said(command: str, things: Things, tmp_path
     made.refused(made.run("train", *words), "no image|no record|empty|without image")
 
 
-@pytest.mark.xfail(strict=True, reason="order 13, point 25: positions of four columns are good for check, a raw exception for training")
 @pytest.mark.parametrize("command", ["check", "pretrain", "evaluate"])
 def test_positions_of_four_columns_are_said(command: str, things: Things, tmp_path: Path) -> None:
     narrow = made.changed(things.regions, tmp_path / "narrow", four_columns)
@@ -279,7 +278,7 @@ def test_positions_of_four_columns_are_said(command: str, things: Things, tmp_pa
     "command",
     [
         "check",
-        pytest.param("view", marks=pytest.mark.xfail(strict=True, reason="order 13, point 25: ZeroDivisionError of a size of (0, 0)")),
+        "view",
     ],
 )
 def test_a_size_of_nothing_is_no_crash(command: str, things: Things, tmp_path: Path) -> None:
@@ -333,7 +332,6 @@ def test_deeply_nested_files_are_said(words: Callable[[Things, Path], list[objec
     made.refused(made.run(*words(things, tmp_path)), "deep.|detector.json|settings.json")
 
 
-@pytest.mark.xfail(strict=True, reason="order 13, point 25: check of an unfinished database never compares widths")
 def test_check_compares_the_widths_of_an_unfinished_database(things: Things, tmp_path: Path) -> None:
     for number, width in enumerate((8, 16)):
         part = made.attempt(things.photos, tmp_path / "out", made.FakeDetector(feature_width=width), unit_images=5, shard=(number, 4))
@@ -364,23 +362,15 @@ def only_36(tmp_path_factory: pytest.TempPathFactory, uniter_data_golden: Path) 
     return folder
 
 
-CANNOT_FOLLOW = pytest.mark.xfail(strict=True, reason="order 13, point 26: advises --conf-threshold, which only convert has")
-
-
 @pytest.mark.parametrize(
     "case",
     [
         "db convert {only_36} {out}",
-        *(
-            pytest.param(case, marks=CANNOT_FOLLOW)
-            for case in (
-                "db info {only_36}",
-                "db merge {only_36} {out}",
-                "build-db {captions} {out} --images {only_36}",
-                "train pretrain --text {texts} --images {only_36} --out {out}",
-                "view {only_36} --out {out}",
-            )
-        ),
+        "db info {only_36}",
+        "db merge {only_36} {out}",
+        "build-db {captions} {out} --images {only_36}",
+        "train pretrain --text {texts} --images {only_36} --out {out}",
+        "view {only_36} --out {out}",
     ],
 )
 def test_options_that_an_error_advises_are_the_commands_own(case: str, things: Things, only_36: Path, tmp_path: Path) -> None:
@@ -398,7 +388,6 @@ def test_advice_for_36_boxes_is_followed_by_convert(only_36: Path, tmp_path: Pat
     assert made.keys_of(tmp_path / "out")
 
 
-@pytest.mark.xfail(strict=True, reason="order 13, point 26: LMDBs of pickles are called '(uniter)'")
 def test_an_lmdb_of_pickles_is_called_what_it_is(tmp_path: Path) -> None:
     with lmdb.open(str(tmp_path / "in"), map_size=1 << 22, lock=False) as environment, environment.begin(write=True) as transaction:
         for number in range(3):
@@ -460,7 +449,6 @@ def test_everything_written_can_be_read_by_colleagues(
 # --- point 32: a new user's slips ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="order 13, point 32: a list of exclusions that matches nothing is passed over in silence")
 def test_exclusions_that_match_nothing_are_said(things: Things, tmp_path: Path) -> None:
     (tmp_path / "not-to-be-seen.txt").write_text("COCO_val2014_000000000042\nCOCO_val2014_000000000073\n")
     result = made.run("build-db", things.captions, tmp_path / "out.db", "--exclude", tmp_path / "not-to-be-seen.txt")
@@ -486,7 +474,6 @@ def test_a_page_with_some_photographs_is_one(things: Things, tmp_path: Path) -> 
     assert json.loads(result.stdout)["without_photograph"] == 14
 
 
-@pytest.mark.xfail(strict=True, reason="order 13, point 32: info of a 6-byte data.mdb says 'complete yes', exit code 0")
 def test_info_does_not_call_a_damaged_file_complete(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(b"abcdef")
     result = made.run("db", "info", tmp_path, "--json")

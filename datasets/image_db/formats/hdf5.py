@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.image_db.formats.records import MAX_REGIONS, MAX_WIDTH, Item, Skip, best_classes, from_pixels, refuse, written_aside
+from uniter.datasets.image_db.formats.records import MAX_REGIONS, MAX_WIDTH, Item, Skip, best_classes, from_pixels, refuse
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
-from uniter.datasets.storage.files import read_json
+from uniter.datasets.storage.files import read_json, written_aside
 from uniter.datasets.storage.plain_pickle import load_plain_pickle
 
 _FAULTS: Final = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, OverflowError)
@@ -238,7 +238,7 @@ def _write_rows(path: Path, items: Iterable[tuple[str, RegionFeatures]], skip: S
     rows: dict[str, int] = {}
     sizes: list[tuple[int, int]] = []
     ends = [0]
-    with written_aside(path) as temporary:
+    with written_aside(path, large=True) as temporary:
         with h5py.File(temporary, "w") as file:
             datasets: dict[str, Any] = {}
             per_image = 0
@@ -300,7 +300,7 @@ def _row_fault(key: str, arrays: dict[str, NDArray[Any]], datasets: dict[str, An
 
 def write_volta(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
     """Write VOLTA's groups; class ids are -1 where no class is known."""
-    with written_aside(path) as temporary, h5py.File(temporary, "w") as file:
+    with written_aside(path, large=True) as temporary, h5py.File(temporary, "w") as file:
         for key, regions in items:
             assert regions.size is not None
             assert regions.boxes is not None

@@ -7,7 +7,7 @@ Source: facts/uniter.md section 1.1.
 """
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.image_db.formats.records import Item, Selection, Skip, npz_name, refuse, written_aside
+from uniter.datasets.image_db.formats.records import Item, Selection, Skip, npz_name, refuse
 from uniter.datasets.image_db.records import decode_record
 from uniter.datasets.image_db.regions import RegionFeatures
-from uniter.datasets.storage.files import write_json
+from uniter.datasets.storage.claims import NOTE, write_note
+from uniter.datasets.storage.files import write_json, written_aside
 from uniter.datasets.storage.npz import pack_npz
 
 _NOTE = "rows.json"
@@ -46,17 +47,21 @@ def read(path: Path, selection: Selection) -> Iterator[Item]:
             yield key, error if isinstance(error, BadInput) else BadInput(f"image {key!r}: {file} cannot be read ({error})")
 
 
-def write(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip: Skip = refuse) -> None:
+def write(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, note: Mapping[str, Any] | None = None, skip: Skip = refuse) -> None:
     """Write a folder of .npz files with `norm_bb`, `features`, `conf`, `soft_labels` (where known), all float16.
+
+    What is there is replaced.
 
     Raises:
         BadInput: the folder is there and holds anything else than .npz files.
     """
-    if path.is_dir() and any(file.is_file() and file.suffix != ".npz" and file.name != _NOTE for file in path.rglob("*")):
+    if path.is_dir() and any(file.is_file() and file.suffix != ".npz" and file.name not in (_NOTE, NOTE) for file in path.rglob("*")):
         raise BadInput(f"{path} holds other files than .npz; choose another folder, or remove it")
-    with written_aside(path, folder=True) as folder:
+    with written_aside(path, large=True) as folder:
         folder.mkdir(parents=True)
         write_json(folder / _NOTE, {"rows": "chosen", "meaning": "every row counts; do not select by confidence again"})
+        if note is not None:
+            write_note(folder, note)
         for key, regions in items:
             file = folder / npz_name(key)
             try:

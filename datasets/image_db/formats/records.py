@@ -1,9 +1,6 @@
 """What all formats share: an item is a key with its regions, or with the reason why it cannot be read."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.published import count_boxes
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes, pixel_boxes
 
@@ -65,27 +63,13 @@ class ImageSizes:
     """Sizes of images by key, read from a folder of pictures when a format needs pixels and the record does not know them."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise BadInput(f"--images {folder} is no folder")
         self.folder = folder
-        self._by_name: dict[str, Path] | None = None
+        self._photographs = Photographs(folder)
 
     def find(self, key: str) -> tuple[int, int] | None:
-        """(height, width) of the upright image; None if the folder holds no such image or it cannot be read."""
-        if self._by_name is None:
-            self._by_name = {}
-            for root, _, names in os.walk(self.folder):
-                for name in sorted(names):
-                    path = Path(root) / name
-                    relative = path.relative_to(self.folder)
-                    for form in (str(relative), str(relative.with_suffix("")), name, path.stem):
-                        self._by_name.setdefault(form.casefold(), path)
-        plain = key.removesuffix(".npz")
-        for form in (key, plain, plain.rsplit("/", 1)[-1]):
-            path_found = self._by_name.get(form.casefold())
-            if path_found is not None:
-                return _image_size(path_found)
-        return None
+        """(height, width) of the upright image; None if the folder holds no such image, several, or one that cannot be read."""
+        path = self._photographs.find(key)
+        return _image_size(path) if path is not None else None
 
 
 def _image_size(path: Path) -> tuple[int, int] | None:
@@ -111,7 +95,7 @@ def with_pixels(items: Iterable[Item], sizes: ImageSizes | None, *, needed: bool
             yield key, regions
             continue
         if size is None:
-            where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it"
+            where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it, or several of that name"
             yield key, BadInput(f"image {key!r}: this format needs pixels but the size of the image is not known; {where}")
             continue
         boxes = regions.boxes if regions.boxes is not None else pixel_boxes(regions.norm_bb, size)
@@ -177,37 +161,6 @@ def best_classes(regions: RegionFeatures) -> dict[str, NDArray[Any]]:
 def refuse(key: str, regions: RegionFeatures, error: BadInput) -> None:
     """The `Skip` that ends the writing."""
     raise error
-
-
-@contextmanager
-def written_aside(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A place beside `path` to write a file or folder to; it takes the place of `path` at the end, and is removed if anything fails.
-
-    Raises:
-        BadInput: there is a folder where a file is to be written, or a file where a folder is.
-    """
-    if path.exists() and path.is_dir() != folder:
-        raise BadInput(
-            f"{path} is a {'file' if folder else 'folder'}, and this format is a {'folder' if folder else 'file'}; choose another name"
-        )
-    path = path.resolve()  # what a link leads to is replaced, not the link
-    temporary = path.with_name(f"{path.name}.tmp")
-    _remove(temporary)
-    try:
-        yield temporary
-        if folder and path.is_dir():  # the callers have looked at what is in it
-            shutil.rmtree(path)
-        temporary.replace(path)
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def npz_name(key: str) -> str:

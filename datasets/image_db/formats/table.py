@@ -4,18 +4,22 @@
 invented: Caffe's TSV has no confidences, only UNITER's formats have soft labels (MRC-KL needs them).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db.database import kind_of
 from uniter.datasets.image_db.formats import hdf5, lmdbs, npz, tsv
 from uniter.datasets.image_db.formats.records import Item, Selection, Skip
+from uniter.datasets.image_db.published import refuse_pickles
 from uniter.datasets.image_db.regions import RegionFeatures
 
 __all__ = ["FORMATS", "Format", "read_items", "recognise"]
+
+Note = Mapping[str, Any]
+
 
 _Records = Iterable[tuple[str, RegionFeatures]]
 
@@ -27,17 +31,19 @@ class Format:
     Attributes:
         means: in words.
         read: (path, selection) -> items; a broken image is an item, a broken file an exception.
-        write: (path, records, selection, overwrite, skip); None for our own database, which `convert` writes itself (it alone can be
-            resumed).
+        write: (path, records, selection, note, skip), replacing what is at `place`; a folder gets the note (`claims.write_note`). None for
+            our own database, which `convert` writes itself (it alone can be resumed).
         needs_pixels: whether writing needs the size of each image.
+        place: (path, selection) -> the file or folder that is written, which may lie in `path`.
         holds: which of "soft labels", "classes" (best ones, apart from soft labels), "confidences" the format has room for.
     """
 
     means: str
     read: Callable[[Path, Selection], Iterator[Item]]
-    write: Callable[[Path, _Records, Selection, bool, Skip], None] | None
+    write: Callable[[Path, _Records, Selection, Note, Skip], None] | None
     needs_pixels: bool
     holds: tuple[str, ...]
+    place: Callable[[Path, Selection], Path] = lambda path, _: path
 
 
 def _whole(read: Callable[[Path], Iterator[Item]]) -> Callable[[Path, Selection], Iterator[Item]]:
@@ -49,17 +55,25 @@ class _Write(Protocol):
     def __call__(self, path: Path, items: _Records, *, skip: Skip) -> None: ...
 
 
-def _plainly(write: _Write) -> Callable[[Path, _Records, Selection, bool, Skip], None]:
-    """A writer to which the selection makes no difference, and that replaces what is there."""
+def _plainly(write: _Write) -> Callable[[Path, _Records, Selection, Note, Skip], None]:
+    """A writer of one file, to which the selection makes no difference."""
     return lambda path, records, _, __, skip: write(path, records, skip=skip)
 
 
-def _write_uniter(path: Path, records: _Records, selection: Selection, overwrite: bool, skip: Skip) -> None:
-    lmdbs.write_uniter(path, records, selection=selection, overwrite=overwrite, skip=skip)
+def _write_npz(path: Path, records: _Records, _: Selection, note: Note, skip: Skip) -> None:
+    npz.write(path, records, note=note, skip=skip)
 
 
-def _write_uniter_compressed(path: Path, records: _Records, selection: Selection, overwrite: bool, skip: Skip) -> None:
-    lmdbs.write_uniter(path, records, selection=selection, compressed=True, overwrite=overwrite, skip=skip)
+def _write_uniter(path: Path, records: _Records, selection: Selection, note: Note, skip: Skip) -> None:
+    lmdbs.write_uniter(path, records, selection=selection, note=note, skip=skip)
+
+
+def _write_uniter_compressed(path: Path, records: _Records, selection: Selection, note: Note, skip: Skip) -> None:
+    lmdbs.write_uniter(path, records, selection=selection, compressed=True, note=note, skip=skip)
+
+
+def _compressed(path: Path, selection: Selection) -> Path:
+    return lmdbs.uniter_folder(path, selection, compressed=True)
 
 
 _LABELS: Final = ("soft labels", "classes", "confidences")
@@ -70,9 +84,9 @@ _NO_IDS: Final = ("soft labels", "confidences")
 
 FORMATS: Final[dict[str, Format]] = {
     "lmdb": Format("this project's region database", lmdbs.read, None, False, _LABELS),
-    "uniter": Format("UNITER's LMDB with its nbb JSON", lmdbs.read, _write_uniter, False, _NO_IDS),
-    "uniter-compressed": Format("the same with npz values", lmdbs.read, _write_uniter_compressed, False, _NO_IDS),
-    "npz": Format("a folder of .npz files, as UNITER's docker writes them", npz.read, _plainly(npz.write), False, _NO_IDS),
+    "uniter": Format("UNITER's LMDB with its nbb JSON", lmdbs.read, _write_uniter, False, _NO_IDS, lmdbs.uniter_folder),
+    "uniter-compressed": Format("the same with npz values", lmdbs.read, _write_uniter_compressed, False, _NO_IDS, _compressed),
+    "npz": Format("a folder of .npz files, as UNITER's docker writes them", npz.read, _write_npz, False, _NO_IDS),
     "butd-tsv": Format("Caffe's TSV", _whole(tsv.read_caffe), _plainly(tsv.write_caffe), True, ()),
     "lxmert-tsv": Format("LXMERT's TSV", _whole(tsv.read_lxmert), _plainly(tsv.write_lxmert), True, _LABELS[1:]),
     "hdf5": Format("adaptive HDF5", _whole(hdf5.read), _plainly(hdf5.write_adaptive), True, ()),
@@ -94,6 +108,7 @@ def recognise(path: Path) -> str:
         if kind in ("complete", "unfinished", "folder"):
             return "lmdb"
         if kind in ("published", "split"):
+            refuse_pickles(path)
             return "uniter"
         if next(path.rglob("*.npz"), None) is not None:
             return "npz"

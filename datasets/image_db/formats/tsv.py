@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.image_db.formats.records import MAX_REGIONS, Item, Skip, best_classes, from_pixels, refuse, written_aside
+from uniter.datasets.image_db.formats.records import MAX_REGIONS, Item, Skip, best_classes, from_pixels, refuse
 from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.storage.files import written_aside
 
 CAFFE_COLUMNS: Final = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 
@@ -125,7 +126,7 @@ def write_lxmert(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, ski
 
 
 def _write(path: Path, items: Iterable[tuple[str, RegionFeatures]], columns: tuple[str, ...], skip: Skip) -> None:
-    with written_aside(path) as temporary, open(temporary, "wb") as file:
+    with written_aside(path, large=True) as temporary, open(temporary, "wb") as file:
         for key, regions in items:
             if any(character in key for character in "\t\r\n") or not key or key != key.encode(errors="replace").decode():
                 skip(key, regions, BadInput(f"key {key!r} holds a tab or line break, or is no UTF-8, which a TSV cannot hold"))

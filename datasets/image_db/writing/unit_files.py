@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,20 @@ def drop_if_damaged(data: Path) -> None:
         data.unlink()
 
 
+def failure_digest(key: str) -> bytes:
+    """Under what the failure of an image is kept: the key may be the very thing that is too long."""
+    raw = key.encode(errors="replace")
+    return zlib.crc32(raw).to_bytes(4, "big") + raw[:400]
+
+
 def unit_failures(folder: Path) -> list[dict[str, Any]]:
-    environment = lmdb.open(str(folder), readonly=True, create=False, max_dbs=3)
-    try:
-        with environment.begin() as transaction:
-            failures = environment.open_db(b"failures", txn=transaction, create=False)
-            return sorted((orjson.loads(row) for _, row in transaction.cursor(failures)), key=lambda row: str(row["key"]))
-    finally:
-        environment.close()
+    """The rows of a unit that is being written, by key."""
+    if not (folder / "data.mdb").exists() or is_empty_file(folder / "data.mdb"):
+        return []
+    opened = contextlib.closing(lmdb.open(str(folder), readonly=True, create=False, max_dbs=3))
+    with opened as environment, environment.begin() as transaction:
+        failures = environment.open_db(b"failures", txn=transaction, create=False)
+        return sorted((orjson.loads(row) for _, row in transaction.cursor(failures)), key=lambda row: str(row["key"]))
 
 
 def save_unit_index(path: Path, keys: list[bytes], counts: NDArray[Any], checksums: NDArray[Any]) -> None:

@@ -16,105 +16,101 @@ common writer, and the final file is a function of the records alone, however of
 import contextlib
 import json
 import shutil
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import lmdb
 import numpy as np
-import orjson
 
-from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.ours import value_places
 from uniter.datasets.image_db.writing.side_files import BOX_IDS, read_failures, write_failures
-from uniter.datasets.image_db.writing.unit_files import (
-    SUMMARY,
-    Unit,
-    drop_if_damaged,
-    open_unit,
-    save_unit_index,
-    tidy_partial,
-    unit_failures,
-    unit_names,
-)
+from uniter.datasets.image_db.writing.unit_files import failure_digest, open_unit, save_unit_index, tidy_partial, unit_failures, unit_names
+from uniter.datasets.image_db.writing.unit_writer import UnitWriter
 from uniter.datasets.storage.cards import CARD_FILE, has_foreign_readme, region_card
-from uniter.datasets.storage.files import difference_in_words, first_json, first_phrases, read_json, sync, write_bytes, write_json
+from uniter.datasets.storage.claims import SETTINGS, Maker, claim
+from uniter.datasets.storage.files import read_json, read_json_object, sync, write_bytes, write_json
 from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, key_columns, map_arrays, save_arrays
-from uniter.datasets.storage.lmdb_files import FIRST_MAP_BYTES, checked_key, full_disk_said, open_writer
+from uniter.datasets.storage.lmdb_files import FIRST_MAP_BYTES, full_disk_said, open_writer
 from uniter.datasets.storage.locks import file_lock
 
-__all__ = ["UnitStore", "UnitWriter"]
+__all__ = ["ADDED", "REGIONS", "UnitStore", "UnitWriter"]
 
 FORMAT_VERSION = 1
 
 
-"""The caller's ids of given boxes: {"key", "ids"}, ids in the order of the record's rows."""
+_OLD_MARK = "overwriting"  # a file of older versions, which cleared the folder first: they were killed meanwhile
 
 
-_OVERWRITING = "overwriting"  # a file that stands there while `--overwrite` clears the folder
+ADDED = "added.json"  # while a database grows: what is to be added
+REGIONS = Maker(
+    "regions",
+    "header.json",
+    ("data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS, CARD_FILE, "units", "units.tmp", ADDED, _OLD_MARK),
+)
 
 
 class UnitStore:
-    """The write side of a region database (contract, "fixed units").
+    """The write side of a region database (contract, "fixed units"), on a claim that several processes may hold.
 
     Args:
         path: the folder; made if it is absent.
         settings: all that changes a value, JSON; written first.
-        overwrite: throw away what is there, whatever its settings.
+        sources: what the database is made from, see `claims.claim`.
+        overwrite: begin anew, beside what is there, and put the new one in its place when it is complete.
+        may_differ: keys of `settings` of which another value refuses nothing: `settings` then says what is stored, and `extend` changes it.
+
+    Attributes:
+        settings: what `settings.json` says.
 
     Raises:
-        SettingsDiffer: `path` was begun with other settings; the difference in words.
+        SettingsDiffer: `path` was begun with other settings, or from other contents; the difference in words.
         BadInput: `path` holds something that is no database of ours.
     """
 
-    def __init__(self, path: Path | str, *, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        self.path = Path(path)
-        self.units_folder = self.path / "units"
-        asked = json.loads(json.dumps(settings))
-        if self.path.exists() and not self.path.is_dir():
-            raise BadInput(f"{self.path} is a file; expected a folder to write the database into")
-        self.path.mkdir(parents=True, exist_ok=True)
-        if overwrite or (self.path / _OVERWRITING).exists():
-            self._clear()
-        if not (self.path / "settings.json").exists() and ((self.path / "data.mdb").exists() or (self.path / "header.json").exists()):
-            raise BadInput(f"{self.path} holds a database that was made elsewhere; choose another folder, or --overwrite")
-        with full_disk_said(self.path):
-            stored = first_json(self.path / "settings.json", asked)
-        phrases = difference_in_words(stored, asked)
-        if phrases:
-            raise SettingsDiffer(
-                f"{self.path} was begun with other settings ({first_phrases(phrases)}): use the same ones, another folder, or --overwrite"
-            )
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        settings: Mapping[str, Any],
+        sources: Mapping[str, Path] | None = None,
+        overwrite: bool = False,
+        may_differ: Sequence[str] = (),
+    ) -> None:
+        if (Path(path) / _OLD_MARK).is_file():
+            (Path(path) / _OLD_MARK).unlink()
+            overwrite = True
+        self.claim = claim(path, settings, maker=REGIONS, sources=sources, overwrite=overwrite, may_differ=may_differ)
+        self.settings: Mapping[str, Any] = self.claim.settings
         self._recover()
         if not self.is_complete():
             self.units_folder.mkdir(exist_ok=True)
 
-    def _clear(self) -> None:
-        """Throw everything away; where that is killed, it is gone on with when the folder is next written to.
+    @property
+    def path(self) -> Path:
+        """Where the database is: beside the one that it is to replace until it is complete."""
+        return self.claim.out if self.claim.published() else self.claim.folder
 
-        The header goes first and the settings last: in between this is an unfinished database, not one that was made elsewhere.
-        """
-        (self.path / _OVERWRITING).touch()
-        sync(self.path)
-        for name in ("header.json", "data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS):
-            (self.path / name).unlink(missing_ok=True)
-        if not has_foreign_readme(self.path):
-            (self.path / CARD_FILE).unlink(missing_ok=True)
-        for name in ("units", "units.tmp"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / "settings.json").unlink(missing_ok=True)
-        (self.path / _OVERWRITING).unlink(missing_ok=True)
+    @property
+    def units_folder(self) -> Path:
+        """Where units lie while the database is unfinished."""
+        return self.path / "units"
 
     def _recover(self) -> None:
-        """Bring what a kill inside `forget_failures` or at the end of `finish` left into one of the two plain states."""
+        """Bring what a kill inside `_reopen` or at the end of `finish` left into one of the two plain states."""
         remade = self.path / "units.tmp"
-        if self.is_complete():
-            shutil.rmtree(remade, ignore_errors=True)
-        elif remade.is_dir():
-            shutil.rmtree(self.units_folder, ignore_errors=True)
-            remade.rename(self.units_folder)
+        if remade.is_dir():
+            with self._reopening():
+                if self.is_complete():
+                    shutil.rmtree(remade, ignore_errors=True)
+                elif remade.is_dir():
+                    shutil.rmtree(self.units_folder, ignore_errors=True)
+                    remade.rename(self.units_folder)
+
+    def _reopening(self) -> AbstractContextManager[bool]:
+        return file_lock(self.path / ".reopening", wait=True, remove=True)
 
     # -- what is there ---------------------------------------------------------------------------------------------------
 
@@ -167,43 +163,87 @@ class UnitStore:
                 stack.close()
                 return None
             with full_disk_said(self._folder(number, partial=True)):
-                return UnitWriter(self, number, stack)
+                partial = self._folder(number, partial=True)
+                return UnitWriter(number, partial, self._folder(number), stack=stack, absorb=self.absorb)
         except BaseException:
             stack.close()
             raise
 
-    def forget_failures(self) -> set[int]:
-        """Forget all failed rows (`--retry-failed`); the units that held them are unfinished again.
+    def keys(self) -> Iterator[tuple[int, str, bool]]:
+        """Every key of the finished units, with the unit's number, and whether the image could be done."""
+        if self.is_complete():
+            columns = map_arrays(self.path / INDEX, needed=(*KEY_COLUMNS, "units", "failure_units"))
+            yield from ((int(unit), key, True) for unit, key in zip(columns["units"], KeyList(columns), strict=True))
+            rows = read_failures(self.path / "failures.jsonl")
+            yield from ((int(unit), str(row["key"]), False) for unit, row in zip(columns["failure_units"], rows, strict=False))
+            return
+        for number in sorted(self.finished_units()):
+            folder = self._folder(number)
+            yield from ((number, key, True) for key in KeyList(map_arrays(folder / INDEX, needed=KEY_COLUMNS)))
+            yield from ((number, str(row["key"]), False) for row in read_failures(folder / "failures.jsonl"))
+
+    def extend(self, settings: Mapping[str, Any]) -> None:
+        """Open a database for further units. What it holds stays as it is, byte for byte, and needs no unit again.
+
+        Safe to be killed anywhere and called again with the same, and by several processes.
+
+        Args:
+            settings: what `settings.json` says from now on, of the keys that may differ.
+
+        Raises:
+            UniterError: a unit that was begun earlier is not finished: the earlier work has to be done first.
+        """
+        with self._reopening():
+            stored = read_json_object(self.path / SETTINGS)
+            asked = {**stored, **json.loads(json.dumps(settings))}
+            if stored != asked:
+                if self.is_complete():
+                    self._reopen()
+                finished = self.finished_units()
+                if finished != set(range(len(finished))) or self._partial_units():
+                    raise UniterError(f"{self.path} is unfinished; finish it with the images that it was begun for, then add others")
+                with full_disk_said(self.path):
+                    write_json(self.path / SETTINGS, asked)
+            self.settings = asked
+
+    def forget_failures(self, which: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> set[int]:
+        """Forget failed rows (`--retry-failed`), all or those that `which` says; the units that held them are unfinished again.
 
         Returns:
-            Their numbers. In a complete database without failures nothing happens.
+            Their numbers. In a complete database without such failures nothing happens.
         """
-        if self.is_complete():
-            self._reopen()
+        with self._reopening():
+            if self.is_complete():
+                if not any(map(which, read_failures(self.path / "failures.jsonl"))):
+                    return set()
+                self._reopen()
         numbers = set()
         for number in sorted(self.finished_units() | self._partial_units()):
             with file_lock(self.units_folder / ".locks" / f"{number:05d}", wait=False) as mine:
-                if not mine:
-                    continue
-                finished, partial = self._folder(number), self._folder(number, partial=True)
-                folder = finished if finished.is_dir() else partial
-                forgot = bool(read_failures(folder / "failures.jsonl"))
-                if (folder / "data.mdb").exists():
-                    with full_disk_said(folder), open_unit(folder) as unit, unit.environment.begin(write=True) as transaction:
-                        forgot |= transaction.stat(unit.failures)["entries"] > 0
-                        transaction.drop(unit.failures, delete=False)
-                if forgot:
+                if mine and self._forget_in(number, which):
                     numbers.add(number)
-                    if folder == finished:
-                        finished.rename(partial)
-                    (partial / "failures.jsonl").unlink(missing_ok=True)
         return numbers
 
+    def _forget_in(self, number: int, which: Callable[[Mapping[str, Any]], bool]) -> bool:
+        finished, partial = self._folder(number), self._folder(number, partial=True)
+        folder = finished if finished.is_dir() else partial
+        rows = read_failures(folder / "failures.jsonl") if folder == finished else unit_failures(folder)
+        if not any(map(which, rows)):
+            return False
+        if folder == finished:
+            finished.rename(partial)
+        tidy_partial(partial)
+        kept = [row for row in rows if not which(row)]
+        if kept or (partial / "data.mdb").exists():
+            with full_disk_said(partial), open_unit(partial) as unit, unit.environment.begin(write=True) as transaction:
+                transaction.drop(unit.failures, delete=False)
+                for row in kept:
+                    transaction.put(failure_digest(row["key"]), json.dumps(row).encode(), db=unit.failures)
+        return True
+
     def _reopen(self) -> None:
-        """Turn a complete database with failures back into an unfinished one, all its units absorbed."""
+        """Turn a complete database back into an unfinished one, all its units absorbed."""
         rows = read_failures(self.path / "failures.jsonl")
-        if not rows:
-            return
         columns = map_arrays(self.path / INDEX, needed=(*KEY_COLUMNS, "region_counts", "checksums", "units", "failure_units"))
         keys, units = KeyList(columns), columns["units"]
         failed_units = columns["failure_units"]
@@ -226,6 +266,7 @@ class UnitStore:
                 folder / INDEX, [keys.raw(int(row)) for row in mine], columns["region_counts"][mine], columns["checksums"][mine]
             )
             write_failures(folder / "failures.jsonl", [row for row, unit in zip(rows, failed_units, strict=True) if unit == number])
+        remade.mkdir(exist_ok=True)
         sync(remade)
         (self.path / "header.json").unlink()
         sync(self.path)
@@ -257,12 +298,13 @@ class UnitStore:
             count = source.stat(unit.records)["entries"]
             sizes = [len(value) for _, value in source.cursor(unit.records)]
             # The map's size is stored in the file: it may depend on the records only, not on how often the work was killed.
-            pages = sum(size // 4096 + 2 for size in sizes) + 256
             environment = open_writer(self.path, FIRST_MAP_BYTES)
             try:
+                page = environment.stat()["psize"]
+                pages = sum(size // page + 2 for size in sizes) + 256
                 used = environment.info()["last_pgno"] + 1
                 map_bytes = FIRST_MAP_BYTES
-                while map_bytes < 2 * 4096 * (used + pages):
+                while map_bytes < 2 * page * (used + pages):
                     map_bytes *= 2
                 intent = read_json(intent_path) if intent_path.exists() else None
                 entries = environment.stat()["entries"]
@@ -295,20 +337,22 @@ class UnitStore:
         Returns:
             Whether the database is complete. Safe to be killed anywhere and called again, and by several processes.
         """
-        if self.is_complete():
-            self._sweep()
-            return True
-        if self.finished_units() != set(range(units)):
-            extra = self.finished_units() - set(range(units))
-            if extra:
-                raise BadInput(f"{self.path} holds unit {min(extra)}, but the work has {units} units; use --overwrite to begin anew")
-            return False
-        self.absorb(wait=True)
+        if not self.is_complete():
+            finished = self.finished_units()
+            if finished != set(range(units)):
+                if extra := finished - set(range(units)):
+                    raise BadInput(f"{self.path} holds unit {min(extra)}, but the work has {units} units; use --overwrite to begin anew")
+                return self.is_complete()  # another process may just have done it
+            self.absorb(wait=True)
+            self._finish(units, header)
+        self._sweep()
+        self.claim.publish()
+        return True
+
+    def _finish(self, units: int, header: Mapping[str, Any]) -> None:
         with file_lock(self.units_folder / ".locks" / "finish", wait=True), full_disk_said(self.path):
             if not self.is_complete():  # another process may have done it while we waited
                 self._put_together(units, header)
-        self._sweep()
-        return True
 
     def _put_together(self, units: int, header: Mapping[str, Any]) -> None:
         """Write what stands beside `data.mdb`, from the units that are all in it; `header.json` last."""
@@ -366,113 +410,7 @@ class UnitStore:
     def _sweep(self) -> None:
         """Remove what only an unfinished database needs, and temporary files of killed processes."""
         shutil.rmtree(self.units_folder, ignore_errors=True)
-        for name in ("settings.json", "header.json", "failures.jsonl", INDEX, CARD_FILE):
-            for leftover in self.path.glob(f"{name}.*"):
-                leftover.unlink(missing_ok=True)
-
-
-class UnitWriter:
-    """Writes one unit; made by `UnitStore.unit`, used as a context manager.
-
-    Attributes:
-        number: which unit.
-        done: keys already stored or failed in an earlier try of this unit, and now.
-    """
-
-    def __init__(self, store: UnitStore, number: int, stack: contextlib.ExitStack) -> None:
-        self._store, self.number, self._stack = store, number, stack
-        self._folder = store._folder(number, partial=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        tidy_partial(self._folder)
-        drop_if_damaged(self._folder / "data.mdb")
-        self._unit: Unit = stack.enter_context(open_unit(self._folder))
-        self._values: dict[bytes, tuple[bytes, int]] = {}
-        self._failures: dict[bytes, bytes] = {}
-        absorbed = self._folder / f"absorbed.{INDEX}"
-        self._absorbed = map_arrays(absorbed) if absorbed.exists() else None
-        with self._unit.environment.begin() as transaction:
-            self.done: set[str] = {key.decode() for key, _ in transaction.cursor(self._unit.summaries)}
-            self.done |= {orjson.loads(row)["key"] for _, row in transaction.cursor(self._unit.failures)}
-        if self._absorbed is not None:
-            self.done |= set(KeyList(self._absorbed))
-
-    def put(self, key: str, value: bytes, *, regions: int) -> None:
-        """Store a record at the next `commit`.
-
-        Raises:
-            BadInput: the key is empty, too long for LMDB, or was already written in this unit.
-        """
-        raw = checked_key(key)
-        if key in self.done:
-            raise BadInput(f"image {key!r} was already written; every image needs a key of its own (see --key)")
-        self._values[raw] = (value, regions)
-        self.done.add(key)
-
-    def fail(self, key: str, path: str, error: str) -> None:
-        """Record at the next `commit` that the image `key` could not be done."""
-        # File names need not be valid UTF-8; what JSON cannot hold is written as \\udc80.
-        plain = [text.encode(errors="backslashreplace").decode() for text in (key, path, " ".join(error.split()))]
-        row = dict(zip(("key", "path", "error"), plain, strict=True))
-        # Under a digest: the key may be the very thing that is too long.
-        digest = zlib.crc32(key.encode(errors="replace")).to_bytes(4, "big") + key.encode(errors="replace")[:400]
-        self._failures[digest] = json.dumps(row, ensure_ascii=True).encode()
-        self.done.add(key)
-
-    def commit(self) -> None:
-        """Make everything so far durable, in one transaction. One call per batch.
-
-        Raises:
-            UniterError: the disk is full; what was committed before is kept.
-        """
-        if not self._values and not self._failures:
-            return
-        environment = self._unit.environment
-        with full_disk_said(self._folder):
-            while True:
-                try:
-                    with environment.begin(write=True) as transaction:
-                        for key in sorted(self._values):
-                            value, regions = self._values[key]
-                            transaction.put(key, value, db=self._unit.records)
-                            transaction.put(key, SUMMARY.pack(regions, zlib.crc32(value)), db=self._unit.summaries)
-                        for digest in sorted(self._failures):
-                            transaction.put(digest, self._failures[digest], db=self._unit.failures)
-                    break
-                except lmdb.MapFullError:  # no transaction is open any more: the map may grow
-                    environment.set_mapsize(2 * environment.info()["map_size"])
-        self._values.clear()
-        self._failures.clear()
-
-    def complete(self) -> None:
-        """Commit what is left and let the unit appear by rename; then move finished units into `data.mdb` if nobody else does."""
-        self.commit()
-        with full_disk_said(self._folder):
-            with self._unit.environment.begin() as transaction:
-                keys, summaries = [], []
-                for key, packed in transaction.cursor(self._unit.summaries):
-                    keys.append(key)
-                    summaries.append(SUMMARY.unpack(packed))
-                rows = [orjson.loads(row) for _, row in transaction.cursor(self._unit.failures)]
-            counts = np.array([count for count, _ in summaries], dtype=np.int32)
-            checksums = np.array([checksum for _, checksum in summaries], dtype=np.uint32)
-            if self._absorbed is not None:
-                earlier = KeyList(self._absorbed)
-                keys += [earlier.raw(row) for row in range(len(earlier))]
-                counts = np.concatenate([counts, self._absorbed["region_counts"]])
-                checksums = np.concatenate([checksums, self._absorbed["checksums"]])
-            save_unit_index(self._folder / INDEX, keys, counts, checksums)
-            write_failures(self._folder / "failures.jsonl", sorted(rows, key=lambda row: str(row["key"])))
-            finished = self._store._folder(self.number)
-            self._unit.environment.close()
-            (self._folder / "lock.mdb").unlink(missing_ok=True)
-            sync(self._folder)
-            self._folder.rename(finished)
-            sync(finished.parent)
-        self._stack.close()
-        self._store.absorb()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        (self.path / ADDED).unlink(missing_ok=True)
+        for path in self.path.glob("*.*.*"):
+            if path.suffix in (".tmp", ".first") and REGIONS.made(path):
+                path.unlink(missing_ok=True)

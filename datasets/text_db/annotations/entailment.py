@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from uniter.datasets.errors import BadInput, shown
-from uniter.datasets.text_db.annotations.fields import json_lines, no_companions, no_split, text_field
+from uniter.datasets.storage.streams import json_lines
+from uniter.datasets.text_db.annotations.fields import no_companions, no_split, text_field
 from uniter.datasets.text_db.caption import Caption
 
 LABELS: Final = {"contradiction": 0, "entailment": 1, "neutral": 2}

@@ -1,30 +1,11 @@
 """Getting fields out of other people's JSON, with sentences that name the file and the entry where one is missing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from uniter.datasets.errors import BadInput, shown
-from uniter.datasets.storage.streams import json_events, lines_of, object_of, open_stream
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with where it stands ("line 3 of train.jsonl"); empty lines are passed over.
-
-    Raises:
-        BadInput: a line is no JSON object; it is cut off, or the file is a single JSON document.
-    """
-    for number, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number:,} of {path}"
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise BadInput(f"{where} is not JSON ({error}); expected one object a line, was the file cut off?") from None
-        yield where, object_of(value, where)
+from uniter.datasets.storage.streams import json_events
 
 
 def text_field(entry: dict[str, Any], name: str, where: str) -> str:
@@ -57,16 +38,6 @@ def list_field(entry: dict[str, Any], name: str, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise BadInput(f"{where} has the {name} {shown(value)}; expected a list")
     return value
-
-
-def read_document(path: Path, wanted: str) -> Any:
-    """A JSON file as a whole. `wanted` says what was expected of it."""
-    with open_stream(path) as stream:
-        content = stream.read()
-    try:
-        return orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"{path} is not JSON ({error}); expected {wanted}, was it cut off?") from None
 
 
 def has_name(path: Path, wanted: str) -> bool:

@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from uniter.datasets.errors import BadInput, shown
-from uniter.datasets.text_db.annotations.fields import json_lines, no_split, read_document, text_field
+from uniter.datasets.storage.streams import json_lines, whole_json
+from uniter.datasets.text_db.annotations.fields import no_split, text_field
 from uniter.datasets.text_db.caption import Caption
+
+LARGEST_LIST = 64 << 20  # bytes
 
 
 def read_nlvr2(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
@@ -39,7 +42,7 @@ def read_nlvr2(path: Path, *, split: str | None, join: Sequence[Path], counts: C
 
 
 def _missing(path: Path) -> list[str]:
-    names = read_document(path, "a list of missing images")
+    names = whole_json(path, "a list of missing images", most_bytes=LARGEST_LIST)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadInput(f"{path} is no list of names; --task nlvr2 takes a JSON list of missing images with --join")
     return names

@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.storage.plain_pickle import load_plain_pickle
-from uniter.datasets.storage.streams import first_character, object_of
-from uniter.datasets.text_db.annotations.fields import has_name, list_field, number_field, read_document, text_field
+from uniter.datasets.storage.streams import first_character, object_of, whole_json
+from uniter.datasets.text_db.annotations.fields import has_name, list_field, number_field, text_field
 from uniter.datasets.text_db.caption import Caption
 
 _IMAGE_FIELDS: Final = ("id", "file_name", "ann_ids", "height", "width")
@@ -85,7 +85,7 @@ def _refs(path: Path) -> list[Any]:
 
 @lru_cache(maxsize=2)
 def _load_refs(path: Path, size: int) -> list[Any]:
-    document = read_document(path, "RefCOCO's refs") if first_character(path) in ("[", "{") else load_plain_pickle(path)
+    document = whole_json(path, "RefCOCO's refs") if first_character(path) in ("[", "{") else load_plain_pickle(path)
     refs = document.get("refs") if isinstance(document, Mapping) else document
     if not isinstance(refs, list) or not refs:
         raise BadInput(f"{path} holds no list of referring expressions; expected refs(unc).p, refs(umd).p or the same as JSON")
@@ -136,7 +136,7 @@ def _load_boxes(path: Path, holders: tuple[tuple[Path, int], ...]) -> _Boxes:
             f"{path} needs one instances.json with --join (and at most one order of annotations); "
             f"{len(instances)} and {len(orders)} were given"
         )
-    document = read_document(instances[0], "COCO's instances.json")
+    document = whole_json(instances[0], "COCO's instances.json")
     images = _by_id(document, "images", instances[0])
     annotations = _by_id(document, "annotations", instances[0])
     in_order: dict[int, list[int]] = {number: [] for number in images}
@@ -165,7 +165,7 @@ def _by_id(document: Any, name: str, path: Path) -> dict[int, dict[str, Any]]:
 
 
 def _given_order(path: Path, annotations: Mapping[int, Any], in_order: Mapping[int, list[int]]) -> dict[int, list[int]]:
-    document = object_of(read_document(path, "an order of annotations"), str(path))
+    document = object_of(whole_json(path, "an order of annotations"), str(path))
     table = object_of(document.get("iid_to_ann_ids", document), f"iid_to_ann_ids of {path}")
     rows: dict[int, list[int]] = {}
     for name, numbers in table.items():

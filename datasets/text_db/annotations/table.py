@@ -42,6 +42,7 @@ class Annotations:
         side_files: of the finished text database.
         lengths: what side files of lengths are written, from the finished record.
         added_words: word pieces that the task adds to the vocabulary, in order.
+        folders_tell_apart: whether names in different folders are of different images.
     """
 
     read: Read
@@ -50,9 +51,7 @@ class Annotations:
     side_files: SideFiles = lambda paths, *, split, join: {}
     lengths: Mapping[str, Length] | None = None
     added_words: Sequence[str] = field(default=())
-
-    def __call__(self, path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str]) -> Iterator[Caption]:
-        return self.read(path, split=split, join=join, counts=counts)
+    folders_tell_apart: bool = True
 
 
 ANNOTATIONS: dict[str, Annotations] = {
@@ -91,5 +90,6 @@ ANNOTATIONS: dict[str, Annotations] = {
         side_files=vcr.side_files,
         lengths={"id2len_qa": vcr.question_and_answer, "id2len_qar": vcr.question_answer_and_rationale},
         added_words=vcr.TAG_WORDS,
+        folders_tell_apart=False,  # the annotated and the detected boxes of one photograph
     ),
 }

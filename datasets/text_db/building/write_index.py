@@ -1,4 +1,4 @@
-"""The index of a text database: ids, lengths, images, memory-mapped."""
+"""The index of a text database: ids, lengths, checksums, images, memory-mapped; and the side file that needs all images together."""
 
 from pathlib import Path
 from typing import Any
@@ -6,48 +6,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uniter.datasets.storage.index_file import INDEX, hash_key, save_arrays
-from uniter.datasets.text_db.building.spool import BATCH, JsonObject, Spool, pairs
+from uniter.datasets.storage.index_file import INDEX, save_arrays
+from uniter.datasets.text_db.building.image_names import NamedImages, mapped, pairs
+from uniter.datasets.text_db.building.spool import BATCH, JsonObject, Spool
 
-# The index, and the side file that needs all images together.
 
-
-def write_text_index(work: Path, folder: Path, spool: Spool) -> tuple[int, dict[str, int]]:
-    """index.safetensors and img2txts.json; returns the number of images and, by rule, how many were found by it."""
-    key_ends = np.cumsum(np.fromfile(work / "image_key_lengths", "<u4"), dtype=np.int64)
-    key_bytes = _mapped(work / "image_keys")
-    rules = np.fromfile(work / "image_rules", np.uint8)
-    starts = np.concatenate([np.zeros(1, np.int64), key_ends[:-1]])
-    hashes = np.fromiter((hash_key(key_bytes[start:end].tobytes()) for start, end in pairs(starts, key_ends)), np.uint64, len(key_ends))
-    # Several names may lead to one key, and a name that was forgotten has several numbers: what has one hash is one image.
-    _, firsts, image_of = np.unique(hashes, return_index=True, return_inverse=True)
-    coverage = {rule: int(count) for rule, count in zip(spool.rules, np.bincount(rules[firsts], minlength=len(spool.rules)), strict=True)}
-    used = image_of.astype(np.int32)[np.fromfile(work / "images", np.int32)]
-    first_uses = np.full(len(firsts), len(used), np.int64)
+def write_text_index(work: Path, folder: Path, spool: Spool, images: NamedImages) -> int:
+    """index.safetensors and img2txts.json; returns how many images the texts are about."""
+    used = images.image_of[np.fromfile(work / "images", np.int32)]
+    first_uses = np.full(len(images.firsts), len(used), np.int64)
     np.minimum.at(first_uses, used, np.arange(len(used), dtype=np.int32))
     by_first_use = np.argsort(first_uses, kind="stable")[: int((first_uses < len(used)).sum())]
-    number_of = np.full(len(firsts), -1, np.int32)
+    number_of = np.full(len(images.firsts), -1, np.int32)
     number_of[by_first_use] = np.arange(len(by_first_use), dtype=np.int32)
     numbers = number_of[used]
-    del used, image_of, first_uses
-    rows = firsts[by_first_use]
-    image_bytes = b"".join(key_bytes[start:end].tobytes() for start, end in pairs(starts[rows], key_ends[rows]))
-    image_ends = np.cumsum(key_ends[rows] - starts[rows], dtype=np.int64)
+    del used, first_uses
+    image_bytes, image_ends = images.keys(images.firsts[by_first_use])
 
     order = np.argsort(numbers, kind="stable")
-    image_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(numbers, minlength=len(rows)), dtype=np.int64)])
+    count = np.bincount(numbers, minlength=len(by_first_use))
+    image_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(count, dtype=np.int64)])
     examples = (order // spool.width).astype(np.int32)
     del order
-    ids_bytes = _mapped(work / "ids")
+    ids_bytes = mapped(work / "ids")
     id_ends = np.cumsum(np.fromfile(work / "id_lengths", np.int32), dtype=np.int64)
     _write_texts_of_images(folder / "img2txts.json", image_bytes, image_ends, image_starts, examples, ids_bytes, id_ends)
 
     arrays: dict[str, NDArray[Any]] = {name: np.fromfile(work / name, np.int32) for name in spool.length_names}
     arrays |= _key_columns("ids", ids_bytes, id_ends, np.fromfile(work / "id_hashes", np.uint64))
-    arrays |= _key_columns("image_keys", np.frombuffer(image_bytes, np.uint8), image_ends, hashes[rows])
+    arrays |= _key_columns("image_keys", np.frombuffer(image_bytes, np.uint8), image_ends, images.hashes[by_first_use])
     arrays |= {"image_numbers": numbers.reshape(-1, spool.width), "image_starts": image_starts, "image_examples": examples}
+    arrays["checksums"] = np.fromfile(work / "checksums", np.uint32)
     save_arrays(folder / INDEX, arrays)
-    return len(rows), coverage
+    return len(by_first_use)
 
 
 def _key_columns(what: str, key_bytes: NDArray[np.uint8], ends: NDArray[np.int64], hashes: NDArray[np.uint64]) -> dict[str, NDArray[Any]]:
@@ -80,7 +71,3 @@ def _write_texts_of_images(
             start = end
         table.write(items)
     table.close()
-
-
-def _mapped(path: Path) -> NDArray[np.uint8]:
-    return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)

@@ -1,14 +1,22 @@
 """What became of urls: tables of downloaders (img2dataset's parquet or JSON, CSV and TSV reports) as url -> the image's name."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.streams import first_character, json_events, json_items, lines_of, object_of, starts_with
+from uniter.datasets.storage.streams import (
+    first_character,
+    json_events,
+    json_items,
+    json_lines,
+    json_value,
+    lines_of,
+    object_of,
+    starts_with,
+    whole_json,
+)
 from uniter.datasets.text_db.captions.names import NameTable
 from uniter.datasets.text_db.captions.rows import column_named, csv_rows
 
@@ -25,6 +33,7 @@ PARQUET_MAGIC = b"PAR1"
 
 
 ROWS = 8192
+LARGEST_OBJECT = 16 << 20  # bytes of what a downloader says of one image
 
 
 def names_of_urls(paths: Sequence[Path]) -> NameTable:
@@ -100,23 +109,12 @@ def _json_objects(path: Path) -> Iterator[Mapping[str, Any]]:
             yield {"url": url, "file": value}
         elif event == "end_map":
             return
-    for number, line in enumerate(_joined(path)):
-        if line.strip():
-            try:
-                yield object_of(json.loads(line), f"line {number + 1} of {path}")
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"line {number + 1} of {path} is not JSON ({error}); was the file cut off?") from None
-
-
-def _joined(path: Path) -> Iterator[str]:
-    """The lines of a file of JSON lines, or all of it as one if its first line is no whole object."""
-    first = next(lines_of(path), "")
     try:
-        json.loads(first)
-    except (ValueError, RecursionError):
-        yield "\n".join(islice(lines_of(path), 10_000))
+        json_value(next(lines_of(path), ""), str(path))
+    except BadInput:  # one object in several lines
+        yield object_of(whole_json(path, "a downloader's table", most_bytes=LARGEST_OBJECT), str(path))
         return
-    yield from lines_of(path)
+    yield from (row for _, row in json_lines(path))
 
 
 def parquet_rows(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:

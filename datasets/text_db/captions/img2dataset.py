@@ -3,7 +3,6 @@
 An image is called `<key>.jpg`, as its tar and `uniter-extract` call it. Of a shard that has both, the parquet is read, for it is short.
 """
 
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,15 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.streams import first_character, id_of, json_items, object_of, text_of
+from uniter.datasets.image_db.photographs import IMAGE_SUFFIXES
+from uniter.datasets.storage.streams import first_character, id_of, json_items, json_value, object_of, text_of
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.downloads import DONE, URL_COLUMNS, parquet_rows
 from uniter.datasets.text_db.captions.rows import CAPTION_COLUMNS, column_named
 
 LARGEST_TEXT = 1 << 20  # bytes of a caption or of an image's JSON in a tar
-
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def read_img2dataset(
@@ -109,8 +106,8 @@ def _tar_captions(path: Path, counts: Counter[str]) -> Iterator[Caption]:
                         raise BadInput(f"{member.name} in {path} has {member.size:,} bytes; expected a caption of at most {LARGEST_TEXT:,}")
                     file = tar.extractfile(member)
                     sample[suffix] = file.read() if file is not None else b""
-                elif f".{suffix}" in IMAGE_SUFFIXES:
-                    sample["image"] = suffix.encode()
+                elif PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+                    sample["image"] = name.suffix.lower().removeprefix(".").encode()
             # tarfile takes a file that stops between two members, or within a header, for a whole one.
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
@@ -130,10 +127,7 @@ def _sample(path: Path, key: str, sample: dict[str, bytes], counts: Counter[str]
     if "txt" in sample:
         text = sample["txt"].decode("utf-8", "replace")
     elif "json" in sample:
-        try:
-            row = object_of(json.loads(sample["json"]), where)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"the JSON of {where} is damaged ({error})") from None
+        row = object_of(json_value(sample["json"], f"the JSON of {where}"), where)
         column = column_named(row, CAPTION_COLUMNS)
         text = text_of(row[column], where) if column is not None else ""
     else:

@@ -27,6 +27,8 @@ def id_number(value: Any) -> int:
 class NameTable:
     """Id -> name. Fill it with `add`, then ask with `find`; adding after asking is not possible.
 
+    Ours rather than `pyarrow.compute.index_in`, which hashes all ids anew for each batch that asks: 0.5 s against 8 ms of a million.
+
     Args:
         what: what the ids are of, for the error ("image").
     """

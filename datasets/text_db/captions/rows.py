@@ -1,14 +1,13 @@
 """JSONL and CSV with an image and a caption in each row, under the names that such columns go by; also a JSON array of such rows."""
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from uniter.datasets.errors import BadInput, shown
-from uniter.datasets.storage.streams import first_character, id_of, json_items, lines_of, object_of, text_of
+from uniter.datasets.storage.streams import first_character, id_of, json_items, json_lines, lines_of, object_of, text_of
 from uniter.datasets.text_db.caption import Caption
 
 IMAGE_COLUMNS = (
@@ -100,16 +99,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for row, value in enumerate(json_items(path, "item")):
             yield f"entry {row} of {path}", object_of(value, f"entry {row} of {path}")
         return
-    for number, line in enumerate(lines_of(path)):
-        if not line.strip():
-            continue
-        where = f"line {number + 1} of {path}"
-        try:
-            # json rather than orjson: it takes the halves of surrogate pairs and NaN that people's files hold.
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where} is not JSON ({error}); was the file cut off?") from None
-        yield where, object_of(value, where)
+    yield from json_lines(path)
 
 
 def _captions(

@@ -109,6 +109,15 @@ def test_random_pairs_are_never_the_own_picture_and_reach_all_others() -> None:
     assert (beside_three == 7).mean() == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.parametrize("pictures", [2, 3, 4, 5])
+def test_random_pairs_reach_every_other_picture_as_often_as_asked(pictures: int) -> None:
+    own = np.tile(np.arange(pictures, dtype=np.int32) * 5 + 2, 4000)
+    pairing = random_pairs(own, np.random.default_rng(0), negative_probability=0.2)
+    assert pairing.matched.mean() == pytest.approx(0.8, abs=0.02)
+    beside_first = pairing.images[(~pairing.matched) & (own == 2)]
+    assert set(beside_first.tolist()) == set(own.tolist()) - {2}
+
+
 def test_pairs_need_two_pictures() -> None:
     with pytest.raises(ValueError, match="two different pictures"):
         random_pairs(np.array([4, 4], dtype=np.int32), np.random.default_rng(0))

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
-from uniter.datasets.image_db.writing import units as lmdb_store
+from uniter.datasets.image_db.writing import unit_writer, units
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.image_db.writing.units import UnitStore
-from uniter.datasets.storage.files import difference_in_words, first_phrases, sync_folder, write_json
+from uniter.datasets.storage.files import difference_in_words, first_phrases, sync, write_json
 from uniter.datasets.storage.index_file import INDEX, KeyList, key_columns, map_arrays, save_arrays
 from uniter.datasets.storage.lmdb_files import open_reader, put_all
 from uniter.datasets.storage.lmdb_pages import check_data_file
@@ -202,7 +202,7 @@ def test_dying_at_each_step_of_absorbing_and_finishing(
     class Died(BaseException):
         pass
 
-    real = sync_folder
+    real = sync
 
     def dying(folder: Path) -> None:
         nonlocal steps
@@ -211,7 +211,8 @@ def test_dying_at_each_step_of_absorbing_and_finishing(
             raise Died
         real(folder)
 
-    monkeypatch.setattr(lmdb_store, "sync", dying)
+    for module in (units, unit_writer):
+        monkeypatch.setattr(module, "sync", dying)
     with pytest.raises(Died) if moment else pytest.MonkeyPatch.context():
         build(out)
         if moment > steps:
@@ -229,7 +230,9 @@ def test_other_settings_are_refused_in_words(unbroken: Path) -> None:
     fresh = UnitStore(unbroken, settings={"batch": 8}, overwrite=True)
     assert not fresh.is_complete()
     assert fresh.finished_units() == set()
-    assert not (unbroken / "data.mdb").exists()
+    assert (unbroken / "header.json").exists(), "what is overwritten stays until the new one is complete"
+    assert fresh.finish(units=0, header={}) and fresh.path == unbroken
+    assert json.loads((unbroken / "header.json").read_text())["images"] == 0
 
 
 def test_a_file_system_without_hard_links_will_do(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +246,7 @@ def test_a_file_system_without_hard_links_will_do(unbroken: Path, tmp_path: Path
 
 def test_a_foreign_database_is_not_written_into(tmp_path: Path) -> None:
     lmdb.open(str(tmp_path / "foreign"), map_size=1 << 20).close()
-    with pytest.raises(BadInput, match="made elsewhere"):
+    with pytest.raises(BadInput, match="did not make"):
         UnitStore(tmp_path / "foreign", settings={})
 
 

@@ -39,7 +39,7 @@ def examples(world, task):
     tasks = world[0] / "tasks"
     counts = Counter()
     return list(
-        ANNOTATIONS[READERS.get(task, task)](tasks / path, split=split, join=[tasks / name for name in join], counts=counts)
+        ANNOTATIONS[READERS.get(task, task)].read(tasks / path, split=split, join=[tasks / name for name in join], counts=counts)
     ), counts
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
-from uniter.datasets.storage import claims, files
+from uniter.datasets.storage import claims, contents, files
 from uniter.datasets.storage.claims import MADE_FROM, Claim, Maker, claim, content_of
 from uniter.datasets.storage.index_file import INDEX, key_columns, save_arrays
 from uniter.datasets.storage.locks import file_lock, only_writer
@@ -73,8 +73,8 @@ def test_the_same_contents_are_complete_and_others_refused(tmp_path: Path, recip
 
 def test_what_was_touched_is_read_again_and_what_was_not_is_not(tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
-    original = claims.sha256_of
-    monkeypatch.setattr(claims, "sha256_of", lambda path: reads.append(path) or original(path))
+    original = contents.sha256_of
+    monkeypatch.setattr(contents, "sha256_of", lambda path: reads.append(path) or original(path))
     out, folder = tmp_path / "out", tmp_path / "folder"
     folder.mkdir()
     (folder / "a.npz").write_text("one")

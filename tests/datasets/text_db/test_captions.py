@@ -74,6 +74,14 @@ def test_coco_in_any_order(tmp_path: Path, order: tuple[str, ...]) -> None:
     assert detect(path) == "coco" and shown(read(path)[0]) == COCO_READ
 
 
+@pytest.mark.parametrize("inside", [b'"%s"' % (b" " * (40 << 20)), b"[%s[]]" % (b"[]," * (14 << 20))])
+def test_what_unpacks_to_a_hundred_times_its_size_is_refused(inside: bytes, tmp_path: Path) -> None:
+    """Before it fills the memory: a string, or many small lists, within one caption."""
+    bomb = gzip.compress(b'{"images": [], "annotations": [{"id": 1, "image_id": 1, "caption": %s}]}' % inside)
+    with pytest.raises(BadInput, match="unpacks to more than 100 times its size"):
+        read(written(tmp_path / "c.json.gz", bomb), kind="coco")
+
+
 def test_coco_with_a_byte_order_mark_crlf_and_gzip(tmp_path: Path) -> None:
     text = json.dumps(COCO, indent=1).replace("\n", "\r\n").encode()
     for content in (b"\xef\xbb\xbf" + text, gzip.compress(text), gzip.compress(b"\xef\xbb\xbf" + text)):

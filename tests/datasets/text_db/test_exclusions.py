@@ -136,6 +136,21 @@ def test_what_is_left_of_each_source(world: Path) -> None:
     assert kept("sbu", {"image_urls": urls, "captions": ["a"] * 4}) == {"2": "train", "3": "train"}
 
 
+def test_lists_that_leave_nothing_out_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A plain list that names no image is spelt otherwise than the texts; lists of several sources may name none of one."""
+    captions = [Caption("1", "b.jpg", "a"), Caption("2", "c.jpg", "a")]
+    (tmp_path / "list.txt").write_text("B.png\nC.png\n")
+    (tmp_path / "b.txt").write_text("b\nd\n")
+    (tmp_path / "lists.json").write_text(json.dumps({"karpathy_test_iids": [7]}))
+    counts: Counter[str] = Counter()
+    with pytest.raises(BadInput, match=r"none of the 2 entries of list\.txt is an image of these texts, .* called like 'b\.jpg'"):
+        list(Exclusion([tmp_path / "b.txt", tmp_path / "list.txt"]).leave_out(captions, counts))
+    assert [caption.id for caption in Exclusion([tmp_path / "b.txt"]).leave_out(captions, counts)] == ["2"] and counts["excluded"] == 1
+    assert not caplog.records
+    assert len(list(Exclusion([tmp_path / "lists.json"]).leave_out(captions, counts))) == 2
+    assert "lists.json names none of the images of these texts (1 ids)" in caplog.text
+
+
 def test_plain_lists(tmp_path: Path) -> None:
     captions = [
         Caption("1", "train2014/COCO_train2014_000000000009.jpg", "a", (("coco", "9"),)),
@@ -156,7 +171,8 @@ def test_plain_lists(tmp_path: Path) -> None:
     assert left("train2014/COCO_train2014_000000000009.jpg 10\n") == ["3", "4"]
     assert left("12\n") == ["1", "2", "3"]
     assert left('[9, "b"]', "list.json") == ["3", "4"]
-    assert left("") == ["1", "2", "3", "4"]
+    with pytest.raises(BadInput, match=r"list\.txt is empty; expected ids or images' names"):
+        left("")
 
 
 def test_images_with_names_of_coco_are_known_in_every_source(world: Path) -> None:

@@ -7,10 +7,10 @@ from PIL import Image
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.formats.table import read_items
+from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.view.drawing import draw_regions, draw_weights, place_labels
 from uniter.datasets.view.labels import RegionLabel, class_colour, label_regions
-from uniter.datasets.view.photographs import Photographs
 from uniter.datasets.view.pictures import empty_canvas, read_photograph
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
 

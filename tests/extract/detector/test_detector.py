@@ -142,7 +142,7 @@ def test_stages_agree_with_detectron2s_own_inference(name: str, tmp_path: Path) 
     recipe = small_recipe(name)
     state = random_tensors({name: tuple(tensor.shape) for name, tensor in detectron2s_own(recipe).state_dict().items()}, 5)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "w.safetensors")
-    detector, model = Detectron2Detector.from_recipe(recipe, weights=str(tmp_path / "w.safetensors")), detectron2s_own(recipe, state)
+    detector, model = Detectron2Detector(recipe, weights=str(tmp_path / "w.safetensors")), detectron2s_own(recipe, state)
     heard: dict[str, Any] = {}
     model.proposal_generator.register_forward_hook(lambda _, given, made: heard.update(proposals=made[0][0]))
     model.roi_heads.box_predictor.register_forward_hook(lambda _, given, made: heard.update(features=given[0], logits=made[0]))

@@ -28,7 +28,7 @@ def read():
 
     def read_all(task, path, *, split=None, join=()):
         counts = Counter()
-        return list(ANNOTATIONS[task](path, split=split, join=join, counts=counts)), +counts
+        return list(ANNOTATIONS[task].read(path, split=split, join=join, counts=counts)), +counts
 
     return read_all
 

@@ -86,7 +86,7 @@ def test_a_broken_file_is_read_or_refused_in_a_sentence(task: str, world: Path, 
             given[spoiled].write_bytes(given[spoiled].read_bytes()[: rng.randrange(given[spoiled].stat().st_size)])
             what += ", cut off"
         try:
-            list(ANNOTATIONS[task](given[0], split=split, join=given[1:], counts=Counter()))
+            list(ANNOTATIONS[task].read(given[0], split=split, join=given[1:], counts=Counter()))
             ANNOTATIONS[task].side_files([given[0]], split=split, join=given[1:])
         except UniterError as error:
             refused += 1

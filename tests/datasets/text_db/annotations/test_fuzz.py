@@ -110,7 +110,7 @@ def test_fuzzed_pickles_of_refs_are_examples_or_an_error_of_ours(tmp_path_factor
 def read_and_build(task, folder, join, pieces):
     row = ANNOTATIONS[task]
     try:
-        examples = list(row(folder / "file", split=None, join=join, counts=Counter()))
+        examples = list(row.read(folder / "file", split=None, join=join, counts=Counter()))
         for example in examples:
             assert isinstance(example.id, str) and (example.text is None or isinstance(example.text, str))
         report = build_text_db(

@@ -60,7 +60,7 @@ def test_bad_pairs_are_answered_in_a_sentence(read, write, line, sentence):
 def test_a_line_that_was_cut_off_is_named(read, write):
     path = write("snli.jsonl", [pair(), pair()], lines=True)
     path.write_text(path.read_text()[:-30])
-    with pytest.raises(BadInput, match=r"line 2 of .* is not JSON .*was the file cut off"):
+    with pytest.raises(BadInput, match=r"line 2 of .* is not JSON .*was it cut off"):
         read("ve", path)
 
 
