@@ -31,11 +31,6 @@ from uniter.extract.weights.sources import address_of, find_weight_file, silent_
 
 log = logging.getLogger(__name__)
 
-ON_BOARD_IN_WORDS = (
-    "COCO's 80 classes, features of 512 numbers, small and quick; these are not Visual Genome's features: no model that was trained on "
-    "those takes them"
-)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
@@ -100,11 +95,13 @@ def load_known_weights(sources: Sequence[str], *, detector: str) -> Weights:
             reasons.append(f"{source}: {error}" if source not in str(error) else str(error))
             log.info("weights: %s", reasons[-1])
     tried = "; ".join(reasons) or "none is known"
+    features = "Visual Genome's" if detector.startswith("butd") else f"those of {detector}"
     raise UniterError(
         f"no weights for detector {detector!r} could be fetched. Tried: {tried}. What works now, without a download: --detector on-board "
-        f"({ON_BOARD_IN_WORDS}). Or pass a copy that you have with --weights FILE (.caffemodel, Detectron2 .pkl, Hugging Face .bin, "
-        f"MILVLG .pth or .safetensors), take a model-zoo detector such as --detector COCO-Detection/faster_rcnn_R_101_C4_3x, or train one "
-        f"of your own with `uniter-train detector`"
+        f"(COCO's 80 classes, features of 512 numbers, small and quick; not {features}: no model that was trained on those takes them). "
+        f"Or pass a copy that you have with --weights FILE (.caffemodel, Detectron2 .pkl, Hugging Face .bin, MILVLG .pth or .safetensors), "
+        f"take a model-zoo detector such as --detector COCO-Detection/faster_rcnn_R_101_C4_3x, or train one of your own with "
+        f"`uniter-train detector`"
     )
 
 
