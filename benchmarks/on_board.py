@@ -6,7 +6,7 @@ that reads regions gets to see, and no average precision: more regions never low
 with its best class and its confidence.
 
     python benchmarks/on_board.py --images val2017/ --annotations instances_val2017.json
-    python benchmarks/on_board.py --images photos/ --annotations instances.json --detector detector/ --json
+    python benchmarks/on_board.py --images photos/ --annotations held_out.json --detector detector/ --trained-on instances.json
 """
 
 import argparse
@@ -15,6 +15,7 @@ import io
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from uniter.extract import RegionExtractor
 from uniter.extract.training.labelled_images import LabelledImage, LabelledImages, coco_ground_truth, read_labelled_images
 
 LEAST_AREA = 32 * 32
+LEAST_BOXES = 10  # of a class in --trained-on: what nobody was shown, nobody can know
 AT_ONCE = 64  # photographs between two prints
 
 
@@ -123,6 +125,15 @@ def measure(labelled: LabelledImages, extractor: RegionExtractor) -> dict[str, A
     }
 
 
+def of_frequent_classes(m_by_class: Mapping[str, Sequence[int]], trained_on: Path) -> float:
+    """M over the classes of which the training had enough boxes."""
+    content = json.loads(trained_on.read_bytes())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    boxes = Counter(names[annotation["category_id"]] for annotation in content["annotations"])
+    counted = [figures for name, figures in m_by_class.items() if boxes[name] >= LEAST_BOXES]
+    return sum(right for right, _ in counted) / max(sum(count for _, count in counted), 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="the folder of the photographs")
@@ -131,6 +142,7 @@ def main() -> None:
     parser.add_argument("--weights", help="as for uniter-extract")
     parser.add_argument("--device", default=None, help="cpu, cuda ... (default: a GPU where there is one)")
     parser.add_argument("--batch-size", type=int, help="photographs that run together (default: fitted to the machine)")
+    parser.add_argument("--trained-on", type=Path, help="COCO's instances JSON; M also over the classes with ten boxes or more there")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the figures by class")
     arguments = parser.parse_args()
     read = read_labelled_images(arguments.images, arguments.annotations)
@@ -138,6 +150,8 @@ def main() -> None:
     labelled = LabelledImages(annotated, read.class_names, read.category_ids, read.attribute_names, read.skipped)
     extractor = RegionExtractor(arguments.detector, weights=arguments.weights, device=arguments.device, batch_size=arguments.batch_size)
     figures = measure(labelled, extractor)
+    if arguments.trained_on is not None:
+        figures["m_frequent"] = of_frequent_classes(figures["m_by_class"], arguments.trained_on)
     if arguments.json:
         print(json.dumps(figures, indent=1))
         return
@@ -147,13 +161,15 @@ def main() -> None:
     for name, title in (
         ("m", "M: found, with the right class"),
         ("m_person", "M of persons"),
+        ("m_frequent", f"M of classes with {LEAST_BOXES} boxes"),
         ("located", "found, with whatever class"),
         ("ap50", "AP50"),
         ("ap", "AP"),
         ("regions_a_photograph", "regions a photograph"),
         ("photographs_a_second", "photographs a second"),
     ):
-        print(f"  {title:<32} {figures[name]:8.3f}")
+        if name in figures:
+            print(f"  {title:<32} {figures[name]:8.3f}")
 
 
 if __name__ == "__main__":

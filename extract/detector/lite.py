@@ -111,7 +111,7 @@ def lite_config(classes: int = 80) -> CfgNode:
     model.BACKBONE.NAME, model.BACKBONE.FREEZE_AT = "uniter_lite_fpn", 5
     model.FPN.IN_FEATURES, model.FPN.OUT_CHANNELS = ["c3", "c4", "c5"], 128
     model.PIXEL_MEAN, model.PIXEL_STD, cfg.INPUT.FORMAT = [127.0, 127.0, 127.0], [128.0, 128.0, 128.0], "RGB"
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (352,), 352
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (288,), 288
     cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST = 640
     model.ANCHOR_GENERATOR.SIZES = [[16, 28], [48, 80], [128, 224]]
     rpn, heads, head = model.RPN, model.ROI_HEADS, model.ROI_BOX_HEAD
