@@ -251,13 +251,13 @@ def main(words_given: Sequence[str] | None = None) -> None:
             weights = {"transport": 0.1}
 
             def packed_loss(batch=batch, head=packed_head, terms_of=terms_of, weights=weights):  # type: ignore[no-untyped-def]
-                return losses.training_loss(terms_of(head(model, batch), batch.targets), weights=weights)
+                return losses.of(terms_of(head(model, batch), batch.targets), weights=weights).number
 
             def padded_loss(batch=rectangle, head=padded_head, terms_of=terms_of, weights=weights):  # type: ignore[no-untyped-def]
                 targets = dict(batch.targets)
                 if "words" in targets:
                     targets["words"] = targets["words"].flatten()
-                return losses.training_loss(terms_of(head(opponent, batch), targets), weights=weights)
+                return losses.of(terms_of(head(opponent, batch), targets), weights=weights).number
 
             model.eval()
             with torch.no_grad():

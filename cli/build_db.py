@@ -74,7 +74,7 @@ class BuildCommand(click.Command):
     metavar="TABLE",
     help="Companion files: what became of urls (img2dataset's output) for cc and sbu; image_data.json for vg; a task's further files.",
 )
-@click.option("--overwrite", is_flag=True, help="Begin anew, whatever OUT holds.")
+@click.option("--overwrite", is_flag=True, help="Build anew beside what OUT holds, and take its place when all is done.")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a text was empty or without an image.")
 @common_options
 def main(

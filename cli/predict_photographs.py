@@ -27,31 +27,34 @@ Command = Callable[..., Any]
 class Predict(click.Group):
     """`predict`: a command of its own for each question about photographs; any other word is a task's."""
 
-    def __init__(self, of_task: click.Command, of_photographs: Sequence[click.Command], tasks: Sequence[str]) -> None:
+    def __init__(self, of_task: click.Command, of_photographs: Sequence[click.Command], tasks: Callable[[], Sequence[str]]) -> None:
         super().__init__(
             "predict",
-            commands={**{command.name or "": command for command in of_photographs}, **dict.fromkeys(tasks, of_task)},
+            commands={command.name or "": command for command in of_photographs},
             help="Ask a trained model: about photographs (match, answer, ground, rank), or write a TASK's official submission.",
             # `predict --from vqa/ vqa ...` is the task's command, too.
             context_settings={"ignore_unknown_options": True},
         )
-        self._of_task, self._of_photographs = of_task, {command.name for command in of_photographs}
+        self._of_task, self._tasks = of_task, tasks
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return [*self.commands, *self._tasks()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self.commands.get(cmd_name, self._of_task)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] in self._of_photographs:
+        if args[0] in self.commands:
             return super().resolve_command(ctx, args)
         return None, self._of_task, args
 
 
-def with_photographs(of_task: click.Command, tasks: Sequence[str]) -> Predict:
+def with_photographs(of_task: click.Command, tasks: Callable[[], Sequence[str]]) -> Predict:
     """The `predict` command of `uniter-train`.
 
     Args:
         of_task: what does `predict TASK`.
-        tasks: the tasks' names, for the help.
+        tasks: gives the tasks' names, for the help.
     """
     return Predict(of_task, [match, answer, ground, rank], tasks)
 
@@ -69,6 +72,7 @@ def photograph_options(function: Command) -> Command:
             click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where regions are kept; each detector has a "
                          "folder of its own there.  [default: regions/ in the toolkit's cache folder]"),
             click.option("--no-cache", is_flag=True, help="Keep no regions."),
+            click.option("--other-detector", is_flag=True, help="Another detector than that of the run is meant."),
             click.option("--tokenizer", metavar="NAME|PATH", help="The model's vocabulary, where its run does not tell."),
             click.option("--out", type=click.Path(path_type=Path), help="A picture of the answer; of several, a folder."),
             click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one]."),
@@ -141,6 +145,7 @@ def _ask(
     weights: str | None,
     cache: Path | None,
     no_cache: bool,
+    other_detector: bool,
     tokenizer: str | None,
     out: Path | None,
     device: str | None,
@@ -161,7 +166,7 @@ def _ask(
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions mean NOTHING, and so do the answers; this is for trying things out only.")
     extractor = RegionExtractor(detector, weights=weights, cache=None if no_cache else cache or default_cache(), device=device)
-    asked = Understanding(extractor, *checkpoints, tokenizer=tokenizer, answers=answers, device=device)
+    asked = Understanding(extractor, *checkpoints, tokenizer=tokenizer, answers=answers, device=device, other_detector=other_detector)
     results: list[Seen] = []
     if question == "rank":
         results += [asked.rank(photographs, text) for text in texts]

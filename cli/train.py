@@ -29,6 +29,31 @@ def main() -> None:
     """
 
 
+class TaskCommand(click.Command):
+    """A command whose help lists tasks. They are looked up when it is printed: their table takes PyTorch, which takes seconds."""
+
+    def __init__(self, *arguments: Any, kind: str, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._kind = kind
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from uniter.model.tasks.table import DEFAULT_PRETRAINING, PRETRAINING
+
+        with formatter.section("Tasks"):
+            if self._kind == "pretraining":
+                defaults = ", ".join(f"{name}:{PRETRAINING[name].ratio:g}" for name in DEFAULT_PRETRAINING)
+                formatter.write_text(f"{', '.join(PRETRAINING)}. By default, as far as the data allow, {defaults}.")
+            else:
+                formatter.write_text(", ".join(downstream_tasks()))
+
+
+def downstream_tasks() -> list[str]:
+    """The names of the down-stream tasks."""
+    from uniter.model.tasks.table import DOWNSTREAM
+
+    return list(DOWNSTREAM)
+
+
 def data_options(function: Command) -> Command:
     """--text and --images, several times each."""
     function = click.option("--images", multiple=True, metavar="DB", help="A region database; give several as one corpus.")(function)
@@ -47,6 +72,7 @@ def run_options(function: Command) -> Command:
             click.option("--seed", type=click.IntRange(min=0), help="Decides everything random [default: 42]."),
             click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one]."),
             click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: fp32]"),
+            click.option("--other-detector", is_flag=True, default=None, help="Regions of another detector than that of --from are meant."),
             click.option(
                 "--root",
                 "roots",
@@ -60,12 +86,12 @@ def run_options(function: Command) -> Command:
     return function
 
 
-@main.command()
+@main.command(cls=TaskCommand, kind="pretraining")
 @data_options
 @click.option("--val-text", "validation_text", multiple=True, metavar="DB", help="Validate on these texts [default: held-out pictures].")
 @click.option("--val-images", "validation_images", multiple=True, metavar="DB", help="Their region databases [default: --images].")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The run directory; the same command again resumes.")
-@click.option("--tasks", metavar="TASK[:RATIO],...", help="Of mlm, mrfr, mrc, mrc-kl and itm [default: itm:2,mlm:2,mrfr,mrc-kl].")
+@click.option("--tasks", metavar="TASK[:RATIO],...", help="How often each is drawn; see below.")
 @run_options
 @click.option("--explain", is_flag=True, help="Print every setting with its default and meaning, and stop.")
 @common_options
@@ -84,6 +110,7 @@ def pretrain(
     seed: int | None,
     device: str | None,
     precision: str | None,
+    other_detector: bool | None,
     roots: tuple[str, ...],
     explain: bool,
     as_json: bool,
@@ -108,13 +135,18 @@ def pretrain(
         config,
         roots=roots,
         assignments=assignments,
-        options=_given({"model.size": size, "from": start, "steps": steps, "seed": seed, "device": device, "precision": precision}),
+        options=_given(
+            {
+                "model.size": size, "from": start, "steps": steps, "seed": seed, "device": device, "precision": precision,
+                "other_detector": other_detector,
+            }
+        ),
         text=list(text),
         images=list(images),
         validation_text=list(validation_text),
         validation_images=list(validation_images),
         tasks=tasks,
-    )
+    )  # fmt: skip
     if out is None:
         raise click.UsageError("Missing option '--out': where shall the run's checkpoints and log go?")
     from uniter.model.train.pretraining import pretrain as run_pretraining
@@ -122,7 +154,7 @@ def pretrain(
     print_from_first(run_pretraining(settings, out), as_json=as_json, title="pre-training")
 
 
-@main.command()
+@main.command(cls=TaskCommand, kind="downstream")
 @click.argument("task")
 @data_options
 @click.option("--val-text", "validation_text", multiple=True, metavar="DB", help="Validate on these texts [default: held-out pictures].")
@@ -145,11 +177,11 @@ def finetune(
     seed: int | None,
     device: str | None,
     precision: str | None,
+    other_detector: bool | None,
     roots: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Fine-tune a pre-trained model on a down-stream TASK: vqa, ve, nlvr2, nlvr2-paired, nlvr2-triplet, retrieval, retrieval-hard,
-    refcoco, refcoco-two-layers, refcoco-rank or vcr.
+    """Fine-tune a pre-trained model on a down-stream TASK, one of those below.
 
     \b
     Example:
@@ -168,6 +200,7 @@ def finetune(
         options=_given(
             {
                 "task": name, "model.size": size, "from": start, "steps": steps, "seed": seed, "device": device, "precision": precision,
+                "other_detector": other_detector,
             }
         ),
         text=list(text),
@@ -182,6 +215,12 @@ def scoring_options(function: Command) -> Command:
     """How a trained model is put through its data; the same for `evaluate` and `predict`."""
     function = click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)(function)
     function = click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one].")(function)
+    function = click.option("--other-detector", is_flag=True, help="Regions of another detector than that of the model are meant.")(
+        function
+    )
+    function = click.option("--strict", is_flag=True, help="Refuse where an example would be left out, e.g. for want of its image.")(
+        function
+    )
     function = click.option(
         "--scores", type=click.Path(path_type=Path, file_okay=False), help="Keep retrieval's scores there; the same command resumes."
     )(function)
@@ -194,12 +233,12 @@ def scoring_options(function: Command) -> Command:
     return function
 
 
-@main.command()
+@main.command(cls=TaskCommand, kind="downstream")
 @click.argument("task")
 @click.option("--from", "start", required=True, metavar="RUN|FILE|ID", help="The run or checkpoint to evaluate.")
 @data_options
-@click.option("--candidates", type=click.IntRange(min=2), default=50, show_default=True, help="Pairs that compete in retrieval.")
-@click.option("--words", metavar="WORD,WORD", help="Also report the accuracy on these words, e.g. red,blue,square.")
+@click.option("--candidates", type=click.IntRange(min=2), help="Of `pretrain`: pairs that compete in retrieval [default: 50].")
+@click.option("--words", metavar="WORD,WORD", help="Of `pretrain`: also the accuracy on these words, e.g. red,blue,square.")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Decides masks, pairs and candidates.")
 @click.option("--max-text-length", type=click.IntRange(min=-1), default=-1, show_default=True, help="Leave longer texts out; -1 keeps all.")
 @scoring_options
@@ -209,13 +248,15 @@ def evaluate(
     start: str,
     text: tuple[str, ...],
     images: tuple[str, ...],
-    candidates: int,
+    candidates: int | None,
     words: str | None,
     seed: int,
     batch_tokens: int,
     max_text_length: int,
     workers: int,
     scores: Path | None,
+    other_detector: bool,
+    strict: bool,
     device: str | None,
     precision: str,
     as_json: bool,
@@ -239,6 +280,8 @@ def evaluate(
         "workers": workers,
         "device": device,
         "precision": precision,
+        "other_detector": other_detector,
+        "strict": strict,
     }
     if task == "pretrain":
         from uniter.model.evaluation.pretrained import evaluate_run
@@ -246,7 +289,7 @@ def evaluate(
         if scores is not None:
             raise click.UsageError("--scores keeps the pairs of `evaluate retrieval`; leave it out here")
         chosen = [word.strip() for word in (words or "").split(",") if word.strip()]
-        figures = evaluate_run(start, candidates=candidates, words=chosen, **measuring)
+        figures = evaluate_run(start, candidates=candidates or 50, words=chosen, **measuring)
     else:
         from uniter.model.evaluation.finetuned import evaluate_finetuned
         from uniter.model.tasks.table import DOWNSTREAM, SYNONYMS
@@ -254,11 +297,14 @@ def evaluate(
         task = SYNONYMS.get(task, task)
         if task not in DOWNSTREAM:
             raise BadInput(unknown_name("task", task, ["pretrain", *DOWNSTREAM]))
+        for option, given in (("--candidates", candidates), ("--words", words)):
+            if given is not None:
+                raise click.UsageError(f"{option} is of `evaluate pretrain`; evaluating {task} does nothing with it, leave it out")
         figures = evaluate_finetuned(task, start, scores=scores, **measuring)
     print_from_first(figures, as_json=as_json, title=f"{task} of {start}")
 
 
-@main.command()
+@main.command(cls=TaskCommand, kind="downstream")
 @click.argument("task")
 @click.option("--from", "start", required=True, metavar="RUN|FILE", help="The fine-tuned run or checkpoint.")
 @data_options
@@ -276,6 +322,8 @@ def predict(
     batch_tokens: int,
     workers: int,
     scores: Path | None,
+    other_detector: bool,
+    strict: bool,
     device: str | None,
     precision: str,
     as_json: bool,
@@ -302,6 +350,8 @@ def predict(
         scores=scores,
         device=device,
         precision=precision,
+        other_detector=other_detector,
+        strict=strict,
     )
     print_from_first(summary, as_json=as_json, title=f"predictions of {start}")
 
@@ -335,7 +385,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 main.add_command(detector_command)
-main.add_command(with_photographs(predict, ("vqa", "ve", "nlvr2", "retrieval", "refcoco", "vcr")))
+main.add_command(with_photographs(predict, downstream_tasks))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 and with a region and a text database what the words of a run's last checkpoint look at.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from uniter.datasets.text_db import TextDB
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.view.region_report import write_region_report
 from uniter.datasets.view.run_report import LookedAt, write_runs_report
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """\b
 Examples:
@@ -98,10 +101,15 @@ def _short_names(runs: Sequence[str]) -> list[str]:
 def _looks(run: Path, regions: ImageDB, texts: Sequence[Path], pairs: int, keys: Sequence[str]) -> Iterator[LookedAt]:
     """Evenly spaced texts of the first database (or those about `keys`) as the run's last checkpoint sees them with their pictures."""
     from uniter.datasets.batches.example import TokenSequence
-    from uniter.model import load_uniter
+    from uniter.datasets.image_db.origin import origins_of
+    from uniter.model import UniterForPretraining, load
     from uniter.model.understanding.looking import look
 
-    model = load_uniter(run)
+    found = load(run, UniterForPretraining)
+    model = found.model
+    for origin in origins_of([regions]):
+        if found.detector is not None and found.detector.is_another(origin):
+            log.warning("%s learnt from the regions of %s, but these are of %s; little of it means much", run, found.detector, origin)
     database = TextDB(texts[0])
     numbers = [number for key in keys for number in database.images()[key][:1]]
     if not keys:

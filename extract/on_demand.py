@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.image_db.records import decode_record
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.extract.detector.detectron import build_detector
@@ -60,6 +61,7 @@ class RegionExtractor:
         detector: the detector.
         class_names: without the background, class k is column k + 1 of the soft labels.
         feature_width: columns of a feature.
+        origin: whose regions they are, as the header of a region database says it.
         detected: photographs that the detector was shown so far; all others were kept.
 
     Raises:
@@ -91,6 +93,8 @@ class RegionExtractor:
             batch_size=batch_size, max_pixels=max_pixels, overwrite=True,
         )  # fmt: skip
         settings = {"kind": "regions", "detector": detector.settings(), "selection": selection_settings(self._work), "key": "content"}
+        weights = detector.settings().get("weights", {}).get("sha256")
+        self.origin = RegionOrigin(detector.name, weights, selection_settings(self._work))
         self._cache = RegionCache(Path(cache), settings) if cache is not None else None
         self.detected = 0
 

@@ -5,14 +5,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from uniter.model.checkpoints import load_uniter
+from uniter.model.checkpoints.load import load, load_uniter
 from uniter.model.heads import UniterForPretraining
 from uniter.model.uniter import UniterConfig
 
 if TYPE_CHECKING:
     from uniter.model.understanding import Understanding
 
-__all__ = ["Understanding", "UniterConfig", "UniterForPretraining", "load_uniter"]
+__all__ = ["Understanding", "UniterConfig", "UniterForPretraining", "load", "load_uniter"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,10 @@
 """Linear layers that take the fastest exact way on the processor at hand.
 
-The MKL inside PyTorch leaves half of the vector width of AMD's processors unused, oneDNN beside it does not: on a Zen 5 core a
-float32 product takes 31 instead of 70 ms. So there float32 products go to oneDNN, forward and backward; everywhere else, and
-under autocast, to `torch.nn.functional.linear`. Which way is taken depends on the machine only, never on a measurement: a
-resumed run must compute the same bits.
+The MKL inside PyTorch leaves half of the vector width of AMD's newer processors unused, oneDNN beside it does not. So there float32
+products go to oneDNN, forward and backward; everywhere else, and under autocast, to `torch.nn.functional.linear`. Which way is taken
+depends on the machine only, never on a measurement: a resumed run must compute the same bits.
+
+Measured: a product on Zen 5 in 31 instead of 70 ms; a forward on one core of Zen 4, base 599 instead of 637 ms, tiny 40 instead of 44.
 """
 
 import functools

@@ -10,6 +10,7 @@ Source: github.com/ChenRocks/UNITER, model/pretrain.py; what differs from the pa
 
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -28,6 +29,9 @@ Targets = Mapping[str, Tensor]
 # "rows": the mean over the first dimension of each row's sum (VQA: sum over answers, mean over examples).
 # "sum": the plain sum (RefCOCO).
 Reduction = Literal["elements", "rows", "sum"]
+
+
+Normalisation = Literal["global-mean", "published"]
 
 
 def masked_words(outputs: Targets, targets: Targets) -> Terms:
@@ -140,19 +144,55 @@ def ranked_regions(outputs: Targets, targets: Targets, *, rng: random.Random, ma
     return {"margin": F.relu(margin + wrong - right) * ((outputs["region_counts"] > 1) & (targets["region"] >= 0))}
 
 
-def sum_and_count(term: Tensor, reduction: Reduction = "elements") -> tuple[Tensor, int]:
-    """A term's sum and what it must be divided by for the published mean of this batch (1 for "sum")."""
-    counts: dict[Reduction, int] = {"elements": term.numel(), "rows": term.shape[0] if term.dim() else 1, "sum": 1}
-    return term.sum(), counts[reduction]
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What the terms of a batch come to.
+
+    Attributes:
+        number: what training differentiates.
+        sums: for the log, of each term the sum, and by what it is divided to be a mean; without gradient.
+        rows: predicted places or examples, by which global-mean divides.
+    """
+
+    number: Tensor
+    sums: dict[str, tuple[Tensor, int]]
+    rows: int
 
 
-def training_loss(terms: Mapping[str, Tensor], *, weights: Mapping[str, float] | None = None, reduction: Reduction = "elements") -> Tensor:
-    """The number that training differentiates: each term's published mean (or sum) times its weight (1 unless given)."""
-    total: Tensor | None = None
-    for name, term in terms.items():
-        summed, count = sum_and_count(term, reduction)
-        part = summed / count * (weights or {}).get(name, 1.0)
-        total = part if total is None else total + part
-    if total is None:
+def of(
+    terms: Mapping[str, Tensor],
+    *,
+    weights: Mapping[str, float] | None = None,
+    reduction: Reduction = "elements",
+    normalisation: Normalisation = "published",
+) -> Loss:
+    """The number that training differentiates, and the sums for the log.
+
+    Args:
+        terms: un-reduced, by name.
+        weights: of the terms, 1 where none is given.
+        reduction: how a term becomes a number as published.
+        normalisation: "published", each term's mean (or sum) over this batch; "global-mean", the sum of its rows' shares, to be divided
+            by the rows of the whole update.
+
+    Raises:
+        ValueError: there is no term, or under global-mean they differ in their number of rows.
+    """
+    if not terms:
         raise ValueError("a task without loss terms cannot be trained")
-    return total
+    rows = {name: term.shape[0] if term.dim() else 1 for name, term in terms.items()}
+    if normalisation == "global-mean" and len(set(rows.values())) != 1:
+        raise ValueError(f"the terms of a task must have equally many rows, got {rows}")
+    number: Tensor | None = None
+    sums: dict[str, tuple[Tensor, int]] = {}
+    for name, term in terms.items():
+        summed, by_elements = term.sum(), reduction == "elements"
+        sums[name] = summed.detach(), term.numel() if by_elements else rows[name]
+        if normalisation == "published":
+            summed = summed / (1 if reduction == "sum" else sums[name][1])
+        elif by_elements and term.dim() > 1:
+            summed = term.flatten(1).mean(dim=1).sum()
+        part = summed * (weights or {}).get(name, 1.0)
+        number = part if number is None else number + part
+    assert number is not None
+    return Loss(number, sums, next(iter(rows.values())))

@@ -5,16 +5,15 @@ model - a model that gives every pair the same score must not look good.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uniter.datasets.batches.candidates import IOU_THRESHOLD, inclusive_iou
+from uniter.datasets.batches.candidates import IOU_THRESHOLD
 from uniter.datasets.batches.masking import NOT_PREDICTED
 from uniter.datasets.errors import BadInput
-from uniter.datasets.text_db.annotations.answers import normalise_answer, strip_punctuation
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.losses import Targets
@@ -130,32 +129,6 @@ def fold_recalls(scores: FloatArray, image_of_text: IntArray, *, folds: int = 5)
     return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
 
 
-# VQA v2. Source: GT-Vision-Lab/VQA, vqaEval.py; constants and quirks are the official ones.
-
-
-def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
-    """The official score of an answer: the mean over all ways to leave one of the people out of min(1, people who said it / 3).
-
-    Args:
-        answer: the predicted one, as it is.
-        human_answers: what (ten) people said, as they are; their punctuation counts only where they all agree, as officially.
-
-    Raises:
-        BadInput: nobody answered.
-    """
-    if not human_answers:
-        raise BadInput("a question without human answers cannot be scored; is this the test split?")
-    predicted = normalise_answer(answer)
-    people = list(map(strip_punctuation, human_answers)) if len(set(human_answers)) > 1 else list(human_answers)
-    agreeing = people.count(predicted)
-    return sum(min(1.0, (agreeing - (person == predicted)) / 3) for person in people) / len(people)
-
-
-def soft_score(people: int) -> float:
-    """The training target of an answer that so many of ten people gave: 0, 0.3, 0.6, 0.9, 1 (the official score of such an answer)."""
-    return min(1.0, round(0.3 * people, 1))
-
-
 # NLVR2.
 
 
@@ -178,16 +151,6 @@ def nlvr2_figures(predictions: Mapping[str, bool], truths: Mapping[str, bool]) -
         by_sentence[(fields[0], fields[1], fields[3])].append(predictions[identifier] == truth)
     right = [verdict for verdicts in by_sentence.values() for verdict in verdicts]
     return {"accuracy": float(np.mean(right)), "consistency": float(np.mean([all(verdicts) for verdicts in by_sentence.values()]))}
-
-
-# RefCOCO.
-
-
-def referring_accuracy(boxes: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> float:
-    """The share of predicted boxes (x, y, w, h) that overlap the wanted ones by more than one half."""
-    if not boxes or len(boxes) != len(wanted):
-        raise BadInput(f"RefCOCO: {len(boxes)} predicted boxes for {len(wanted)} phrases; predict one box a phrase")
-    return float(np.mean([inclusive_iou(box, other) > IOU_THRESHOLD for box, other in zip(boxes, wanted, strict=True)]))
 
 
 # VCR.

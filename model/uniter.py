@@ -308,12 +308,21 @@ class UniterModel(nn.Module):
         self.pooler = Pooler(config)
         initialise(self, deviation=config.initializer_range)
 
-    def embed(self, batch: PackedBatch) -> tuple[Tensor, Layout]:
-        """What enters the first layer: (N, H), and where everything stands in it.
+    def lay_out(self, batch: PackedBatch) -> Layout:
+        """Where everything of a batch stands among the rows that this model computes.
+
+        Raises:
+            ValueError: the batch or a sequence of it is empty.
+        """
+        device = self.embeddings.word_embeddings.weight.device
+        by_length = choose_kernel(self.attention_kernel, device) == "grouped"
+        return lay_out(batch.text_lengths_B, batch.region_counts_B, device=device, by_length=by_length)
+
+    def embed(self, batch: PackedBatch, layout: Layout) -> Tensor:
+        """What enters the first layer: (N, H), in the layout's order.
 
         Raises:
             BadInput: a text is longer than the model's positions, or the features are of another width.
-            ValueError: the batch or a sequence of it is empty.
         """
         config, longest = self.config, int(batch.text_lengths_B.max()) if len(batch.text_lengths_B) else 0
         if longest > config.max_position_embeddings:
@@ -326,38 +335,35 @@ class UniterModel(nn.Module):
                 f"region features are {batch.features_RD.shape[1]} wide, but the model expects {config.image_feature_size}; "
                 "use the detector that the model was trained with"
             )
-        device = self.embeddings.word_embeddings.weight.device
-        by_length = choose_kernel(self.attention_kernel, device) == "grouped"
-        layout = lay_out(batch.text_lengths_B, batch.region_counts_B, device=device, by_length=by_length)
         parts: list[Tensor] = []
         if len(batch.input_ids_T):
             parts.append(self.embeddings(batch.input_ids_T, batch.text_positions_T, batch.text_types_T))
         if len(batch.features_RD):
             types_RH = self.embeddings.token_type_embeddings(batch.region_types_R)
             parts.append(self.img_embeddings(batch.features_RD, batch.positions_R7, types_RH, batch.masked_regions_R))
-        return torch.cat(parts).index_select(0, layout.source_rows_N), layout
+        return torch.cat(parts).index_select(0, layout.source_rows_N)
 
     def forward(self, batch: PackedBatch) -> Encoded:
         """Encode a packed batch; text alone (no regions) and regions alone (no text) work too.
 
         Raises:
-            BadInput, ValueError: as `embed`.
+            BadInput, ValueError: as `embed` and `lay_out`.
         """
-        hidden_NH, layout = self.embed(batch)
-        return Encoded(self.encoder(hidden_NH, layout, self.attention_kernel), layout)
+        layout = self.lay_out(batch)
+        return Encoded(self.encoder(self.embed(batch, layout), layout, self.attention_kernel), layout)
 
-    def states(self, batch: PackedBatch, rows_of: Callable[[Layout], Tensor]) -> Tensor:
-        """The last layer's states where they are needed: (S, H), the rows that `rows_of` takes from the layout, (S,) int64.
+    def states(self, batch: PackedBatch, layout: Layout, rows_S: Tensor) -> Tensor:
+        """The last layer's states where they are needed: (S, H), of the rows (S,) int64 of the batch's layout.
 
         The same as rows of `forward`, but the last layer's larger half is computed for these rows only.
         """
-        hidden_NH, layout = self.embed(batch)
-        states_SH: Tensor = self.encoder(hidden_NH, layout, self.attention_kernel, rows_of(layout))
+        states_SH: Tensor = self.encoder(self.embed(batch, layout), layout, self.attention_kernel, rows_S)
         return states_SH
 
     def pooled_first(self, batch: PackedBatch) -> Tensor:
         """(B, H), the pooler's view of each sequence's first row, in the batch's order."""
-        pooled_BH: Tensor = self.pooler(self.states(batch, lambda layout: layout.first_rows_B))
+        layout = self.lay_out(batch)
+        pooled_BH: Tensor = self.pooler(self.states(batch, layout, layout.first_rows_B))
         return pooled_BH
 
     def pooled(self, encoded: Encoded) -> Tensor:
@@ -368,7 +374,8 @@ class UniterModel(nn.Module):
     @torch.no_grad()
     def attentions(self, batch: PackedBatch) -> list[list[Tensor]]:
         """Attention probabilities for looking at: for each layer and sequence (heads, length, length) float32, text before regions."""
-        hidden_NH, layout = self.embed(batch)
+        layout = self.lay_out(batch)
+        hidden_NH = self.embed(batch, layout)
         maps: list[list[Tensor]] = []
         for layer in self.encoder.layer:
             attention = layer.get_submodule("attention.self")

@@ -45,8 +45,11 @@ def test_commands_in_the_pages_have_the_options_they_are_given(page: Path) -> No
     for words in commands(page):
         command, rest = click_command(words)
         # A group that is given no sub-command (`uniter-train predict vqa`) falls back on one of its own.
-        candidates = [command, *command.commands.values()] if isinstance(command, click.Group) else [command]
-        parameters = [parameter for candidate in candidates for parameter in candidate.params]
+        candidates: list[click.Command | None] = [command]
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            candidates += [command.get_command(context, name) for name in command.list_commands(context)]
+        parameters = [parameter for candidate in candidates if candidate is not None for parameter in candidate.params]
         known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
         for word in rest:
             if word.startswith("--"):

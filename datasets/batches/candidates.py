@@ -46,13 +46,19 @@ def read_pictures(text: TextDB) -> dict[int, Picture]:
         raise BadInput(f"{path} is missing; build the texts with uniter-build-db --task refcoco")
     try:
         entries = json.loads(path.read_bytes())
-        return {
+        found = {
             int(entry["id"]): Picture(tuple(map(int, entry["ann_ids"])), (int(entry["height"]), int(entry["width"]))) for entry in entries
         }
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{path} does not list id, ann_ids, height and width of every picture ({error!r}); was it built otherwise?"
         ) from None
+    for number, picture in found.items():
+        if min(picture.size) < 1:
+            raise BadInput(
+                f"{path}: picture {number} is {picture.size[0]} pixels high and {picture.size[1]} wide; expected at least one each"
+            )
+    return found
 
 
 def inclusive_iou(box: Sequence[float], other: Sequence[float]) -> float:

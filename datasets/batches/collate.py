@@ -93,27 +93,7 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     sequences = [sequence for sample in samples for sequence in sample.sequences]
     text_lengths = np.fromiter((len(sequence.input_ids) for sequence in sequences), dtype=np.int64, count=len(sequences))
     region_counts = np.fromiter((len(sequence.features) for sequence in sequences), dtype=np.int64, count=len(sequences))
-    width = sequences[0].features.shape[1]
-    half = all(sequence.features.dtype == np.float16 for sequence in sequences)
-    # NumPy asks for huge pages where torch does not: filling a fresh batch takes half the page faults.
-    rows = np.empty((int(region_counts.sum()), width), dtype=np.float16 if half else np.float32)
-    masked = np.zeros(len(rows), dtype=np.bool_) if any(sequence.masked is not None for sequence in sequences) else None
-    begin = 0
-    for sample in samples:
-        for sequence in sample.sequences:
-            features, hidden = sequence.features, sequence.masked
-            if features.shape[1] != width or len(sequence.norm_bb) != len(features):
-                raise BadInput(
-                    f"example {sample.id!r}: features of shape {features.shape} and {len(sequence.norm_bb)} boxes beside features "
-                    f"{width} wide; were the region databases made with different detectors?"
-                )
-            end = begin + len(features)
-            own = rows[begin:end]
-            own[:] = features
-            if masked is not None and hidden is not None:
-                masked[begin:end] = hidden
-                own[hidden] = 0  # at once, while the rows are in the processor's cache
-            begin = end
+    rows, masked = _features(samples, int(region_counts.sum()))
     positions = np.empty((len(rows), 7), dtype=np.float32)
     positions[:, :6] = np.concatenate([sequence.norm_bb for sequence in sequences])
     # The area in float32, after the cast: as UNITER's reader does.
@@ -139,6 +119,34 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
         targets={name: torch.from_numpy(_joined([sample.targets[name] for sample in samples])) for name in samples[0].targets},
         example_ids=[sample.id for sample in samples],
     )
+
+
+def _features(samples: Sequence[Sample], regions: int) -> tuple[NDArray[np.floating], NDArray[np.bool_] | None]:
+    """Features (R, D), zero where they are masked, and where that is, (R,); None where no task masks regions."""
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    width = sequences[0].features.shape[1]
+    half = all(sequence.features.dtype == np.float16 for sequence in sequences)
+    # NumPy asks for huge pages where torch does not: filling a fresh batch takes half the page faults.
+    rows = np.empty((regions, width), dtype=np.float16 if half else np.float32)
+    masked = np.zeros(regions, dtype=np.bool_) if any(sequence.masked is not None for sequence in sequences) else None
+    begin = 0
+    for sample in samples:
+        for sequence in sample.sequences:
+            features, hidden = sequence.features, sequence.masked
+            if features.shape[1] != width or sequence.norm_bb.shape != (len(features), 6):
+                raise BadInput(
+                    f"example {sample.id!r}: features of shape {features.shape} and boxes of shape {sequence.norm_bb.shape} beside "
+                    f"features {width} wide, expected boxes of 6 numbers; were the region databases made with different detectors? "
+                    "See uniter-db check"
+                )
+            end = begin + len(features)
+            own = rows[begin:end]
+            own[:] = features
+            if masked is not None and hidden is not None:
+                masked[begin:end] = hidden
+                own[hidden] = 0  # at once, while the rows are in the processor's cache
+            begin = end
+    return rows, masked
 
 
 def _joined(targets: Sequence[NDArray[np.generic] | Rows]) -> NDArray[np.generic]:

@@ -19,6 +19,7 @@ from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.database import open_image_dbs
 from uniter.datasets.image_db.records import DEFAULT_FIELDS
 from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.storage.files import read_json_object
 from uniter.datasets.text_db import TextDB
 from uniter.datasets.text_db.annotations.vcr import TAG_WORDS
 
@@ -37,7 +38,7 @@ class Corpus:
         row_N: (N,) int32, its row there.
         text_lengths_N: (N,) int32, word pieces without [CLS] and [SEP].
         image_rows_NK: (N, K) int32, the rows of its K pictures in `images` (1, or 2 for NLVR2 and VCR).
-        left_out: how many examples were left out, by reason.
+        omitted: what was left out: reason -> (M, 2) int32, the text database and the row of each.
     """
 
     name: str
@@ -47,10 +48,19 @@ class Corpus:
     row_N: NDArray[np.int32]
     text_lengths_N: NDArray[np.int32]
     image_rows_NK: NDArray[np.int32]
-    left_out: Mapping[str, int]
+    omitted: Mapping[str, NDArray[np.int32]]
 
     def __len__(self) -> int:
         return len(self.row_N)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many examples were left out, by reason."""
+        return {reason: len(rows) for reason, rows in self.omitted.items()}
+
+    def left_out_ids(self) -> dict[str, list[str]]:
+        """The ids of what was left out, by reason."""
+        return {reason: [self.texts[one].ids[row] for one, row in rows.tolist()] for reason, rows in self.omitted.items()}
 
     @property
     def has_soft_labels(self) -> bool:
@@ -94,6 +104,13 @@ class Corpus:
             image_rows_NK=self.image_rows_NK[examples],
         )
 
+    def without(self, wrong_N: NDArray[np.bool_], reason: str) -> "Corpus":
+        """The corpus without some of its examples, which count as left out for that reason."""
+        if not wrong_N.any():
+            return self
+        rows = np.stack([self.database_N[wrong_N].astype(np.int32), self.row_N[wrong_N]], axis=1)
+        return replace(self.take(np.flatnonzero(~wrong_N)), omitted={**self.omitted, reason: rows})
+
     def hold_out(self, images: int, *, seed: int) -> tuple["Corpus", "Corpus"]:
         """Split by picture, so that no held-out picture was seen with another text: (the rest, the part of `images` pictures)."""
         rows = np.unique(self.image_rows_NK)
@@ -133,14 +150,34 @@ def open_corpus(
     """
     if not texts or not images:
         raise BadInput(f"corpus {name!r} needs at least one text database (--text) and one region database (--images)")
+    refuse_swapped(texts, images)
     options = dict(image_options or {})
     both = {name: options[name] for name in ("allow_partial", "readahead") if name in options}
     return gather([TextDB(path, **both) for path in texts], open_image_dbs(list(images), **options), name, max_text_length)
 
 
+def refuse_swapped(texts: Sequence[str | Path], images: Sequence[str | Path]) -> None:
+    """Raise BadInput where a region database stands among the texts, or a text database among the images."""
+    wrong = [f"{path} holds regions and was given as --text" for path in texts if _kind(Path(path)) == "regions"]
+    wrong += [f"{path} holds texts and was given as --images" for path in images if _kind(Path(path)) == "text"]
+    if wrong:
+        raise BadInput(f"{'; '.join(wrong)}: were --text and --images swapped?")
+
+
+def _kind(path: Path) -> str | None:
+    """What one of our databases says it is: "text" or "regions"; None of others."""
+    for name in ("header.json", "settings.json"):
+        if (path / name).is_file():
+            found = read_json_object(path / name).get("kind")
+            return found if isinstance(found, str) else None
+    return None
+
+
 def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length: int = 60) -> Corpus:
     """The corpus of opened databases; see `open_corpus`."""
-    left_out = {"too long": 0, "empty": 0, "without image": 0, "image without regions": 0}
+    if not len(images):
+        raise BadInput(f"corpus {name!r}: its region databases hold no image; extract some, or give others (--images)")
+    omitted: dict[str, list[NDArray[np.int32]]] = {"too long": [], "empty": [], "without image": [], "image without regions": []}
     database_parts: list[NDArray[np.int16]] = []
     row_parts: list[NDArray[np.int32]] = []
     length_parts: list[NDArray[np.int32]] = []
@@ -161,7 +198,9 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
             ("without image", (pictures < 0).any(axis=1)),
             ("image without regions", (counts[pictures] < 1).any(axis=1)),
         ):
-            left_out[reason] += int((keep & wrong).sum())
+            gone = np.flatnonzero(keep & wrong).astype(np.int32)
+            if len(gone):
+                omitted[reason].append(np.stack([np.full(len(gone), number, dtype=np.int32), gone], axis=1))
             keep &= ~wrong
         rows = np.flatnonzero(keep).astype(np.int32)
         if not len(rows):
@@ -171,7 +210,8 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
         length_parts.append(lengths[rows])
         image_parts.append(pictures[rows])
     if not row_parts:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count) or "the text databases are empty"
+        counts_out = {reason: sum(map(len, parts)) for reason, parts in omitted.items() if parts}
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts_out.items()) or "the text databases are empty"
         raise BadInput(
             f"corpus {name!r} has no example to train on ({reasons}); were the texts built for these images (uniter-build-db --images)?"
         )
@@ -186,7 +226,7 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
         row_N=np.concatenate(row_parts),
         text_lengths_N=np.concatenate(length_parts),
         image_rows_NK=np.concatenate(image_parts),
-        left_out={reason: count for reason, count in left_out.items() if count},
+        omitted={reason: np.concatenate(parts) for reason, parts in omitted.items() if parts},
     )
 
 

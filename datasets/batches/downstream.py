@@ -22,28 +22,24 @@ from uniter.datasets.batches.example import (
     Rows,
     Sample,
     TokenSequence,
-    end_to_end,
-    regions_of,
-    regions_read,
     right_choices,
-    sequence_of,
 )
 from uniter.datasets.errors import BadInput
 
 
 def answered_question(example: Example, rng: random.Random, masking: Masking, *, answers: int) -> Sample:
     """VQA and SNLI-VE. Targets: `answers` (1, A) float32, each answer's soft score; all 0 where the record has no target."""
-    record = example.corpus.record(example.number)
+    shown = example.read()
     wanted = np.zeros((1, answers), dtype=np.float32)
-    target = record.get("target")
+    target = shown.record.get("target")
     if isinstance(target, dict):
         labels = np.array(target["labels"], dtype=np.int64)
         if len(labels) and not 0 <= labels.min() <= labels.max() < answers:
             raise BadInput(
-                f"example {example.id!r} has answer {labels.max()}, but there are {answers} answers; were its texts built otherwise?"
+                f"example {shown.id!r} has answer {labels.max()}, but there are {answers} answers; were its texts built otherwise?"
             )
         wanted[0, labels] = target["scores"]
-    return Sample(example.id, [sequence_of(example, [record["input_ids"]], regions_read(example))], {"answers": wanted})
+    return Sample(shown.id, [shown.sequence(shown.words(), shown.regions())], {"answers": wanted})
 
 
 def statement_about_each(example: Example, rng: random.Random, masking: Masking) -> Sample:
@@ -51,26 +47,19 @@ def statement_about_each(example: Example, rng: random.Random, masking: Masking)
 
     Targets: `truth` (1,) int64, 1 where the statement holds, -100 (which cross-entropy leaves out) where unknown.
     """
-    record = example.corpus.record(example.number)
-    sequences = []
-    for number in (0, 1):
-        sequence = sequence_of(example, [record["input_ids"]], regions_of(example.corpus, example.images[number]))
-        sequence.region_type = number + 1
-        sequences.append(sequence)
-    return Sample(example.id, sequences, {"truth": _truth(record)})
+    shown = example.read()
+    sequences = [shown.sequence(shown.words(), picture) for picture in shown.pictures]
+    for number, sequence in enumerate(sequences, start=1):
+        sequence.region_type = number
+    return Sample(shown.id, sequences, {"truth": _truth(shown.record)})
 
 
 def statement_about_both(example: Example, rng: random.Random, masking: Masking) -> Sample:
     """NLVR2, triplet: the statement, the left picture's regions (type 1) and the right one's (type 2) in one sequence."""
-    record = example.corpus.record(example.number)
-    left, right = (regions_of(example.corpus, image) for image in example.images)
-    text = example.corpus.text_of(example.number)
-    sequence = TokenSequence(
-        [text.cls_id, *record["input_ids"], text.sep_id],
-        *end_to_end([left, right]),
-        region_type=np.repeat(np.array([1, 2], dtype=np.int64), [len(left[0]), len(right[0])]),
-    )
-    return Sample(example.id, [sequence], {"truth": _truth(record)})
+    shown = example.read()
+    sequence = shown.sequence(shown.words(), shown.regions())
+    sequence.region_type = np.repeat(np.array([1, 2], dtype=np.int64), [len(picture[0]) for picture in shown.pictures])
+    return Sample(shown.id, [sequence], {"truth": _truth(shown.record)})
 
 
 def ranked_group(example: Example, rng: random.Random, masking: Masking, *, pictures: NDArray[np.int32], negatives: int = 1) -> Sample:
@@ -84,19 +73,20 @@ def ranked_group(example: Example, rng: random.Random, masking: Masking, *, pict
     Source: ChenRocks/UNITER `data/itm.py`: pictures first, then texts, each drawn again while it is the positive's.
     """
     corpus, own = example.corpus, example.images[0]
-    words, regions = [example.words()], regions_read(example)
-    sequences = [sequence_of(example, words, regions)]
+    shown = example.read()
+    words, regions = shown.words(), shown.regions()
+    sequences = [shown.sequence(words, regions)]
     for _ in range(negatives):
         picture = own
         while picture == own:
             picture = int(pictures[rng.randrange(len(pictures))])
-        sequences.append(sequence_of(example, words, regions_of(corpus, picture)))
+        sequences.append(shown.sequence(words, corpus.region_arrays(picture)))
     for _ in range(negatives):
         number = example.number
         while corpus.image_rows_NK[number, 0] == own:
             number = rng.randrange(len(corpus))
-        sequences.append(sequence_of(example, [corpus.record(number)["input_ids"]], regions))
-    return Sample(example.id, sequences)
+        sequences.append(shown.sequence([corpus.record(number)["input_ids"]], regions))
+    return Sample(shown.id, sequences)
 
 
 def mined_groups(example: Example, rng: random.Random, masking: Masking, *, pictures: NDArray[np.int32], drawn: int = 399) -> Sample:
@@ -113,15 +103,16 @@ def mined_groups(example: Example, rng: random.Random, masking: Masking, *, pict
     Source: ChenRocks/UNITER `data/itm.py`.
     """
     corpus, own = example.corpus, example.images[0]
-    words, regions = example.words(), regions_read(example)
+    shown = example.read()
+    words, regions = shown.words(), shown.regions()
     others = [picture for picture in rng.sample(pictures.tolist(), min(drawn + 1, len(pictures))) if picture != own]
-    of_text = [sequence_of(example, [words], regions_of(corpus, picture)) for picture in (own, *others[:drawn])]
+    of_text = [shown.sequence(words, corpus.region_arrays(picture)) for picture in (own, *others[:drawn])]
     of_own = int((corpus.image_rows_NK[:, 0] == own).sum())
     numbers = rng.sample(range(len(corpus)), min(drawn + of_own, len(corpus)))
     strangers = [number for number in numbers if corpus.image_rows_NK[number, 0] != own]
-    texts = [words, *(corpus.record(number)["input_ids"] for number in strangers[:drawn])]
-    of_picture = [sequence_of(example, [text], regions) for text in texts]
-    return Sample(example.id, of_text + of_picture, {"group_sizes": np.array([len(of_text), len(of_picture)])})
+    texts = [*words, *(corpus.record(number)["input_ids"] for number in strangers[:drawn])]
+    of_picture = [shown.sequence([text], regions) for text in texts]
+    return Sample(shown.id, of_text + of_picture, {"group_sizes": np.array([len(of_text), len(of_picture)])})
 
 
 def referred_region(example: Example, rng: random.Random, masking: Masking, *, pictures: Sequence[Pictures], annotated: bool) -> Sample:
@@ -135,8 +126,8 @@ def referred_region(example: Example, rng: random.Random, masking: Masking, *, p
     the losses leave out) where none overlaps by more than half. `overlaps` (R,) float32, how far each region covers the annotated
     box. `draw` (1,) int64, decides what the ranking loss compares with.
     """
-    corpus, regions = example.corpus, regions_read(example)
-    record = corpus.record(example.number)
+    corpus, shown = example.corpus, example.read()
+    record, regions = shown.record, shown.regions()
     picture = picture_of(pictures, corpus, example.number, record)
     _, norm_bb = regions
     boxes = candidate_boxes(norm_bb, picture.size).tolist()
@@ -144,7 +135,7 @@ def referred_region(example: Example, rng: random.Random, masking: Masking, *, p
     if annotated:
         if len(boxes) != len(picture.annotations) or record["ann_id"] not in picture.annotations:
             raise BadInput(
-                f"example {example.id!r}: picture {record['image_id']} has {len(boxes)} regions, but its {len(picture.annotations)} "
+                f"example {shown.id!r}: picture {record['image_id']} has {len(boxes)} regions, but its {len(picture.annotations)} "
                 f"annotations are expected (annotation {record['ann_id']} is meant); extract with --boxes from the texts' instances.json"
             )
         region = picture.annotations.index(record["ann_id"])
@@ -153,7 +144,7 @@ def referred_region(example: Example, rng: random.Random, masking: Masking, *, p
         region = best if overlaps[best] > IOU_THRESHOLD else UNKNOWN
     draw = np.array([rng.randrange(2**62)])
     targets: dict[str, NDArray[np.generic] | Rows] = {"region": np.array([region]), "overlaps": overlaps, "draw": draw}
-    return Sample(example.id, [sequence_of(example, [record["input_ids"]], regions)], targets)
+    return Sample(shown.id, [shown.sequence(shown.words(), regions)], targets)
 
 
 def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, every_answer: bool = False) -> Sample:
@@ -168,11 +159,10 @@ def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, e
 
     Targets: `correct` (4 + 4 or 4 + 16,) int64, 1 at the right choice; with `every_answer` and no label all 0.
     """
-    record = example.corpus.record(example.number)
+    shown = example.read()
+    record, text, regions = shown.record, shown.text, shown.regions()
     answers, rationales = record["input_ids_as"], record["input_ids_rs"]
-    right_answer, right_rationale = right_choices(record, example.id, known=not every_answer)
-    text = example.corpus.text_of(example.number)
-    regions = regions_read(example)
+    right_answer, right_rationale = right_choices(record, shown.id, known=not every_answer)
 
     def sequence(*parts: list[int]) -> TokenSequence:
         words, types = [text.cls_id, *record["input_ids"]], [0] * (1 + len(record["input_ids"]))
@@ -187,7 +177,7 @@ def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, e
         if every_answer or number == right_answer:
             sequences += [sequence(answer, rationale) for rationale in rationales]
             correct += [place == right_rationale for place in range(len(rationales))]
-    return Sample(example.id, sequences, {"correct": np.array(correct, dtype=np.int64)})
+    return Sample(shown.id, sequences, {"correct": np.array(correct, dtype=np.int64)})
 
 
 def _truth(record: dict[str, Any]) -> NDArray[np.int64]:

@@ -10,41 +10,12 @@ from numpy.typing import NDArray
 
 from uniter.datasets.batches.corpus import Corpus
 from uniter.datasets.errors import BadInput
+from uniter.datasets.text_db import TextDB
 
 UNKNOWN = -100  # a target that cross-entropy leaves out
 
-
+REGION_FIELDS = ("features", "norm_bb")
 Regions = tuple[NDArray[np.floating], NDArray[np.floating]]  # features (N, D) and norm_bb (N, 6); may be views of the database
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One example of a corpus, shown with these pictures (rows of the region database), its own ones if `matched`."""
-
-    corpus: Corpus
-    number: int
-    images: tuple[int, ...]
-    matched: bool = True
-
-    @property
-    def id(self) -> str:
-        return self.corpus.example_id(self.number)
-
-    def words(self) -> list[int]:
-        """Its word pieces without [CLS] and [SEP]."""
-        return list(self.corpus.record(self.number)["input_ids"])
-
-    def told(self) -> list[list[int]]:
-        """What pre-training reads, without [CLS] and [SEP]: its text, or VCR's question, right answer and right rationale.
-
-        Raises:
-            BadInput: a VCR question of a test part, whose right choices nobody knows.
-        """
-        record = self.corpus.record(self.number)
-        if "input_ids_as" not in record:
-            return [record["input_ids"]]
-        answer, rationale = right_choices(record, self.id)
-        return [record["input_ids"], record["input_ids_as"][answer], record["input_ids_rs"][rationale]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +73,80 @@ class Sample:
     targets: dict[str, NDArray[np.generic] | Rows] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example of a corpus, shown with these pictures (rows of the region database), its own ones if `matched`."""
+
+    corpus: Corpus
+    number: int
+    images: tuple[int, ...]
+    matched: bool = True
+
+    @property
+    def id(self) -> str:
+        return self.corpus.example_id(self.number)
+
+    def read(self, fields: tuple[str, ...] = REGION_FIELDS) -> "Shown":
+        """What stands on disk of it, words and regions; `fields` are the arrays wanted of each picture, features and boxes first."""
+        corpus, number = self.corpus, self.number
+        return Shown(self.id, corpus.text_of(number), corpus.record(number), [corpus.region_arrays(image, fields) for image in self.images])
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An example as it was read.
+
+    Attributes:
+        id: the example's.
+        text: its text database, which knows the special word pieces.
+        record: its record there.
+        pictures: of each picture it is shown with the arrays that were asked for and that the picture has; may be views of the database.
+    """
+
+    id: str
+    text: TextDB
+    record: dict[str, Any]
+    pictures: list[list[NDArray[Any]]]
+
+    def words(self) -> list[list[int]]:
+        """Its text without [CLS] and [SEP]; of VCR's three the question."""
+        return [self.record["input_ids"]]
+
+    def told(self) -> list[list[int]]:
+        """What pre-training reads, without [CLS] and [SEP]: its text, or VCR's question, right answer and right rationale.
+
+        Raises:
+            BadInput: a VCR question of a test part, whose right choices nobody knows.
+        """
+        if "input_ids_as" not in self.record:
+            return self.words()
+        answer, rationale = right_choices(self.record, self.id)
+        return [self.record["input_ids"], self.record["input_ids_as"][answer], self.record["input_ids_rs"][rationale]]
+
+    def regions(self) -> Regions:
+        """Features and boxes of all its pictures end to end, VCR's annotated ones first; of one picture without a copy."""
+        if len(self.pictures) == 1:
+            return self.pictures[0][0], self.pictures[0][1]
+        return np.concatenate([picture[0] for picture in self.pictures]), np.concatenate([picture[1] for picture in self.pictures])
+
+    def sequence(
+        self, texts: Sequence[list[int]], regions: Sequence[NDArray[Any]], masked: NDArray[np.bool_] | None = None
+    ) -> TokenSequence:
+        """Texts, each with a [SEP] behind it, and regions (features and boxes, more is not looked at).
+
+        Token types of several texts, their [SEP]s included: the first 0, then 2, 3. That is how UNITER's second stage of VCR numbers
+        them; its fine-tuning gives the [SEP] between two texts the type of the second (`multiple_choice`).
+        """
+        text, features, norm_bb = self.text, regions[0], regions[1]
+        if len(texts) == 1:
+            return TokenSequence([text.cls_id, *texts[0], text.sep_id], features, norm_bb, masked)
+        words, types = [text.cls_id], [0]
+        for token_type, part in zip((0, 2, 3), texts, strict=False):
+            words += [*part, text.sep_id]
+            types += [token_type] * (len(part) + 1)
+        return TokenSequence(words, features, norm_bb, masked, text_types=types)
+
+
 SampleFunction = Callable[[Example, random.Random, Masking], Sample]
 
 
@@ -115,36 +160,3 @@ def right_choices(record: Mapping[str, Any], name: str, *, known: bool = True) -
     if known and min(right) < 0:
         raise BadInput(f"question {name!r} has no right answer and rationale (a test part?); it can be predicted, nothing else")
     return right
-
-
-def regions_read(example: Example) -> Regions:
-    """The regions that an example shows, VCR's annotated ones before the detected ones."""
-    return end_to_end([regions_of(example.corpus, image) for image in example.images])
-
-
-def regions_of(corpus: Corpus, image: int) -> Regions:
-    features, norm_bb = corpus.region_arrays(image)
-    return features, norm_bb
-
-
-def end_to_end(pictures: Sequence[Sequence[NDArray[Any]]]) -> Regions:
-    """Features and boxes, the first two arrays of each picture, of all pictures together; of one picture without a copy."""
-    if len(pictures) == 1:
-        return pictures[0][0], pictures[0][1]
-    return np.concatenate([picture[0] for picture in pictures]), np.concatenate([picture[1] for picture in pictures])
-
-
-def sequence_of(example: Example, texts: Sequence[list[int]], regions: Regions, masked: NDArray[np.bool_] | None = None) -> TokenSequence:
-    """Texts, each with a [SEP] behind it, and regions.
-
-    Token types of several texts, their [SEP]s included: the first 0, then 2, 3. That is how UNITER's second stage of VCR numbers them;
-    its fine-tuning gives the [SEP] between two texts the type of the second (`multiple_choice`).
-    """
-    text = example.corpus.text_of(example.number)
-    if len(texts) == 1:
-        return TokenSequence([text.cls_id, *texts[0], text.sep_id], *regions, masked)
-    words, types = [text.cls_id], [0]
-    for token_type, part in zip((0, 2, 3), texts, strict=False):
-        words += [*part, text.sep_id]
-        types += [token_type] * (len(part) + 1)
-    return TokenSequence(words, *regions, masked, text_types=types)

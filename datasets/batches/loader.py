@@ -5,6 +5,7 @@ any number of workers gives the same batches, and any process can make any batch
 """
 
 import random
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,8 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.example import Example, Masking
-from uniter.datasets.batches.plans import Part, Plan
+from uniter.datasets.batches.masking import Pairing
+from uniter.datasets.batches.plans import Mixture, Part, Plan, sequential_plans
+from uniter.datasets.errors import UniterError
 from uniter.datasets.stopping import leave_signals
+
+PREFETCH = 4  # batches that each worker keeps ready
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,20 +61,41 @@ class Assembler(Dataset[MicroBatch]):
 
 
 def load(
-    assembler: Assembler, plans: Iterator[Plan], *, workers: int = 0, pin_memory: bool = False, prefetch: int = 4
-) -> Iterator[MicroBatch]:
-    """The batches of `plans`, in their order.
+    mixture: Mixture, masking: Masking, taken: Sequence[int], *, first_step: int, last_step: int, accumulation: int,
+    rank: int = 0, world: int = 1, workers: int = 0, pin_memory: bool = False,
+) -> Iterator[MicroBatch]:  # fmt: skip
+    """This process's micro-batches of the updates first_step..last_step, in their order.
 
     Args:
-        assembler: makes them.
-        plans: consumed a little ahead of what is yielded.
+        taken, first_step, last_step, accumulation, rank, world: as for `Mixture.plans`.
         workers: processes; 0 makes the batches in this one.
         pin_memory: into page-locked memory, for copies to a GPU that overlap with computing.
-        prefetch: batches that each worker keeps ready.
+
+    Raises:
+        BadInput: an example is not usable; as it was raised, whichever process made the batch.
     """
-    options: dict[str, Any] = {"prefetch_factor": prefetch, "worker_init_fn": leave_signals} if workers else {}
-    loader: DataLoader[MicroBatch] = DataLoader(
-        assembler,
+    plans = mixture.plans(taken, first_step=first_step, last_step=last_step, accumulation=accumulation, rank=rank, world=world)
+    return _made(Assembler(mixture.parts, mixture.seed, masking), plans, workers=workers, pin_memory=pin_memory)
+
+
+def load_once(
+    part: Part, masking: Masking, *, budget: int, seed: int, by_example: bool = False, pairing: Pairing | None = None,
+    rank: int = 0, world: int = 1, workers: int = 0,
+) -> Iterator[MicroBatch]:  # fmt: skip
+    """This process's share of all examples of a part, each once, for validation and prediction.
+
+    Args:
+        by_example: as for `Assembler`. budget, seed, pairing, rank, world: as for `sequential_plans`. workers: as for `load`.
+    """
+    plans = sequential_plans(part, 0, budget=budget, seed=seed, rank=rank, world=world, pairing=pairing)
+    return _made(Assembler([part], seed, masking, by_example=by_example), plans, workers=workers)
+
+
+def _made(assembler: Assembler, plans: Iterator[Plan], *, workers: int, pin_memory: bool = False) -> Iterator[MicroBatch]:
+    """The batches of `plans`, which are consumed a little ahead of what is yielded."""
+    options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": leave_signals} if workers else {}
+    loader: DataLoader[MicroBatch | _Failed] = DataLoader(
+        _Telling(assembler) if workers else assembler,
         batch_size=None,
         sampler=_Once(plans),
         num_workers=workers,
@@ -77,7 +103,45 @@ def load(
         collate_fn=_as_it_is,
         **options,
     )
-    return iter(loader)
+    return _unless_failed(iter(loader))
+
+
+def _unless_failed(batches: Iterator["MicroBatch | _Failed"]) -> Iterator[MicroBatch]:
+    while True:
+        try:
+            made = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UniterError(
+                f"a process that loads batches has died ({str(error).splitlines()[0]}); most often memory was short: use fewer workers"
+            ) from error
+        if isinstance(made, _Failed):
+            raise made.error from RuntimeError(f"in a process that loads batches:\n{made.where}")
+        yield made
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """What a worker hands over instead of a batch: its error, and where it came from. PyTorch would make one text of the two."""
+
+    error: Exception
+    where: str
+
+
+@dataclass(slots=True)
+class _Telling(Dataset["MicroBatch | _Failed"]):
+    """An assembler in a worker."""
+
+    assembler: Assembler
+
+    def __getitem__(self, plan: Plan) -> "MicroBatch | _Failed":
+        try:
+            return self.assembler[plan]
+        except (UniterError, OSError) as error:  # what is no fault of ours; the rest is PyTorch's to show
+            return _Failed(error, traceback.format_exc())
 
 
 @dataclass(slots=True)

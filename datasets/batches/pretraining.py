@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from uniter.datasets.batches.example import Example, Masking, Rows, Sample, end_to_end, regions_read, sequence_of
+from uniter.datasets.batches.example import REGION_FIELDS, Example, Masking, Rows, Sample
 from uniter.datasets.batches.masking import NOT_PREDICTED, mask_regions, mask_words
 from uniter.datasets.errors import BadInput
 
@@ -14,22 +14,21 @@ def masked_text(example: Example, rng: random.Random, masking: Masking) -> Sampl
 
     At least one word of each of VCR's texts is hidden.
     """
-    text = example.corpus.text_of(example.number)
+    shown = example.read()
     read, labels = [], [NOT_PREDICTED]
-    for words in example.told():
-        shown, wanted = mask_words(words, rng, mask_id=text.mask_id, v_range=text.v_range, probability=masking.words)
-        read.append(shown)
+    for words in shown.told():
+        hidden, wanted = mask_words(words, rng, mask_id=shown.text.mask_id, v_range=shown.text.v_range, probability=masking.words)
+        read.append(hidden)
         labels += [*wanted, NOT_PREDICTED]
-    return Sample(example.id, [sequence_of(example, read, regions_read(example))], {"words": np.array(labels, dtype=np.int64)})
+    return Sample(shown.id, [shown.sequence(read, shown.regions())], {"words": np.array(labels, dtype=np.int64)})
 
 
 def masked_regions(example: Example, rng: random.Random, masking: Masking) -> Sample:
     """MRFR: regions hidden, the text whole. Targets: `features` (S, D), what the S hidden regions held."""
-    regions = features, _ = regions_read(example)
+    shown = example.read()
+    regions = features, _ = shown.regions()
     masked = mask_regions(len(features), rng, probability=masking.regions)
-    return Sample(
-        example.id, [sequence_of(example, example.told(), regions, masked)], {"features": Rows([(features, masked.nonzero()[0])])}
-    )
+    return Sample(shown.id, [shown.sequence(shown.told(), regions, masked)], {"features": Rows([(features, masked.nonzero()[0])])})
 
 
 def masked_regions_with_classes(example: Example, rng: random.Random, masking: Masking) -> Sample:
@@ -37,24 +36,21 @@ def masked_regions_with_classes(example: Example, rng: random.Random, masking: M
 
     Only the hidden regions' distributions are read: they are nearly half of a record.
     """
-    pictures = [example.corpus.region_arrays(image, ("features", "norm_bb", "soft_labels")) for image in example.images]
-    regions = features, _ = end_to_end(pictures)
+    shown = example.read((*REGION_FIELDS, "soft_labels"))
+    regions = features, _ = shown.regions()
     masked = mask_regions(len(features), rng, probability=masking.regions)
     classes, first = Rows([]), 0
-    for image, picture in zip(example.images, pictures, strict=True):
+    for image, picture in zip(example.images, shown.pictures, strict=True):
         if len(picture) < 3:
             key = example.corpus.images.keys_list[image]
             raise BadInput(f"image {key!r} has no soft labels, which MRC needs; leave mrc and mrc-kl out of the tasks")
         end = first + len(picture[0])
         classes.parts.append((picture[2], masked[first:end].nonzero()[0]))
         first = end
-    return Sample(example.id, [sequence_of(example, example.told(), regions, masked)], {"soft_labels": classes})
+    return Sample(shown.id, [shown.sequence(shown.told(), regions, masked)], {"soft_labels": classes})
 
 
 def matched_pair(example: Example, rng: random.Random, masking: Masking) -> Sample:
     """ITM: nothing hidden; the picture may be another one. Targets: `matched` (1,) int64, 1 where it is the text's own."""
-    return Sample(
-        example.id,
-        [sequence_of(example, [example.words()], regions_read(example))],
-        {"matched": np.array([int(example.matched)], dtype=np.int64)},
-    )
+    shown = example.read()
+    return Sample(shown.id, [shown.sequence(shown.words(), shown.regions())], {"matched": np.array([int(example.matched)], dtype=np.int64)})

@@ -173,6 +173,28 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+@contextlib.contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it appears as `path` by rename once all in it is durable, or not at all.
+
+    Raises:
+        BadInput: there is such a folder.
+    """
+    if path.exists():
+        raise BadInput(f"{path} exists already; name a new folder or remove that one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    aside.mkdir()
+    try:
+        yield aside
+        for inner in (*aside.rglob("*"), aside):
+            sync(inner)
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync(path.parent)
+
+
 # ----------------------------------------------------------------------------------------------------------------- many names
 
 

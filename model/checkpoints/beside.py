@@ -14,9 +14,11 @@ from uniter.datasets.storage.files import read_json_object
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
 from uniter.model.checkpoints.read import CONFIG_FILE
-from uniter.model.uniter import UniterConfig
+from uniter.model.uniter import PRESETS, UniterConfig
 
 log = logging.getLogger(__name__)
+
+DETECTOR = "detector"  # the entry of a configuration that says whose regions the model learnt from
 
 HEAD_WIDTH = 64  # of the published models and of BERT; the tensors themselves do not tell
 
@@ -63,12 +65,19 @@ def infer_config(state: Mapping[str, Tensor], *, beside: Path | None = None) -> 
                 f"put the model's {CONFIG_FILE} beside the file"
             )
         values["num_attention_heads"] = sizes["hidden_size"] // HEAD_WIDTH
+        published = [size["hidden_size"] for size in PRESETS.values() if size["hidden_size"] == HEAD_WIDTH * size["num_attention_heads"]]
+        if sizes["hidden_size"] not in published:
+            log.warning("%s: nothing tells its number of attention heads; they are taken to be %d columns wide", beside, HEAD_WIDTH)
     return UniterConfig(**{**values, **sizes})
 
 
 def configuration_beside(weights: Path) -> Path | None:
-    """The configuration of a weights file: its own name ending in `.json`, else its folder's `config.json`."""
-    return next((path for path in (weights.with_suffix(".json"), weights.parent / CONFIG_FILE) if path.is_file()), None)
+    """The configuration of a weights file: its own name ending in `.json`, else its folder's `config.json`; of a run of UNITER's own
+    scripts, which keep weights in `ckpt/`, the `log/model.json` beside that folder."""
+    places = [weights.with_suffix(".json"), weights.parent / CONFIG_FILE]
+    if weights.parent.name == "ckpt":
+        places.append(weights.parent.parent / "log" / "model.json")
+    return next((path for path in places if path.is_file()), None)
 
 
 def told_beside(weights: str | Path) -> dict[str, Any]:

@@ -16,13 +16,16 @@ from uniter.model.uniter import UniterConfig
 log = logging.getLogger(__name__)
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> list[str]:
     """Copy tensors by name into a model, leniently: missing and unexpected names are logged, a wrong shape is an error.
 
     Args:
         model: any of our models; a tensor known under two names is found under either.
         state: tensors as `read_state` gives them.
         source: what to call the checkpoint in messages.
+
+    Returns:
+        The model's tensors that `state` does not hold, and which keep their values.
 
     Raises:
         BadInput: a tensor has another shape than the model's, or no name fits.
@@ -45,6 +48,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
     if unexpected:
         log.warning("checkpoint %s has %d tensors that this model does not use: %s", source, len(unexpected), listed(unexpected))
     model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    return missing
 
 
 def listed(names: list[str], most: int = 6) -> str:

@@ -1,5 +1,6 @@
-"""From a path to a model: the one place that knows which class a checkpoint holds."""
+"""From a path to a model and what belongs to it: the one place that knows what a checkpoint is."""
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +10,22 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.storage.files import read_json_object
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
-from uniter.model.checkpoints.beside import VOCABULARY_OF_BERT_BASE_CASED, infer_config, tokenizer_beside, told_beside
+from uniter.model.checkpoints.beside import DETECTOR, VOCABULARY_OF_BERT_BASE_CASED, infer_config, tokenizer_beside, told_beside
 from uniter.model.checkpoints.grow import listed, load_state, with_grown_tables
 from uniter.model.checkpoints.read import TIED, WEIGHTS_FILE, State, find_weights, read_state
-from uniter.model.heads.downstream import DownstreamModel, UniterForReferring, UniterForRetrieval, UniterForVqa
+from uniter.model.heads.downstream import WORDS, DownstreamModel, UniterForReferring, UniterForRetrieval, UniterForVcr, UniterForVqa
+from uniter.model.heads.nlvr2 import UniterForNlvr2Paired, UniterForNlvr2PairedAttention, UniterForNlvr2Triplet
 from uniter.model.heads.pretraining import UniterForPretraining
 from uniter.model.settings.files import run_of
 from uniter.model.uniter import UniterConfig, UniterModel
 
 M = TypeVar("M", bound=DownstreamModel)
+
+ANSWERS = "ans2label.json"
 
 
 def load_uniter(path_or_id: str | Path, *, config: UniterConfig | None = None) -> UniterForPretraining:
@@ -35,12 +40,8 @@ def load_uniter(path_or_id: str | Path, *, config: UniterConfig | None = None) -
         BadInput: there is no such file, it is not UNITER's or BERT's, it is damaged or hostile, or a tensor's shape does not fit.
     """
     weights = find_weights(path_or_id)
-    state = read_state(weights)
-    if config is None:
-        config = infer_config(state, beside=weights)
-    model = UniterForPretraining(config)
-    load_state(model, state, source=str(path_or_id))
-    return model.eval()
+    model: UniterForPretraining = _built(UniterForPretraining, read_state(weights), weights, str(path_or_id), config)[0]
+    return model
 
 
 def load_downstream(kind: type[M], path_or_id: str | Path, *, config: UniterConfig | None = None, **sizes: Any) -> M:
@@ -56,15 +57,13 @@ def load_downstream(kind: type[M], path_or_id: str | Path, *, config: UniterConf
         BadInput: as `load_uniter`.
     """
     weights = find_weights(path_or_id)
-    state = read_state(weights)
-    model = kind(config or infer_config(state, beside=weights), **{**kind.sizes(state), **sizes})
-    start_from(model, state, source=str(path_or_id))
-    return model.eval()
+    model: M = _built(kind, read_state(weights), weights, str(path_or_id), config, **sizes)[0]
+    return model
 
 
-def start_from(model: DownstreamModel, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Initialise as published from a pre-trained state dict, or restore a fine-tuned one."""
-    load_state(model, with_grown_tables(model.begun(state), model, token_type_rows=model.token_type_rows), source=source)
+def start_from(model: DownstreamModel, state: Mapping[str, Tensor], *, source: str) -> list[str]:
+    """Initialise as published from a pre-trained state dict, or restore a fine-tuned one; returns the tensors that keep their values."""
+    return load_state(model, with_grown_tables(model.begun(state), model, token_type_rows=model.token_type_rows), source=source)
 
 
 def read_model(folder: str | Path, model: nn.Module) -> None:
@@ -80,12 +79,29 @@ def read_model(folder: str | Path, model: nn.Module) -> None:
     load_state(model, state, source=str(folder))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
+    """What a path or hub id stands for.
+
+    Attributes:
+        source: the path or id, as it was given.
+        weights: the file with its tensors.
+        model: in eval mode, on the CPU, float32.
+        fresh: the model's tensors that the checkpoint does not hold; their values are random.
+        answers: what a model that answers questions says, by number; None where nothing tells, and of any other model.
+        task: what it was trained for, as its own configuration says; None where it does not (published files).
+        detector: whose regions it learnt from; None where it does not say (published files, older runs).
+        given: the tokenizer that the caller named.
+    """
+
     source: str
+    weights: Path
     model: Any
-    tokenizer: Tokenizer
+    fresh: tuple[str, ...]
     answers: Sequence[str] | None
+    task: str | None
+    detector: RegionOrigin | None
+    given: Tokenizer | None = None
 
     @property
     def body(self) -> UniterModel:
@@ -97,57 +113,89 @@ class Checkpoint:
         config: UniterConfig = self.model.config
         return config
 
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of its texts; None where nothing tells. Looked for when it is asked for: it may be on the hub.
+
+        Raises:
+            BadInput: it has more word pieces than the model.
+        """
+        found = self.given or _tokenizer(self.config, self.weights, _texts_of_run(self.weights))
+        if found is not None and found.vocab_size > self.config.vocab_size:
+            raise BadInput(
+                f"the tokenizer {found.name!r} has {found.vocab_size:,} word pieces, but {self.source} has {self.config.vocab_size:,}; "
+                "use the tokenizer of its texts"
+            )
+        return found
+
+
+def load(
+    path_or_id: str | Path,
+    kind: type[DownstreamModel] | type[UniterForPretraining] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    answers: str | os.PathLike[str] | Sequence[str] | None = None,
+    **sizes: Any,
+) -> Checkpoint:
+    """A model with all that belongs to it.
+
+    Args:
+        path_or_id: anything that `load_uniter` understands, and fine-tuned models.
+        kind: the class to build; None: what the checkpoint says it is, by its configuration or its heads.
+        tokenizer: of its texts, where nothing else is to be asked; else what lies beside the weights, or the texts of its run.
+        answers: the answers by number, or an `ans2label.json`; else what its configuration says, or a file beside it or in its texts.
+        sizes: further constructor arguments of a down-stream model (`answers`, ...); they overrule what the checkpoint tells.
+
+    Raises:
+        BadInput: as `load_uniter`; or the answers are more or fewer than the model's.
+    """
+    source, weights = str(path_or_id), find_weights(path_or_id)
+    state, told = read_state(weights), told_beside(weights)
+    model, fresh = _built(kind or kind_of(state, told), state, weights, source, None, **sizes)
+    named = None
+    if isinstance(model, UniterForVqa):
+        named = _answers(model.answer_count, source, weights, _texts_of_run(weights), answers)
+    task = told.get("task")
+    origin = RegionOrigin.from_dict(told.get(DETECTOR))
+    return Checkpoint(source, weights, model, tuple(fresh), named, task if isinstance(task, str) else None, origin, tokenizer)
+
 
 # Which head makes a checkpoint what; the first that fits counts, because fine-tuned retrieval keeps the head of pre-training.
 _HEADS: tuple[tuple[str, type[DownstreamModel] | type[UniterForPretraining]], ...] = (
-    ("vqa_output.3.weight", UniterForVqa),
+    ("vqa_output.", UniterForVqa),
     ("re_output.", UniterForReferring),
-    ("rank_output.weight", UniterForRetrieval),
-    ("itm_output.weight", UniterForPretraining),
+    ("vcr_output.", UniterForVcr),
+    ("attn_pool.", UniterForNlvr2PairedAttention),
+    ("nlvr2_output.", UniterForNlvr2Paired),
+    ("rank_output.", UniterForRetrieval),
+    ("", UniterForPretraining),
 )
 
 
-MADE_BY: dict[type, str] = {
-    UniterForVqa: "uniter-train finetune vqa",
-    UniterForReferring: "uniter-train finetune refcoco",
-    UniterForRetrieval: "uniter-train finetune retrieval",
-    UniterForPretraining: "uniter-train pretrain",
-}
+def kind_of(state: Mapping[str, Tensor], told: Mapping[str, Any]) -> type[DownstreamModel] | type[UniterForPretraining]:
+    """The class of a checkpoint: as its configuration says, else by its heads; without any (BERT) that of pre-training."""
+    named = told.get("architectures")
+    by_name = {kind.__name__: kind for _, kind in _HEADS} | {UniterForNlvr2Triplet.__name__: UniterForNlvr2Triplet}
+    for name in named if isinstance(named, list) else []:
+        if name in by_name:
+            return by_name[name]
+    kind = next(kind for head, kind in _HEADS if any(name.startswith(head) for name in state))
+    if kind is UniterForNlvr2Paired and state["nlvr2_output.weight"].shape[1] == state[WORDS].shape[1]:
+        return UniterForNlvr2Triplet  # both pictures in one sequence, which has one state
+    return kind
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------------------
-
-
-def load_any(source: str, *, tokenizer: Tokenizer | None, answers: str | os.PathLike[str] | Sequence[str] | None) -> Checkpoint:
-    weights = find_weights(source)
-    state = read_state(weights)
-    kind = next((kind for name, kind in _HEADS if any(key.startswith(name) for key in state)), None)
-    if kind is None:
-        raise BadInput(
-            f"{source} has none of the heads that photographs are asked with (matching, retrieval, VQA, RefCOCO); "
-            f"train it further: {MADE_BY[UniterForPretraining]} or uniter-train finetune"
-        )
-    model = _built(kind, state, weights, source)
-    texts = _texts_of_run(weights)
-    tokenizer = tokenizer or _tokenizer(source, model.config, weights, texts)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise BadInput(
-            f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size:,} word pieces, but {source} has {model.config.vocab_size:,}; "
-            "use the tokenizer of its texts"
-        )
-    names = _answers(source, model.vqa_output[3].weight.shape[0], weights, texts, answers) if kind is UniterForVqa else None
-    return Checkpoint(source, model, tokenizer, names)
-
-
-def _built(kind: type[DownstreamModel] | type[UniterForPretraining], state: State, weights: Path, source: str) -> Any:
-    config = infer_config(state, beside=weights)
+def _built(
+    kind: type[DownstreamModel] | type[UniterForPretraining], state: State, weights: Path, source: str, config: UniterConfig | None,
+    **sizes: Any,
+) -> tuple[Any, list[str]]:  # fmt: skip
+    """The model, in eval mode, and those of its tensors that the state does not hold."""
+    config = config or infer_config(state, beside=weights)
     if issubclass(kind, DownstreamModel):
-        model: Any = kind(config, **kind.sizes(state))
-        start_from(model, state, source=source)
-    else:
-        model = kind(config)
-        load_state(model, state, source=source)
-    return model.eval()
+        downstream = kind(config, **{**kind.sizes(state), **sizes})
+        return downstream.eval(), start_from(downstream, state, source=source)
+    model = kind(config)
+    return model.eval(), load_state(model, state, source=source)
 
 
 def _texts_of_run(weights: Path) -> list[Path]:
@@ -160,7 +208,7 @@ def _texts_of_run(weights: Path) -> list[Path]:
     return [place for text in named for place in (Path(text), run.parent / text) if place.is_dir()]
 
 
-def _tokenizer(source: str, config: UniterConfig, weights: Path, texts: Sequence[Path]) -> Tokenizer:
+def _tokenizer(config: UniterConfig, weights: Path, texts: Sequence[Path]) -> Tokenizer | None:
     beside = tokenizer_beside(weights)
     if beside is not None:
         return beside
@@ -173,34 +221,31 @@ def _tokenizer(source: str, config: UniterConfig, weights: Path, texts: Sequence
         name = next((named[field] for field in ("bert", "toker", "tokenizer") if isinstance(named.get(field), str)), None)
         if name is not None:
             return Tokenizer.load(name)
-    if config.vocab_size == VOCABULARY_OF_BERT_BASE_CASED:
-        return Tokenizer.load()
-    raise BadInput(
-        f"{source} does not tell its tokenizer ({config.vocab_size:,} word pieces, and the texts of its run are not at hand); "
-        "name it: a vocabulary file, or the text database it was trained on"
-    )
+    return Tokenizer.load() if config.vocab_size == VOCABULARY_OF_BERT_BASE_CASED else None
 
 
 def _answers(
-    source: str, count: int, weights: Path, texts: Sequence[Path], given: str | os.PathLike[str] | Sequence[str] | None
-) -> Sequence[str]:
+    count: int, source: str, weights: Path, texts: Sequence[Path], given: str | os.PathLike[str] | Sequence[str] | None
+) -> Sequence[str] | None:
     names: Sequence[str] | None = None
     if given is not None:
-        names = _numbered(Path(given)) if isinstance(given, str | os.PathLike) else list(given)
+        names = numbered(Path(given)) if isinstance(given, str | os.PathLike) else list(given)
     elif isinstance(known := told_beside(weights).get("answers"), list):
         names = [str(name) for name in known]
     else:
-        table = next((folder / "ans2label.json" for folder in (weights.parent, *texts) if (folder / "ans2label.json").is_file()), None)
-        names = None if table is None else _numbered(table)
-    if names is None:
-        raise BadInput(f"{source} does not tell the names of its {count:,} answers; give its ans2label.json")
-    if len(names) != count:
-        raise BadInput(f"{source} has {count:,} answers, but {len(names):,} names of answers were found; give its own ans2label.json")
+        table = next((folder / ANSWERS for folder in (weights.parent, *texts) if (folder / ANSWERS).is_file()), None)
+        names = None if table is None else numbered(table)
+    if names is not None and len(names) != count:
+        raise BadInput(f"{source} has {count:,} answers, but {len(names):,} names of answers were found; give its own {ANSWERS}")
     return names
 
 
-def _numbered(path: Path) -> list[str]:
-    """The answers of an `ans2label.json` by their number."""
+def numbered(path: Path) -> list[str]:
+    """The answers of an `ans2label.json` by their number.
+
+    Raises:
+        BadInput: it does not number them from 0 on.
+    """
     table = read_json_object(path)
     try:
         numbers = {name: int(number) for name, number in table.items()}

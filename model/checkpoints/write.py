@@ -1,18 +1,14 @@
 """Weights and model folders, complete or absent."""
 
 import dataclasses
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.files import complete_folder, write_json
+from uniter.datasets.storage.tensors import write_tensors
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.model.checkpoints.beside import infer_config, tokenizer_of, told_beside
 from uniter.model.checkpoints.read import CONFIG_FILE, TIED, WEIGHTS_FILE, State, find_weights, read_state
@@ -74,12 +70,10 @@ def write_weights(folder: str | Path, weights: Weights) -> None:
     folder = Path(folder)
     # One memory block may stand under one name only in a safetensors file: aliases are copied.
     tensors = {name: tensor.clone() if name in TIED else tensor for name, tensor in weights.published().items()}
-    with complete_file(folder / WEIGHTS_FILE) as aside:
-        save_file(tensors, aside, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
     if weights.tokenizer is not None:
         weights.tokenizer.save(folder)
-    with complete_file(folder / CONFIG_FILE) as aside:
-        aside.write_text(json.dumps({**weights.config.to_dict(), **weights.about}, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_FILE, {**weights.config.to_dict(), **weights.about})
 
 
 def write_model(
@@ -102,42 +96,3 @@ def save_checkpoint(folder: str | Path, model: nn.Module, *, about: Mapping[str,
     """
     with complete_folder(Path(folder)) as aside:
         write_model(aside, model, about=about)
-
-
-@contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """A path to write to; its content appears under `path` by rename once it is durable."""
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        yield aside
-        _make_durable(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    _make_durable(path.parent)
-
-
-@contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it appears as `path` by rename."""
-    if path.exists():
-        raise BadInput(f"{path} exists already; name a new folder or remove that one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    aside.mkdir()
-    try:
-        yield aside
-        for file in aside.iterdir():
-            _make_durable(file)
-        aside.rename(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _make_durable(path.parent)
-
-
-def _make_durable(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,7 @@
 """The figures and the predictions of a fine-tuned model."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,46 +9,41 @@ from typing import Any
 import numpy as np
 
 from uniter.datasets.batches.corpus import Corpus, open_corpus
-from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler, MicroBatch, load
+from uniter.datasets.batches.loader import MicroBatch
 from uniter.datasets.batches.masking import Pairing
-from uniter.datasets.batches.plans import Part, sequential_plans
+from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import matched_pair
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.files import read_json_object
-from uniter.model.checkpoints.beside import told_beside
-from uniter.model.checkpoints.load import load_downstream
-from uniter.model.checkpoints.read import find_weights
+from uniter.datasets.storage.files import write_json
+from uniter.model.checkpoints.load import Checkpoint, load
 from uniter.model.evaluation import pair_scores
-from uniter.model.heads.downstream import DownstreamModel
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.metrics import fold_recalls, retrieval_recalls
 from uniter.model.tasks.predictions import answer_table
-from uniter.model.tasks.table import row_of
-from uniter.model.tasks.task import Task, extras
+from uniter.model.tasks.table import DOWNSTREAM, row_of
+from uniter.model.tasks.task import NO_SIZES, Task, extras
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.fit import check_fit, check_pictures, regions_of_run, regions_to_read, tokenizer_of_texts
-from uniter.model.train.scoring import scored, validate
+from uniter.model.train.fit import (
+    check_detector,
+    check_fit,
+    check_pictures,
+    check_texts,
+    labelled,
+    refuse_left_out,
+    regions_of_run,
+    regions_to_read,
+    tokenizer_of_texts,
+)
+from uniter.model.train.scoring import Scoring, validate
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
     task: Task
     corpus: Corpus
-    model: DownstreamModel
-    everyone: Processes
-    budget: int
-    seed: int
-    precision: str
-    workers: int
+    scoring: Scoring
     weights: Path
-
-    def scored(self, part: Part, pairing: Pairing | None = None, *, head: Any = None) -> Iterator[Any]:
-        plans = sequential_plans(
-            part, 0, budget=self.budget, seed=self.seed, rank=self.everyone.rank, world=self.everyone.world, pairing=pairing
-        )
-        batches = load(Assembler([part], self.seed), plans, workers=self.workers)
-        return scored(self.model, head or self.task.head, batches, device=self.everyone.device, precision=self.precision)
+    answers: Sequence[str] | None
 
     def measured(self) -> dict[str, Any]:
         """Loss, metrics and official figures; what was predicted on the way is not computed again."""
@@ -59,10 +54,7 @@ class _Opened:
                 self._note(found, made, outputs)
 
         part = Part("evaluation", self.corpus, self.task.sample, lengths=self.task.lengths)
-        figures: dict[str, Any] = validate(
-            self.model, self.task, part, budget=self.budget, seed=self.seed, masking=Masking(), processes=self.everyone,
-            precision=self.precision, workers=self.workers, note=note,
-        )  # fmt: skip
+        figures: dict[str, Any] = validate(self.scoring, self.task, part, note=note)
         if row.figures is not None:
             figures |= row.figures(self.corpus, self._by_id(found) if row.predicted is None else self.predictions())
         return figures
@@ -71,7 +63,7 @@ class _Opened:
         """What the model says of every example, in corpus order."""
         row, found = extras(self.task), dict[int, Any]()
         part = Part("predictions", self.corpus, row.predicted or self.task.sample, lengths=row.predicted_lengths or self.task.lengths)
-        for made, _, outputs in self.scored(part):
+        for made, _, outputs in self.scoring.scored(part, self.task.head):
             self._note(found, made, outputs)
         return self._by_id(found)
 
@@ -80,7 +72,7 @@ class _Opened:
 
     def _by_id(self, found: dict[int, Any]) -> dict[str, Any]:
         """The answers of all processes by example id, in corpus order."""
-        everything = {number: answer for one in self.everyone.gather(found) for number, answer in one.items()}
+        everything = {number: answer for one in self.scoring.processes.gather(found) for number, answer in one.items()}
         return {self.corpus.example_id(number): everything[number] for number in range(len(self.corpus))}
 
     def every_pair(self, folder: Path | None = None) -> tuple[pair_scores.Scores, np.ndarray[Any, np.dtype[np.int64]], list[str]]:
@@ -95,16 +87,33 @@ class _Opened:
             scores = np.zeros((end - first, len(pictures)), dtype=np.float32)
             part = Part(f"pairs {first}", self.corpus.take(np.repeat(np.arange(first, end), len(pictures))), matched_pair)
             shown = np.tile(pictures, end - first)[:, None]
-            for made, _, outputs in self.scored(part, Pairing(shown, np.ones(len(shown), dtype=np.bool_)), head=extras(self.task).pairs):
+            pairs, pairing = extras(self.task).pairs, Pairing(shown, np.ones(len(shown), dtype=np.bool_))
+            assert pairs is not None
+            for made, _, outputs in self.scoring.scored(part, pairs, pairing=pairing):
                 text, picture = np.divmod(made.plan.examples, len(pictures))
                 scores[text, picture] = outputs["scores"].float().squeeze(1).cpu().numpy()
             return scores
 
         scores = pair_scores.in_slices(
-            len(self.corpus), len(pictures), score, processes=self.everyone, folder=folder,
-            settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=self.precision),
+            len(self.corpus), len(pictures), score, processes=self.scoring.processes, folder=folder,
+            sources=pair_scores.sources_of(self.corpus),
+            settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=self.scoring.precision),
         )  # fmt: skip
         return scores, own, [self.corpus.images.keys_list[row] for row in pictures.tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is measured, and how."""
+
+    text: Sequence[str]
+    images: Sequence[str]
+    batch_tokens: int
+    workers: int
+    precision: str
+    other_detector: bool
+    seed: int = 42
+    max_text_length: int = -1
 
 
 def evaluate_finetuned(
@@ -120,24 +129,36 @@ def evaluate_finetuned(
     device: str | None = None,
     precision: str = "fp32",
     scores: Path | None = None,
+    other_detector: bool = False,
+    strict: bool = False,
 ) -> dict[str, Any]:
-    """The figures of a down-stream model: its loss and metric, and the official ones.
+    """The figures of a down-stream model: its loss and metric, and the official ones; how many examples they are of, and how many were
+    left out for which reason.
 
     Retrieval scores every text with every picture; a pre-trained model is evaluated zero-shot.
 
     Args:
         scores: the folder where retrieval keeps its scores; the same call goes on where it was stopped.
+        other_detector: regions of another detector than the model learnt from are meant.
+        strict: refuse where an example is left out.
+
+    Raises:
+        BadInput: databases and model do not fit, the model was trained for something else, or no text has a label.
     """
     _check_scores(name, scores)
+    asked = _Asked(text, images, batch_tokens, workers, precision, other_detector, seed, max_text_length)
     with processes(device) as everyone:
-        run = _open(name, start_from, text, images, everyone, batch_tokens, seed, max_text_length, precision, workers)
-        if extras(run.task).pairs is not None:
-            matrix, own, keys = run.every_pair(scores)
-            figures = retrieval_recalls(matrix, own)
-            if len(keys) > 1000 and len(keys) % 5 == 0:
-                figures |= {f"five_folds.{key}": value for key, value in fold_recalls(matrix, own).items()}
-            return {"texts": len(run.corpus), "pictures": len(keys), **figures}
-        return {"examples": len(run.corpus), **run.measured()}
+        run = _open(name, start_from, asked, everyone, labels=True)
+        left_out = run.corpus.left_out
+        if strict:
+            refuse_left_out(left_out, len(run.corpus))
+        if extras(run.task).pairs is None:
+            return {"examples": len(run.corpus), "left_out": left_out, **run.measured()}
+        matrix, own, keys = run.every_pair(scores)
+        figures = retrieval_recalls(matrix, own)
+        if len(keys) > 1000 and len(keys) % 5 == 0:
+            figures |= {f"five_folds.{key}": value for key, value in fold_recalls(matrix, own).items()}
+        return {"texts": len(run.corpus), "pictures": len(keys), "left_out": left_out, **figures}
 
 
 def predict(
@@ -153,26 +174,49 @@ def predict(
     device: str | None = None,
     precision: str = "fp32",
     scores: Path | None = None,
+    other_detector: bool = False,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Write what a model answers as the file that the task's official evaluation takes (retrieval: each side's best ten).
+
+    What was left out is listed beside it, in `OUT.left_out.json`: {reason: [ids]}.
 
     Args:
         answers: `ans2label.json`, where neither the model nor the texts know the names of the answers.
         scores: as for `evaluate_finetuned`, and the same folder serves both.
+        other_detector, strict: as for `evaluate_finetuned`.
+
+    Raises:
+        BadInput: as `evaluate_finetuned`, but labels are not needed.
     """
     _check_scores(name, scores)
+    if not out.absolute().parent.is_dir():
+        raise BadInput(f"{out.absolute().parent} is no folder, so {out.name} cannot be written into it; make it first")
+    asked = _Asked(text, images, batch_tokens, workers, precision, other_detector)
     with processes(device) as everyone:
-        run = _open(name, start_from, text, images, everyone, batch_tokens, 42, -1, precision, workers)
-        if extras(run.task).pairs is not None:
+        run = _open(name, start_from, asked, everyone, labels=False, answers=answers)
+        corpus, write = run.corpus, extras(run.task).write
+        if strict:
+            refuse_left_out(corpus.left_out, len(corpus))
+        aside = out.with_name(f".{out.name}.incoming")
+        if write is None:
             matrix, _, keys = run.every_pair(scores)
             if everyone.writes:
-                out.write_text(json.dumps(_best(matrix, [run.corpus.example_id(row) for row in range(len(run.corpus))], keys)))
+                aside.write_text(json.dumps(_best(matrix, [corpus.example_id(row) for row in range(len(corpus))], keys)))
         else:
-            predictions, names = run.predictions(), _names(start_from, run.corpus, answers)
-            write = extras(run.task).write
-            if everyone.writes and write is not None:
-                write(out, run.corpus, predictions, names)
-        return {"task": name, "out": str(out), "examples": len(run.corpus)}
+            predictions = run.predictions()
+            if everyone.writes:
+                write(aside, corpus, predictions, run.answers)
+        summary: dict[str, Any] = {"task": name, "out": str(out), "examples": len(corpus), "left_out": corpus.left_out}
+        if everyone.writes:
+            aside.replace(out)
+            listed = out.with_name(f"{out.name}.left_out.json")
+            if corpus.left_out:
+                write_json(listed, corpus.left_out_ids())
+                summary["left_out_listed"] = str(listed)
+            else:
+                listed.unlink(missing_ok=True)  # of an earlier submission of that name
+        return summary
 
 
 def _check_scores(name: str, folder: Path | None) -> None:
@@ -188,48 +232,63 @@ def _best(scores: np.ndarray[Any, Any], texts: list[str], pictures: list[str], d
     return {"images_of_text": ranked(scores, texts, pictures), "texts_of_image": ranked(scores.T, pictures, texts)}
 
 
-def _names(start_from: str, corpus: Corpus, given: Path | None) -> list[str] | None:
-    """The answers by number: the given table, the model's own, or the texts'."""
-    if given is not None:
-        table = read_json_object(given)
-        return sorted(table, key=lambda answer: int(table[answer]))
-    known = told_beside(find_weights(start_from)).get("answers")
-    if isinstance(known, list):
-        return [str(answer) for answer in known]
-    of_texts = answer_table(corpus)
-    return None if of_texts is None else sorted(of_texts, key=lambda answer: of_texts[answer])
+def _open(name: str, start_from: str, asked: _Asked, everyone: Processes, *, labels: bool, answers: Path | None = None) -> _Opened:
+    """Data and model, once it is known that they belong together.
 
-
-def _open(
-    name: str,
-    start_from: str,
-    text: Sequence[str],
-    images: Sequence[str],
-    everyone: Processes,
-    batch_tokens: int,
-    seed: int,
-    max_text_length: int,
-    precision: str,
-    workers: int,
-) -> _Opened:
+    Args:
+        labels: examples without one count as left out; otherwise they are not looked at.
+        answers: the names of the answers, where they are given.
+    """
     row = row_of(name)
-    regions = regions_to_read(images, *regions_of_run(start_from), extras(row).regions)
-    corpus = open_corpus(name, text, images, max_text_length=max_text_length, image_options=regions)
+    own = extras(row)
+    if answers is not None and "answers" not in own.sizes:
+        raise BadInput(f"{name} does not choose among named answers; leave --answers out")
+    regions = regions_to_read(asked.images, *regions_of_run(start_from), own.regions)
+    corpus = open_corpus(name, asked.text, asked.images, max_text_length=asked.max_text_length, image_options=regions)
     check_pictures(corpus, row, name)
-    model = load_downstream(extras(row).model, start_from).to(everyone.device)
-    check_fit(model.config, corpus, source=start_from)
+    check_texts(corpus, row, name)
+    checkpoint = load(start_from, own.model, answers=answers)
+    _check_head(checkpoint, row, name)
+    check_detector([corpus], checkpoint.detector, source=start_from, meant=asked.other_detector)
+    check_fit(checkpoint.config, corpus, source=start_from)
     tokenizer_of_texts([corpus], start=start_from)
-    of_model, of_texts = told_beside(find_weights(start_from)).get("answers"), answer_table(corpus)
-    if of_model and of_texts and of_model != sorted(of_texts, key=lambda answer: of_texts[answer]):
-        raise BadInput(
-            f"{start_from} numbers its {len(of_model):,} answers otherwise than the texts their {len(of_texts):,}; build the texts with "
-            "the list of those it was trained on: uniter-build-db --join ans2label.json"
-        )
-    sizes = type(model).sizes(model.state_dict())
-    task = row.of_data(row, corpus)
+    sizes = type(checkpoint.model).sizes(checkpoint.model.state_dict())
+    task, names = row.of_data(row, corpus, NO_SIZES if labels else sizes), checkpoint.answers
+    if (table := answer_table(corpus)) is not None and "answers" in own.sizes:
+        of_texts = sorted(table, key=lambda answer: table[answer])
+        if answers is None and names is not None and list(names) != of_texts:
+            raise BadInput(
+                f"{start_from} numbers its {len(names):,} answers otherwise than the texts their {len(of_texts):,}; build the texts with "
+                "the list of those it was trained on: uniter-build-db --join ans2label.json"
+            )
+        names = names or of_texts
     wanted = extras(task).sizes
     if any(sizes.get(key) != value for key, value in wanted.items()):
         raise BadInput(
             f"{start_from} knows {sizes}, but the texts {dict(wanted)}; was it trained for {name}, with the same list of answers?"
         )
-    return _Opened(task, corpus, model, everyone, batch_tokens, seed, precision, workers, find_weights(start_from))
+    if labels:
+        corpus = labelled(corpus, row, name)
+        task = row.of_data(row, corpus)
+    scoring = Scoring(
+        checkpoint.model.to(everyone.device), everyone, asked.batch_tokens, asked.seed, precision=asked.precision, workers=asked.workers
+    )
+    return _Opened(task, corpus, scoring, checkpoint.weights, names)
+
+
+def _check_head(checkpoint: Checkpoint, row: Task, name: str) -> None:
+    """Raise BadInput unless the checkpoint was trained for the task: a head of random numbers is not measured."""
+    source, told, own = checkpoint.source, checkpoint.task, extras(row)
+    if told in DOWNSTREAM:
+        theirs = extras(DOWNSTREAM[told])
+        if theirs.model is not own.model or theirs.texts != own.texts:
+            raise BadInput(
+                f"{source} was trained for {told}, not for {name}; name {told}, or train it: uniter-train finetune {name} --from"
+            )
+    fresh = [tensor for tensor in checkpoint.fresh if not tensor.startswith(own.model.unread)]
+    if fresh:
+        what = "is pre-trained and has no head for" if told == "pretrain" else "lacks what it takes for"
+        raise BadInput(
+            f"{source} {what} {name} ({', '.join(sorted(fresh)[:2])}{', ...' if len(fresh) > 2 else ''} would be random numbers); "
+            f"fine-tune it first: uniter-train finetune {name} --from {source}"
+        )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.batches.corpus import Corpus
-from uniter.datasets.errors import SettingsDiffer
-from uniter.datasets.storage.files import difference_in_words, read_json, write_json
+from uniter.datasets.storage.claims import Maker, claim, source_names
+from uniter.datasets.storage.files import sha256_of
 from uniter.model.train.distributed import Processes
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,14 @@ Scores = NDArray[np.float32]
 
 
 SLICE_PAIRS = 200_000
+
+
+SCORES = Maker("retrieval scores", "header.json", ("scores_*.npy",))  # never complete by a file: whoever reads them counts the slices
+
+
+def sources_of(corpus: Corpus) -> dict[str, Path]:
+    """The databases of a corpus, by the names under which a folder of scores remembers them."""
+    return {**source_names([text.path for text in corpus.texts], "texts"), **source_names(corpus.images.folders, "regions")}
 
 
 def pictures_of(corpus: Corpus) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -46,6 +54,7 @@ def in_slices(
     processes: Processes,
     folder: Path | None = None,
     settings: Callable[[], dict[str, Any]] = dict,
+    sources: Mapping[str, Path] | None = None,
 ) -> Scores:
     """All scores (texts, pictures), on every process.
 
@@ -53,13 +62,14 @@ def in_slices(
         score: (first, end) -> this process's share of the scores of these texts, (end - first, pictures); 0 where another process's.
         folder: where slices are kept and found again; None keeps nothing.
         settings: what the scores depend on; asked for only where there is a folder.
+        sources: the databases whose contents they depend on, by the names under which the folder remembers them.
 
     Raises:
-        SettingsDiffer: the folder holds scores of something else.
+        SettingsDiffer: the folder holds scores of something else, or of other contents.
     """
     step = max(1, SLICE_PAIRS // pictures)
     if folder is not None and processes.writes:
-        _begin(folder, {**settings(), "texts_of_a_slice": step})
+        claim(folder, {**settings(), "texts_of_a_slice": step}, maker=SCORES, sources=sources)
     everything = np.empty((texts, pictures), dtype=np.float32)
     for first in range(0, texts, step):
         end = min(first + step, texts)
@@ -76,14 +86,12 @@ def in_slices(
 
 
 def identity(corpus: Corpus, pictures: NDArray[np.int32], weights: Path, *, precision: str) -> dict[str, Any]:
-    """What scores depend on, as JSON: the weights' bytes, the texts, the pictures and their regions, the precision."""
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    """What scores depend on besides the databases' contents, as JSON: the weights' bytes, the chosen texts and pictures, the precision."""
     texts = [[corpus.example_id(number), int(length)] for number, length in enumerate(corpus.text_lengths_N)]
     counts = np.asarray(corpus.images.region_counts)
     regions = [[corpus.images.keys_list[row], int(counts[row])] for row in pictures.tolist()]
     return {
-        "weights_sha256": digest,
+        "weights_sha256": sha256_of(weights),
         "texts_sha256": _digest([texts, [text.header for text in corpus.texts]]),
         "pictures_sha256": _digest([regions, corpus.images.header]),
         "precision": precision,
@@ -92,15 +100,6 @@ def identity(corpus: Corpus, pictures: NDArray[np.int32], weights: Path, *, prec
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    if not path.exists():
-        write_json(path, settings)
-    elif differences := difference_in_words(read_json(path), settings):
-        raise SettingsDiffer(f"{folder} holds the scores of something else ({'; '.join(differences)}); give another folder, or remove it")
 
 
 def _kept(path: Path | None, shape: tuple[int, int]) -> list[Scores]:

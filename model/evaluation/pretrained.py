@@ -1,6 +1,6 @@
 """What a pre-trained model understands of held-out pairs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,30 @@ from numpy.typing import NDArray
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.corpus import Corpus, open_corpus
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler, MicroBatch, load
+from uniter.datasets.batches.loader import MicroBatch
 from uniter.datasets.batches.masking import NOT_PREDICTED, Pairing, random_pairs
 from uniter.datasets.batches.order import generator
-from uniter.datasets.batches.plans import Part, sequential_plans
+from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import masked_regions, masked_regions_with_classes, masked_text, matched_pair
 from uniter.datasets.errors import BadInput
 from uniter.datasets.text_db.tokenizer import Tokenizer
+from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
 from uniter.model import losses
-from uniter.model.checkpoints.load import load_uniter
+from uniter.model.checkpoints.load import load
 from uniter.model.heads.pretraining import Outputs, UniterForPretraining
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.fit import check_fit, check_shown, regions_of_run, regions_to_read, tokenizer_of_texts
-from uniter.model.train.scoring import Means, scored
+from uniter.model.train.fit import (
+    check_classes,
+    check_detector,
+    check_fit,
+    check_shown,
+    origin_of_start,
+    refuse_left_out,
+    regions_of_run,
+    regions_to_read,
+    tokenizer_of_texts,
+)
+from uniter.model.train.scoring import Head, Means, Scoring
 
 # A small held-out part is masked several times over, until so many words were asked for.
 ENOUGH_WORDS, MOST_ROUNDS = 4000, 20
@@ -64,8 +75,8 @@ def evaluate_pretraining(
         the floor of the cross-entropy; `retrieval.text_r1/r5/r10` (the right text for a picture), `retrieval.image_r1/...`,
         `retrieval.candidates`.
     """
-    masking = masking or Masking()
-    run = _Run(model, corpus, processes, budget, seed, masking, precision, workers)
+    # Masks by example, so that the same words are hidden whichever picture is shown (and so however long the example is).
+    run = _Run(Scoring(model, processes, budget, seed, masking or Masking(), True, precision, workers), corpus)
     figures: dict[str, float] = {"examples": len(corpus), "pictures": len(np.unique(corpus.image_rows_NK[:, 0]))}
     figures |= _words(run, words)
     figures |= _features(run)
@@ -79,28 +90,25 @@ def evaluate_pretraining(
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    model: UniterForPretraining
+    scoring: Scoring
     corpus: Corpus
-    processes: Processes
-    budget: int
-    seed: int
-    masking: Masking
-    precision: str
-    workers: int
+
+    @property
+    def processes(self) -> Processes:
+        return self.scoring.processes
+
+    @property
+    def seed(self) -> int:
+        return self.scoring.seed
 
     def scored(
-        self, part: Part, head: Callable[[Any, PackedBatch], Outputs], *, round_number: int = 0, pairing: Pairing | None = None
+        self, part: Part, head: Head, *, round_number: int = 0, pairing: Pairing | None = None
     ) -> Iterator[tuple[MicroBatch, PackedBatch, Outputs]]:
         seed = int(generator(self.seed, part.name, "round", round_number).integers(2**62))
-        plans = sequential_plans(
-            part, 0, budget=self.budget, seed=seed, rank=self.processes.rank, world=self.processes.world, pairing=pairing
-        )
-        # Masks by example, so that the same words are hidden whichever picture is shown (and so however long the example is).
-        batches = load(Assembler([part], seed, self.masking, by_example=True), plans, workers=self.workers)
-        return scored(self.model, head, batches, device=self.processes.device, precision=self.precision)
+        return self.scoring.scored(part, head, pairing=pairing, seed=seed)
 
     def rounds(self) -> int:
-        expected = self.masking.words * float(self.corpus.text_lengths_N.sum())
+        expected = self.scoring.masking.words * float(self.corpus.text_lengths_N.sum())
         return int(min(max(1, round(ENOUGH_WORDS / max(expected, 1.0))), MOST_ROUNDS))
 
 
@@ -247,13 +255,17 @@ def evaluate_run(
     workers: int = 0,
     device: str | None = None,
     precision: str = "fp32",
+    other_detector: bool = False,
+    strict: bool = False,
 ) -> dict[str, Any]:
-    """The figures of `evaluate.evaluate_pretraining` of a run or checkpoint on databases, grouped: {"mlm": {"accuracy": ...}, ...}.
+    """The figures of `evaluate_pretraining` of a run or checkpoint on databases, grouped: {"mlm": {"accuracy": ...}, ...}.
 
     Args:
         start: a run directory, a checkpoint file or folder, or a hub id.
         text, images: held-out databases.
         words: words whose accuracy is reported besides, split into the texts' word pieces.
+        other_detector: regions of another detector than the model learnt from are meant.
+        strict: refuse where an example is left out.
 
     Raises:
         BadInput: databases and model do not fit.
@@ -261,17 +273,21 @@ def evaluate_run(
     regions = regions_to_read(images, *regions_of_run(start))
     corpus = open_corpus("data", text, images, max_text_length=max_text_length, image_options=regions)
     check_shown(corpus)
-    pieces: list[int] = []
-    if words:
-        name = corpus.texts[0].tokenizer_name
-        local = corpus.texts[0].path / "vocab.txt"
-        if not local.is_file() and name is None:
-            raise BadInput(f"text database {corpus.texts[0].path} does not say its tokeniser, so --words cannot be split; leave it out")
-        tokenizer = Tokenizer.load(local if local.is_file() else str(name))
-        pieces = [piece for ids in tokenizer.encode_batch(list(words)) for piece in ids if piece != tokenizer.unk_id]
+    if strict:
+        refuse_left_out(corpus.left_out, len(corpus))
+    check_detector([corpus], origin_of_start(start), source=start, meant=other_detector)
+    pieces = _pieces(words, corpus)
     with processes(device) as everyone:
-        model = load_uniter(start).to(everyone.device)
+        checkpoint = load(start, UniterForPretraining)
+        if checkpoint.fresh:
+            trained = f"was trained for {checkpoint.task}" if checkpoint.task not in (None, "pretrain") else "lacks heads of pre-training"
+            raise BadInput(
+                f"{start} {trained} ({', '.join(sorted(checkpoint.fresh)[:2])}, ... would be random numbers); evaluate what it was trained "
+                "for, or a pre-trained run"
+            )
+        model: UniterForPretraining = checkpoint.model.to(everyone.device)
         check_fit(model.config, corpus, source=start)
+        check_classes(model.config, [corpus])
         tokenizer_of_texts([corpus], start=start)
         figures = evaluate_pretraining(
             model,
@@ -284,7 +300,18 @@ def evaluate_run(
             precision=precision,
             workers=workers,
         )
-    return _grouped(figures)
+    return {"left_out": corpus.left_out, **_grouped(figures)}
+
+
+def _pieces(words: Sequence[str], corpus: Corpus) -> list[int]:
+    """The texts' word pieces of these words."""
+    if not words:
+        return []
+    name, local = corpus.texts[0].tokenizer_name, corpus.texts[0].path / VOCABULARY_FILE
+    if not local.is_file() and name is None:
+        raise BadInput(f"text database {corpus.texts[0].path} does not say its tokeniser, so --words cannot be split; leave it out")
+    tokenizer = Tokenizer.load(local if local.is_file() else str(name))
+    return [piece for ids in tokenizer.encode_batch(list(words)) for piece in ids if piece != tokenizer.unk_id]
 
 
 def _grouped(figures: Mapping[str, float]) -> dict[str, Any]:

@@ -48,10 +48,12 @@ class DownstreamModel(nn.Module):
     """A body that a task's head is put on.
 
     Attributes:
+        unread: name prefixes of tensors that no answer depends on.
         token_type_rows: how many token types the task has, and which pre-trained row each begins as a copy of.
     """
 
     token_type_rows: ClassVar[tuple[int, ...]] = (0, 1)
+    unread: ClassVar[tuple[str, ...]] = ("uniter.img_embeddings.mask_embedding.",)
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
@@ -94,6 +96,13 @@ class UniterForVqa(DownstreamModel):
     def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"answers": len(state["vqa_output.3.weight"])} if "vqa_output.3.weight" in state else {}
 
+    @property
+    def answer_count(self) -> int:
+        """A, how many answers it knows."""
+        last = self.vqa_output[3]
+        assert isinstance(last, nn.Linear)
+        return last.out_features
+
     def answers(self, batch: PackedBatch) -> Outputs:
         """scores (B, A), logits."""
         return {"scores": self.vqa_output(self.pooled(batch))}
@@ -101,6 +110,8 @@ class UniterForVqa(DownstreamModel):
 
 class UniterForRetrieval(DownstreamModel):
     """Image-text retrieval: one score a pair. Before fine-tuning the score is ITM's logit of "they match"."""
+
+    unread = (*DownstreamModel.unread, "itm_output.")
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__(config)
@@ -164,9 +175,9 @@ class UniterForReferring(DownstreamModel):
 
     def regions(self, batch: PackedBatch) -> Outputs:
         """scores (B, most regions), -10000 where a sequence has fewer, and `region_counts` (B,)."""
-        scores, padding = pad_rows(
-            self.re_output(self.uniter.states(batch, lambda layout: layout.region_rows_R)).float(), batch.region_counts_B
-        )
+        layout = self.uniter.lay_out(batch)
+        states_RH = self.uniter.states(batch, layout, layout.region_rows_R)
+        scores, padding = pad_rows(self.re_output(states_RH).float(), batch.region_counts_B)
         return {
             "scores": scores.squeeze(2).masked_fill(padding, ABSENT),
             "region_counts": batch.region_counts_B.to(scores.device),

@@ -90,6 +90,7 @@ class UniterForNlvr2PairedAttention(DownstreamModel):
     """NLVR2 with two sequences a statement that attend to each other (the published configurations' choice). No pooler."""
 
     token_type_rows = NLVR2_TOKEN_TYPES
+    unread = (*DownstreamModel.unread, "uniter.pooler.")
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__(config)

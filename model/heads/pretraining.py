@@ -118,7 +118,8 @@ class UniterForPretraining(nn.Module):
         """MLM: scores (S, V) of the text tokens that are predicted, in the batch's order."""
         # Before the encoder: on a GPU counting them waits for the device, which is then not yet busy with this batch.
         places_S = (batch.targets["words"] != NOT_PREDICTED).nonzero().squeeze(1)
-        return {"scores": self.cls(self.uniter.states(batch, lambda layout: layout.text_rows_T[places_S]))}
+        layout = self.uniter.lay_out(batch)
+        return {"scores": self.cls(self.uniter.states(batch, layout, layout.text_rows_T[places_S]))}
 
     def masked_features(self, batch: PackedBatch) -> Outputs:
         """MRFR: features (S, D) of the masked regions, in the batch's order."""
@@ -145,4 +146,5 @@ class UniterForPretraining(nn.Module):
         if batch.masked_regions_R is None:
             raise ValueError("this batch masks no regions, which MRFR, MRC and MRC-KL need")
         places_S = batch.masked_regions_R.nonzero().squeeze(1)
-        return self.uniter.states(batch, lambda layout: layout.region_rows_R[places_S])
+        layout = self.uniter.lay_out(batch)
+        return self.uniter.states(batch, layout, layout.region_rows_R[places_S])

@@ -45,13 +45,15 @@ def load_config(name: str) -> dict[str, Any]:
             raise BadInput(
                 f"cannot read the settings {name}: {error.strerror or error}; shipped ones are {', '.join(shipped_configs())}"
             ) from error
+        except UnicodeDecodeError as error:
+            raise BadInput(f"settings {name}: not UTF-8 text ({error.reason} at byte {error.start}); expected YAML or JSON") from error
     else:
         if name not in shipped_configs():
             raise BadInput(unknown_name("shipped settings", name, shipped_configs()))
         text = importlib.resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise BadInput(f"settings {name}: not valid YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}
@@ -65,6 +67,22 @@ def shipped_configs() -> list[str]:
     return sorted(
         entry.name.removesuffix(".yaml") for entry in importlib.resources.files(SHIPPED).iterdir() if entry.name.endswith(".yaml")
     )
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a mapping.
+
+    Raises:
+        BadInput: something else than a mapping is on the way.
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise BadInput(f"settings: {parent!r} is a {type(values).__name__}, expected a mapping with the key {last!r}")
+    values[last] = value
 
 
 def assign(values: dict[str, Any], assignment: str) -> None:
@@ -136,12 +154,12 @@ def run_of(weights: Path) -> tuple[Path, TrainSettings] | None:
     path = run / CONFIG_FILE
     if weights.parent.parent.name != "checkpoints" or not path.is_file():
         return None
-    return run, read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+    return run, read_settings(load_config(str(path)), source=str(path))
 
 
-def differences(old: TrainSettings, new: TrainSettings) -> list[str]:
-    """What a repeated command says otherwise than the run: "key: old -> new", without what may change."""
-    before, after = dict(_flat(old.model_dump(mode="json", by_alias=True))), dict(_flat(new.model_dump(mode="json", by_alias=True)))
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a repeated command says otherwise than the run, both as YAML holds them: "key: old -> new", without what may change."""
+    before, after = dict(_flat(old)), dict(_flat(new))
     keys = sorted(before.keys() | after.keys())
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"

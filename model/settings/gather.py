@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uniter.datasets.errors import BadInput
-from uniter.model.settings.files import assign, load_config, read_settings
-from uniter.model.settings.settings import TrainSettings
+from uniter.model.settings.files import assign, load_config, put, read_settings
+from uniter.model.settings.published import is_published, read_published
+from uniter.model.settings.settings import DEFAULT_TASK, TrainSettings
+from uniter.model.tasks.table import SYNONYMS
 
 
 def gather_settings(
@@ -33,20 +35,13 @@ def gather_settings(
     Raises:
         BadInput: one sentence about the first thing that is wrong.
     """
-    from uniter.model.settings.published import is_published, read_published
-
-    values = load_config(config) if config is not None else {}
-    if is_published(values):
-        own_start = bool({"from", "model.size"} & (options or {}).keys())
-        task = str((options or {}).get("task", "pretrain"))
-        values = read_published(values, roots=roots, source=str(config), own_start=own_start, task=task)
-    elif roots:
-        raise BadInput("--root maps the container paths of UNITER's published JSON files; leave it out, or name such a file with --config")
+    values = _file_values(config, roots, options or {})
     if text or images:
         if not (text and images):
             raise BadInput("give both --text and --images: texts without regions (or regions without texts) cannot be trained on")
-        corpora = values.get("corpora") or [{}]
-        kept = {key: value for key, value in corpora[0].items() if key == "tasks"} if isinstance(corpora[0], dict) else {}
+        corpora = values.get("corpora")
+        first = corpora[0] if isinstance(corpora, list) and corpora else None
+        kept = {"tasks": first["tasks"]} if isinstance(first, dict) and "tasks" in first else {}
         values["corpora"] = [{**kept, "text": list(text), "images": list(images)}]
     overruled: dict[str, Any] = {}
     if validation_text or validation_images:
@@ -62,14 +57,26 @@ def gather_settings(
     if not values.get("corpora"):
         raise BadInput("nothing to train on: give --text captions.db --images out.lmdb, or settings with corpora (--config)")
     for key, value in (options or {}).items():
-        parents, last = key.split(".")[:-1], key.split(".")[-1]
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
+        put(values, key, value)
     for assignment in assignments:
         assign(values, assignment)
     return read_settings(values, source=config or "the command")
+
+
+def _file_values(config: str | None, roots: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says, a published one in our words; nothing without one."""
+    values = load_config(config) if config is not None else {}
+    task = str(options.get("task", DEFAULT_TASK))
+    if is_published(values):
+        own_start = bool({"from", "model.size"} & options.keys())
+        return read_published(values, roots=roots, source=str(config), own_start=own_start, task=task)
+    if roots:
+        raise BadInput("--root maps the container paths of UNITER's published JSON files; leave it out, or name such a file with --config")
+    stated = values.get("task", task)
+    if isinstance(stated, str) and SYNONYMS.get(stated, stated) != task:
+        way = f"uniter-train {stated}" if stated == DEFAULT_TASK else f"uniter-train finetune {stated}"
+        raise BadInput(f"settings {config}: they are of the task {stated!r}; use them with {way}, or take the key out")
+    return values
 
 
 def _task_ratios(tasks: str) -> dict[str, float]:

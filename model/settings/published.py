@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from uniter.datasets.errors import BadInput
+from uniter.model.settings.files import put
+from uniter.model.settings.settings import DEFAULT_TASK
 from uniter.model.tasks.table import task_name
 from uniter.model.uniter import UniterConfig
 
@@ -105,7 +107,7 @@ def is_published(values: Mapping[str, Any]) -> bool:
 
 
 def read_published(
-    values: Mapping[str, Any], *, roots: Sequence[str] = (), source: str, own_start: bool = False, task: str = "pretrain"
+    values: Mapping[str, Any], *, roots: Sequence[str] = (), source: str, own_start: bool = False, task: str = DEFAULT_TASK
 ) -> dict[str, Any]:
     """Our settings, as a mapping that `read_settings` validates.
 
@@ -119,7 +121,7 @@ def read_published(
     Raises:
         BadInput: the file is of another task, a path has no root, or checkpoint and model do not fit.
     """
-    if task != "pretrain":
+    if task != DEFAULT_TASK:
         return _read_finetuning(values, roots=roots, source=source, own_start=own_start, task=task)
     if "train_datasets" not in values:
         raise BadInput(f"{source} is a published file of a fine-tuning task; use it with uniter-train finetune TASK")
@@ -127,7 +129,7 @@ def read_published(
     ours: dict[str, Any] = {"normalisation": "published", "ordering": "published", "optimizer": {"unused_gradients": "zero"}}
     for key, value in {**DEFAULTS, **values}.items():
         if key in RENAMED:
-            _put(ours, RENAMED[key], value)
+            put(ours, RENAMED[key], value)
         elif key in MEANINGLESS:
             logger.info("%s: %s is ignored: %s", source, key, MEANINGLESS[key])
         elif key not in ELSEWHERE:
@@ -152,6 +154,8 @@ def read_published(
 
 def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source: str, own_start: bool, task: str) -> dict[str, Any]:
     """The settings of a published fine-tuning file (`train-vqa-base-4gpu.json` ...)."""
+    if "train_datasets" in values:
+        raise BadInput(f"{source} is a published file of pre-training; use it with uniter-train pretrain, or name a file of {task}")
     places = _Places(roots, source)
     texts, images = (_listed(values.get(f"train_{kind}_dbs", values.get(f"train_{kind}_db", []))) for kind in ("txt", "img"))
     if not texts or not images:
@@ -171,7 +175,7 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
     ranks = task.startswith("retrieval")
     for key, value in {**DEFAULTS_FINETUNING, **values}.items():
         if key in RENAMED_FINETUNING:
-            _put(ours, RENAMED_FINETUNING[key], value)
+            put(ours, RENAMED_FINETUNING[key], value)
         elif key in MEANINGLESS_FINETUNING:
             logger.info("%s: %s is ignored: %s", source, key, MEANINGLESS_FINETUNING[key])
         elif key not in ELSEWHERE | DATABASES | {"model", "mlp"}:
@@ -262,13 +266,6 @@ def _model_sizes(path: str, source: str) -> dict[str, int]:
     config = UniterConfig.from_json(path)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "vocab_size")
     return {name: getattr(config, name) for name in names}
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-    values[last] = value
 
 
 class _Places:

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from uniter.datasets.batches.order import BUCKET
 
+DEFAULT_TASK = "pretrain"
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -80,10 +82,14 @@ class TrainSettings(Settings):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True)
 
-    task: str = Field(default="pretrain", description="pretrain, or the down-stream task that is fine-tuned")
+    task: str = Field(default=DEFAULT_TASK, description="pretrain, or the down-stream task that is fine-tuned")
     corpora: list[CorpusSettings] = Field(min_length=1)
     model: ModelSettings = Field(default_factory=ModelSettings)
     from_: str | None = Field(default=None, alias="from", description="a run, checkpoint or BERT to start from; none: random numbers")
+    detector: dict[str, Any] | None = Field(
+        default=None, description="whose regions it learns from (name, digest of the weights, selection); filled in by the run"
+    )
+    other_detector: bool | None = Field(default=None, description="true: regions of another detector than that of `from` are meant")
     dropout: float | None = Field(default=None, ge=0, lt=1, description="of the whole model; none: chosen by the model's size")
     steps: int | None = Field(default=None, ge=1, description="updates of the weights; none: chosen by the amount of data")
     batch_tokens: int | None = Field(default=None, ge=1, description="word pieces and regions of a micro-batch; none: by model and device")
@@ -145,7 +151,8 @@ class TrainSettings(Settings):
 
 # A repeated command may differ in these and still be the same run.
 MAY_CHANGE = {
-    "device", "workers", "readahead", "checkpoint_every", "keep", "stop_after", "tensorboard", "wandb_project", "accumulation"
+    "device", "workers", "readahead", "checkpoint_every", "keep", "stop_after", "tensorboard", "wandb_project", "accumulation",
+    "detector", "other_detector",  # compared by what they mean
 }  # fmt: skip
 
 

@@ -44,21 +44,14 @@ def answer_table(*corpora: Corpus) -> dict[str, int] | None:
 
 
 def nlvr2_figures(corpus: Corpus, predictions: Predictions) -> dict[str, float]:
-    """Accuracy and consistency, where every statement's truth is known."""
-    truths = {}
-    for number in range(len(corpus)):
-        target = corpus.record(number).get("target")
-        if target is None:
-            return {}
-        truths[corpus.example_id(number)] = bool(target)
+    """Accuracy and consistency; of statements whose truth is known."""
+    truths = {corpus.example_id(number): bool(corpus.record(number)["target"]) for number in range(len(corpus))}
     return metrics.nlvr2_figures(predictions, truths)
 
 
 def vcr_figures(corpus: Corpus, predictions: Predictions) -> dict[str, float]:
-    """Q->A, QA->R and Q->AR, where every question's answers are known."""
-    labels = np.array([[corpus.record(number).get(name, -1) for name in ("qa_target", "qar_target")] for number in range(len(corpus))])
-    if (labels < 0).any():
-        return {}
+    """Q->A, QA->R and Q->AR; of questions whose answers are known."""
+    labels = np.array([[corpus.record(number)[name] for name in ("qa_target", "qar_target")] for number in range(len(corpus))])
     scores = np.array([predictions[corpus.example_id(number)] for number in range(len(corpus))])
     return metrics.vcr_figures(scores[:, :CHOICES], scores[:, CHOICES:].reshape(-1, CHOICES, CHOICES), labels[:, 0], labels[:, 1])
 

@@ -1,6 +1,7 @@
 """What the rows of tasks are made of: lengths, answers, candidates."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,13 +20,27 @@ from uniter.model import losses, metrics
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.losses import Targets, Terms
 from uniter.model.tasks import predictions
-from uniter.model.tasks.task import Task
+from uniter.model.tasks.task import NO_SIZES, Task
 
 
-def with_answers(task: Task, corpus: Corpus, *, published: int) -> Task:
-    """The row for so many answers as the texts know; databases that were published without a list have the published number."""
+def has_answer(record: Mapping[str, Any]) -> bool:
+    """Of a question or hypothesis; a question may have been answered by nothing that the list of answers holds."""
+    return isinstance(record.get("target"), dict)
+
+
+def has_truth(record: Mapping[str, Any]) -> bool:
+    return record.get("target") is not None
+
+
+def has_choices(record: Mapping[str, Any]) -> bool:
+    return min(int(record.get("qa_target", -1)), int(record.get("qar_target", -1))) >= 0
+
+
+def with_answers(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES, *, published: int) -> Task:
+    """The row for so many answers as the texts know, else the model; databases that were published without a list have the published
+    number."""
     table = predictions.answer_table(corpus)
-    answers = published if table is None else len(table)
+    answers = int(sizes.get("answers", published)) if table is None else len(table)
     assert task.finetuning is not None
     return replace(
         task,
@@ -72,7 +87,7 @@ def pool_of(corpus: Corpus) -> NDArray[np.int32]:
     return pictures
 
 
-def with_pool(task: Task, corpus: Corpus) -> Task:
+def with_pool(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES) -> Task:
     return replace(task, sample=partial(samples.ranked_group, pictures=pool_of(corpus), negatives=NEGATIVES))
 
 
@@ -80,7 +95,7 @@ def with_pool(task: Task, corpus: Corpus) -> Task:
 DRAWN, HARD = 399, 31
 
 
-def with_pool_to_mine(task: Task, corpus: Corpus) -> Task:
+def with_pool_to_mine(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES) -> Task:
     return replace(task, sample=partial(samples.mined_groups, pictures=pool_of(corpus), drawn=DRAWN))
 
 
@@ -102,7 +117,7 @@ def mined_rank_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]
     return metrics.rank_accuracy(outputs, targets, group_size=mined_size(outputs, targets))
 
 
-def with_candidates(task: Task, corpus: Corpus) -> Task:
+def with_candidates(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES) -> Task:
     """The row with the order of each picture's annotations, for annotated or for detected boxes, whichever the corpus has."""
     pictures = [candidates.read_pictures(text) for text in corpus.texts]
     annotated = candidates.are_annotated(corpus, pictures)
@@ -126,7 +141,7 @@ def lengths_of_choices(corpus: Corpus, images_N2: NDArray[np.int32], *, sequence
 LONGEST_CHOICE = 220  # word pieces of question, answer and rationale, as published
 
 
-def with_tags(task: Task, corpus: Corpus) -> Task:
+def with_tags(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES) -> Task:
     """The row for texts with so many word pieces, the object tags counted."""
     check_both_kinds(corpus)
     assert task.finetuning is not None

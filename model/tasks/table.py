@@ -28,6 +28,9 @@ from uniter.model.tasks.rows import (
     LONGEST_CHOICE,
     best_answer,
     choice_scores,
+    has_answer,
+    has_choices,
+    has_truth,
     holds,
     lengths_of_choices,
     lengths_of_group,
@@ -92,7 +95,7 @@ DEFAULT_PRETRAINING = ("itm", "mlm", "mrfr", "mrc-kl")
 SYNONYMS = {"mrckl": "mrc-kl", "itm-rank": "retrieval", "snli-ve": "ve", "refcoco+": "refcoco", "refcocog": "refcoco"}
 
 
-def _answers(*, published: int, write: Any, **numbers: Any) -> Task:
+def _answers(texts: str, *, published: int, write: Any, **numbers: Any) -> Task:
     return Task(
         sample=partial(samples.answered_question, answers=published),
         head=downstream.UniterForVqa.answers,
@@ -100,7 +103,15 @@ def _answers(*, published: int, write: Any, **numbers: Any) -> Task:
         metric=metrics.answer_score,
         reduction="rows",
         of_data=partial(with_answers, published=published),
-        finetuning=Finetuning(model=downstream.UniterForVqa, answer=best_answer, write=write, sizes={"answers": published}, **numbers),
+        finetuning=Finetuning(
+            model=downstream.UniterForVqa,
+            texts=(texts,),
+            known=has_answer,
+            answer=best_answer,
+            write=write,
+            sizes={"answers": published},
+            **numbers,
+        ),
     )
 
 
@@ -115,6 +126,8 @@ def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.length
         pictures=2,
         finetuning=Finetuning(
             model=model,
+            texts=("nlvr2",),
+            known=has_truth,
             answer=holds,
             figures=predictions.nlvr2_figures,
             write=predictions.write_statements,
@@ -134,6 +147,7 @@ def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> 
         of_data=with_candidates,
         finetuning=Finetuning(
             model=downstream.UniterForReferring,
+            texts=("refcoco",),
             answer=best_answer,
             write=predictions.write_regions,
             sizes=sizes,
@@ -149,6 +163,7 @@ def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> 
 
 DOWNSTREAM: dict[str, Task] = {
     "vqa": _answers(
+        "vqa",
         published=3129,
         write=predictions.write_answers,
         head="vqa_output",
@@ -158,7 +173,7 @@ DOWNSTREAM: dict[str, Task] = {
         batch_tokens=5120,
         accumulation=5,
     ),
-    "ve": _answers(published=3, write=predictions.write_labels, learning_rate=8e-5, steps=4000, batch_tokens=4096, accumulation=4),
+    "ve": _answers("ve", published=3, write=predictions.write_labels, learning_rate=8e-5, steps=4000, batch_tokens=4096, accumulation=4),
     "nlvr2": _statements(UniterForNlvr2PairedAttention, samples.statement_about_each, lengths_of_pair, sequences=2),
     "nlvr2-paired": _statements(UniterForNlvr2Paired, samples.statement_about_each, lengths_of_pair, sequences=2),
     "nlvr2-triplet": _statements(UniterForNlvr2Triplet, samples.statement_about_both),
@@ -171,6 +186,7 @@ DOWNSTREAM: dict[str, Task] = {
         of_data=with_pool,
         finetuning=Finetuning(
             model=downstream.UniterForRetrieval,
+            texts=("retrieval", "captions"),
             answer=match_score,
             pairs=downstream.UniterForRetrieval.ranks,
             steps=20000,
@@ -189,6 +205,7 @@ DOWNSTREAM: dict[str, Task] = {
         of_data=with_pool_to_mine,
         finetuning=Finetuning(
             model=downstream.UniterForRetrieval,
+            texts=("retrieval", "captions"),
             answer=match_score,
             pairs=downstream.UniterForRetrieval.ranks,
             validate_as="retrieval",
@@ -211,12 +228,15 @@ DOWNSTREAM: dict[str, Task] = {
         of_data=with_tags,
         finetuning=Finetuning(
             model=downstream.UniterForVcr,
+            texts=("vcr",),
+            known=has_choices,
             answer=choice_scores,
             figures=predictions.vcr_figures,
             write=predictions.write_choices,
             predicted=partial(samples.multiple_choice, every_answer=True),
             predicted_lengths=partial(lengths_of_choices, sequences=CHOICES + CHOICES**2),
             max_text_length=LONGEST_CHOICE,
+            best_by="q2ar",
             learning_rate=6e-5,
             steps=8000,
             # Published: 4,000 tokens, not counting that each example is four sequences.
@@ -280,3 +300,10 @@ def row_of(name: str) -> Task:
         BadInput: there is none of that name.
     """
     return DOWNSTREAM[task_name(name, DOWNSTREAM)]
+
+
+def made_by(model: type) -> str:
+    """The command that trains a model of this class: pre-training, or the first task with such a head."""
+    named = (name for name, row in DOWNSTREAM.items() if row.finetuning is not None and row.finetuning.model is model)
+    task = next(named, None)
+    return "uniter-train pretrain" if task is None else f"uniter-train finetune {task}"

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,18 @@ from uniter.model.heads.downstream import DownstreamModel
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.losses import Reduction, Targets, Terms
 from uniter.model.tasks import predictions
+
+NO_SIZES: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+class OfData(Protocol):
+    """Makes the row for a corpus; `sizes` are those of the model that answers, where the corpus need not know them."""
+
+    def __call__(self, task: "Task", corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES) -> "Task": ...
+
+
+def _as_it_is(task: "Task", corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES) -> "Task":
+    return task
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +64,7 @@ class Task:
     lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] = Corpus.lengths_with
     sequences: int = 1
     pictures: int = 1
-    of_data: Callable[["Task", Corpus], "Task"] = lambda task, corpus: task
+    of_data: OfData = _as_it_is
     finetuning: "Finetuning | None" = None
 
 
@@ -61,8 +74,11 @@ class Finetuning:
 
     Attributes:
         model: the class with the task's head.
+        best_by: the metric by which a run's best checkpoint is chosen, the more the better.
         head: the name prefix of that head, where it learns at a rate of its own.
         sizes: further constructor arguments.
+        texts: what `uniter-build-db --task` calls the texts that the task takes.
+        known: whether a record tells the right answer; None where every text does (retrieval, RefCOCO).
         answer: what a batch's outputs say, one JSON value an example, in the batch's order.
         write: the file that the official evaluation takes, from the predictions and the names of the answers.
         figures: official figures of a whole corpus beside the metric, where there are any.
@@ -76,6 +92,8 @@ class Finetuning:
 
     model: type[DownstreamModel]
     answer: Callable[[Outputs], list[Any]]
+    texts: tuple[str, ...]
+    known: Callable[[Mapping[str, Any]], bool] | None = None
     write: Callable[[Path, Corpus, predictions.Predictions, Sequence[str] | None], None] | None = None
     figures: Callable[[Corpus, predictions.Predictions], dict[str, float]] | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +103,7 @@ class Finetuning:
     predicted_lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] | None = None
     max_text_length: int | None = None
     regions: Mapping[str, float] = field(default_factory=dict)
+    best_by: str = "accuracy"
     head: str | None = None
     learning_rate: float = 5e-5
     head_rate_multiplier: float = 1.0

@@ -1,7 +1,7 @@
 """What a run chooses where its settings leave things open: numbers with which it learns on what it is given.
 
 The choices are functions of the amount of data, the size of the model and the device only, so that the same command chooses
-the same numbers again.
+the same numbers again. What a model learns with (rates, dropout) follows its size; what a device computes at once follows the device.
 """
 
 from uniter.datasets.storage.files import read_json_object
@@ -49,8 +49,7 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
     size = chosen.model.size or size_of(chosen.from_ or "")
     if chosen.from_ is None and size == "tiny" and chosen.model.initializer_range is None:
         # BERT's 0.02 is meant for 768 columns; in a narrow model it leaves attention uniform for thousands of updates.
-        width = chosen.model.hidden_size or PRESETS[size]["hidden_size"]
-        chosen.model.initializer_range = round(width**-0.5, 4)
+        chosen.model.initializer_range = round(_width(chosen) ** -0.5, 4)
     if chosen.batch_tokens is None:
         chosen.batch_tokens = BATCH_TOKENS[size == "tiny", on_gpu]
     if chosen.accumulation is None:
@@ -73,39 +72,50 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
     return chosen
 
 
+def _width(settings: TrainSettings) -> int:
+    """The columns of a model that starts from nothing."""
+    return settings.model.hidden_size or PRESETS[settings.model.size or "tiny"]["hidden_size"]
+
+
+def is_narrow(width: int) -> bool:
+    """Whether the numbers of a tiny model suit one with so many columns, rather than the published ones."""
+    return width < PRESETS["base"]["hidden_size"] // 2
+
+
 def size_of(start: str) -> str:
     """The preset whose numbers suit a checkpoint: "tiny" where the configuration beside it says that it is narrow, else "base"."""
     config = configuration_beside(find_weights(start))
     width = None if config is None else read_json_object(config).get("hidden_size")
-    return "tiny" if isinstance(width, int) and width < PRESETS["base"]["hidden_size"] // 2 else "base"
+    return "tiny" if isinstance(width, int) and is_narrow(width) else "base"
 
 
 def complete_finetuning(
     settings: TrainSettings, published: Finetuning, examples: int, mean_length: float, everyone: Processes
 ) -> TrainSettings:
-    """The settings of a fine-tuning run with every open number chosen: the published ones on a GPU, without one what a small
-    model learns with on little data.
+    """The settings of a fine-tuning run with every open number chosen: the published ones, but for a narrow model the rates that it
+    learns with on little data, and without a GPU smaller batches.
 
     Args:
         published: the row's numbers.
         examples, mean_length, everyone: as `complete`.
     """
     chosen = settings.model_copy(deep=True)
-    small = everyone.device.type != "cuda"
+    on_gpu = everyone.device.type == "cuda"
     if chosen.from_ is None and chosen.model.size is None:
-        chosen.model.size = "tiny" if small else "base"
+        chosen.model.size = "base" if on_gpu else "tiny"
+    narrow = size_of(chosen.from_) == "tiny" if chosen.from_ is not None else is_narrow(_width(chosen))
     if chosen.batch_tokens is None:
-        chosen.batch_tokens = 2048 if small else published.batch_tokens
+        chosen.batch_tokens = published.batch_tokens if on_gpu else 2048
     if chosen.accumulation is None:
-        chosen.accumulation = 1 if small else published.accumulation
+        chosen.accumulation = published.accumulation if on_gpu else 1
     if chosen.steps is None:
         per_update = chosen.batch_tokens * chosen.accumulation * everyone.world
         passes = FINETUNING_PASSES * examples * mean_length / per_update
         chosen.steps = int(min(max(passes, 500), published.steps))
     if chosen.optimizer.learning_rate is None:
-        chosen.optimizer.learning_rate = 5e-4 if small else published.learning_rate
+        chosen.optimizer.learning_rate = LEARNING_RATES["tiny"] if narrow else published.learning_rate
     if chosen.optimizer.head_rate_multiplier is None:
-        chosen.optimizer.head_rate_multiplier = 1.0 if small else published.head_rate_multiplier
+        chosen.optimizer.head_rate_multiplier = 1.0 if narrow else published.head_rate_multiplier
     if chosen.optimizer.clip is None:
         chosen.optimizer.clip = published.clip
     if chosen.optimizer.warmup_steps is None:

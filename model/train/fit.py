@@ -14,24 +14,60 @@ from torch import nn
 from uniter.datasets.batches.corpus import Corpus, check_both_kinds, special_tokens, tells_choices, vocabulary_of
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.database import open_image_dbs
+from uniter.datasets.image_db.origin import RegionOrigin, origins_of
 from uniter.datasets.text_db.tokenizer import ON_BOARD, Tokenizer
 from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
-from uniter.model.checkpoints.beside import tokenizer_beside
+from uniter.model.checkpoints.beside import DETECTOR, tokenizer_beside, told_beside
 from uniter.model.checkpoints.read import find_weights
 from uniter.model.settings.files import run_of
-from uniter.model.tasks.task import Task
-from uniter.model.train.kind import Data
+from uniter.model.tasks.task import Task, extras
+from uniter.model.train.work import Data
 from uniter.model.uniter import UniterConfig
 
 logger = logging.getLogger(__name__)
 
 
-def refuse_captions(corpus: Corpus, name: str) -> None:
-    """Captions have nothing to learn but which picture they are about; training on their missing targets would go through."""
+def check_texts(corpus: Corpus, row: Task, name: str) -> None:
+    """Raise BadInput where a text database says that it was built for another task."""
     for text in corpus.texts:
         stated = (text.header or {}).get("settings", {}).get("task")
-        if stated == "captions" and not name.startswith("retrieval"):
-            raise BadInput(f"{text.path} holds captions; fine-tuning {name} needs texts that uniter-build-db --task made of annotations")
+        if isinstance(stated, str) and stated not in extras(row).texts:
+            what = "captions, which have no labels" if stated == "captions" else f"the texts of {stated}"
+            raise BadInput(f"{text.path} holds {what}; {name} takes those that uniter-build-db --task {extras(row).texts[0]} makes")
+
+
+def labelled(corpus: Corpus, row: Task, name: str) -> Corpus:
+    """The examples whose right answer is known; the others count as left out.
+
+    Raises:
+        BadInput: none has one.
+    """
+    known = extras(row).known
+    if known is None:
+        return corpus
+    unknown_N = np.fromiter((not known(corpus.record(number)) for number in range(len(corpus))), np.bool_, len(corpus))
+    if unknown_N.all():
+        raise BadInput(
+            f"corpus {corpus.name!r}: none of its {len(corpus):,} texts has a label, so there is nothing to learn or to measure; join the "
+            f"annotations when the texts are built (uniter-build-db --task {extras(row).texts[0]}); of a test part, "
+            f"uniter-train predict {name} writes the submission"
+        )
+    return corpus.without(unknown_N, "without a label")
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    """What was left out, as a sentence says it."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+
+
+def refuse_left_out(left_out: Mapping[str, int], examples: int) -> None:
+    """Raise BadInput where something was left out (`--strict`)."""
+    if left_out:
+        missing = sum(left_out.values())
+        raise BadInput(
+            f"{missing:,} of {missing + examples:,} examples would be left out ({in_words(left_out)}), which --strict refuses; extract the "
+            "regions of all pictures, or leave --strict out"
+        )
 
 
 def check_pictures(corpus: Corpus, row: Task, name: str) -> None:
@@ -150,3 +186,68 @@ def check_fit(config: UniterConfig, corpus: Corpus, *, source: str) -> None:
         raise BadInput(f"region features are {width} wide, but {source} was trained on {config.image_feature_size}; use its detector")
     if config.vocab_size < vocabulary:
         raise BadInput(f"the texts were built with {vocabulary:,} word pieces, but {source} has {config.vocab_size:,}; use its tokenizer")
+
+
+def check_classes(config: UniterConfig, corpora: Iterable[Corpus], *, tasks: Sequence[str] = ()) -> None:
+    """Raise BadInput where regions have soft labels over other classes than the model predicts.
+
+    Args:
+        tasks: of classes, which could be left out.
+    """
+    found = sorted({corpus.images.label_classes for corpus in corpora} - {0, config.label_classes})
+    if found:
+        way = f", or leave {' and '.join(tasks)} out of the tasks" if tasks else ""
+        raise BadInput(f"the region databases have {found} detector classes, the model {config.label_classes}; use its detector{way}")
+
+
+def check_budget(budget: int | None, corpora: Iterable[Corpus]) -> None:
+    """Raise BadInput where no example fits a batch: each would be one by itself, and the run would be planned for nothing."""
+    shortest = min(int(corpus.lengths.min()) for corpus in corpora)
+    if budget is not None and budget < shortest:
+        raise BadInput(
+            f"batch_tokens: {budget} word pieces and regions hold no example: the shortest has {shortest}; set it to some thousand, "
+            "or leave it out"
+        )
+
+
+def origin_of_start(start: str) -> RegionOrigin | None:
+    """Whose regions a checkpoint learnt from; None where it does not say."""
+    return RegionOrigin.from_dict(told_beside(find_weights(start)).get(DETECTOR))
+
+
+def has_seen_regions(start: str) -> bool:
+    """Whether a checkpoint is no plain BERT, as its configuration says."""
+    return told_beside(find_weights(start)).get("model_type") != "bert"
+
+
+def check_detector(
+    corpora: Iterable[Corpus], known: RegionOrigin | None, *, source: str | None, meant: bool | None = False
+) -> RegionOrigin | None:
+    """Whose regions the corpora hold; None where they do not say, or are several detectors' and that is meant.
+
+    Args:
+        known: whose regions `source` learnt from, as far as it says.
+        source: a checkpoint, a run or settings, for messages; None where there is none.
+        meant: other detectors are meant.
+
+    Raises:
+        BadInput: they are known to be of another detector than the source, or of several.
+    """
+    found = origins_of([corpus.images for corpus in corpora])
+    if len(found) > 1 and not meant:
+        raise BadInput(
+            f"the region databases are of several detectors: {found[0]} and {found[1]}; extract all with one, or say that it is meant "
+            "(--other-detector)"
+        )
+    for origin in found:
+        if known is not None and origin.is_another(known):
+            if not meant:
+                raise BadInput(
+                    f"{source} learnt from the regions of {known}, but these are of {origin}; use its detector, or say that another one is "
+                    "meant (--other-detector)"
+                )
+            logger.warning("%s learnt from the regions of %s, and these are of %s, as was meant", source, known, origin)
+    if source is not None and (known is None or not found):
+        what = f"{source} does not say whose regions it learnt from" if known is None else "the region databases do not say whose they are"
+        logger.info("%s; they are taken to be of one detector", what)
+    return found[0] if len(found) == 1 else None

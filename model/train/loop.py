@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.example import Masking
 from uniter.datasets.batches.loader import Assembler, MicroBatch, load
 from uniter.datasets.batches.order import generator
 from uniter.datasets.batches.plans import Mixture, Part, Plan
@@ -27,13 +28,12 @@ from uniter.datasets.storage.run_log import RunLog
 from uniter.model import losses
 from uniter.model.tasks.task import Task
 from uniter.model.train import state
+from uniter.model.train.best import Figures, rank_of, relative_loss, remember_validations
 from uniter.model.train.distributed import Processes
-from uniter.model.train.optim import clear_gradients, clip_gradients, learning_rate, set_learning_rate
-from uniter.model.train.scoring import validate
+from uniter.model.train.optim import begin_with_zero_gradients, clear_gradients, clip_gradients, learning_rate, set_learning_rate
+from uniter.model.train.scoring import Scoring, validate
 
 logger = logging.getLogger(__name__)
-
-Normalisation = Literal["global-mean", "published"]
 
 
 class NotFinite(UniterError):
@@ -49,7 +49,7 @@ class Recipe:
     learning_rate: float
     warmup_steps: int
     clip: float
-    normalisation: Normalisation
+    normalisation: losses.Normalisation
     unused_gradients: Literal["none", "zero"]
     precision: str
     seed: int
@@ -67,7 +67,8 @@ class Learner:
         model: on the processes' device.
         optimizer: over its parameters.
         tasks: by the number of the mixture's part.
-        mixture: which batch comes when. assembler: makes it.
+        mixture: which batch comes when.
+        masking: chances of words and regions to be hidden.
         validation: parts to validate on, with their tasks.
         workers: processes that make batches.
         write_model: writes weights and model configuration into a folder.
@@ -77,7 +78,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     tasks: Sequence[Task]
     mixture: Mixture
-    assembler: Assembler
+    masking: Masking
     validation: Sequence[tuple[Task, Part]]
     workers: int
     write_model: Callable[[Path], None]
@@ -100,6 +101,50 @@ class _Window:
         self.counts[name] = self.counts.get(name, 0.0) + count
 
 
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """An update that was made: what all processes together know of it.
+
+    Attributes:
+        part: the number of its part in the mixture. name: that part's.
+        loss: the terms weighted as in training. means: of each term and metric.
+        rate, norm: learning rate, and the gradient's norm before it was clipped.
+        examples, tokens: what it was made of.
+        stop: a process was told to stop.
+        seconds: how long it took. waited: for its batches, here.
+    """
+
+    part: int
+    name: str
+    loss: float
+    means: dict[str, float]
+    rate: float
+    norm: float
+    examples: int
+    tokens: int
+    stop: bool
+    seconds: float
+    waited: float
+
+    def logged(self, budget: int) -> dict[str, Any]:
+        """The figures of its line in the log; `budget` is what its batches hold at most."""
+        return {
+            "part": self.name,
+            "loss": self.loss,
+            **{f"{self.name}/{key}": value for key, value in {"loss": self.loss, **self.means}.items()},
+            "learning_rate": self.rate,
+            "grad_norm": self.norm,
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / self.seconds,
+            # Nothing is padded; what remains is how full the batches are.
+            "padding_share": 0.0,
+            "budget_fill": self.tokens / budget,
+            "data_wait_share": min(self.waited / self.seconds, 1.0),
+            "seconds": self.seconds,
+        }
+
+
 def train(
     learner: Learner, recipe: Recipe, *, run: Path, log: RunLog | None, progressed: state.Progressed, processes: Processes
 ) -> dict[str, Any]:
@@ -112,80 +157,38 @@ def train(
         NotFinite: with step, task, terms and example ids. The last checkpoint is untouched.
         Stopped: SIGTERM or SIGINT came; a checkpoint was written.
     """
-    model, mixture, world = learner.model, learner.mixture, processes.world
+    mixture, world = learner.mixture, processes.world
     last = min(recipe.steps, recipe.stop_after or recipe.steps)
     taken = [progressed.taken.get(part.name, 0) for part in mixture.parts]
-    plans = mixture.plans(
-        taken, first_step=progressed.step + 1, last_step=last, accumulation=recipe.accumulation, rank=processes.rank, world=world
-    )
-    batches = load(learner.assembler, plans, workers=learner.workers, pin_memory=processes.device.type == "cuda")
-    figures: dict[str, dict[str, float]] = {}
+    batches = load(
+        mixture, learner.masking, taken, first_step=progressed.step + 1, last_step=last, accumulation=recipe.accumulation,
+        rank=processes.rank, world=world, workers=learner.workers, pin_memory=processes.device.type == "cuda",
+    )  # fmt: skip
+    figures: Figures = {}
     began = time.monotonic()
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    learner.model.train()
+    if recipe.unused_gradients == "zero":
+        begin_with_zero_gradients(learner.optimizer)
+    remember_validations(run, progressed, learner.validation, processes)
     progress = Progress(recipe.steps, unit="updates", label="training", done=progressed.step) if processes.writes else None
     shown: dict[str, float] = {}
     with told_to_stop() as told:
         while progressed.step < last:
-            started = time.monotonic()
-            step = progressed.step + 1
-            part = mixture.part_at(step)
-            window = _backward(learner, recipe, batches, part=part, processes=processes)
-            names = sorted(window.sums)
-            rows, examples, tokens, stop, *totals = processes.total(
-                [window.rows, window.examples, window.tokens, float(told[0] if told else 0)]
-                + _numbers([torch.stack(window.sums[name]).double().sum() for name in names])
-                + [window.counts[name] for name in names]
-            )
-            sums, counts = totals[: len(names)], totals[len(names) :]
-            processes.sum_gradients(parameters)
-            _normalise(parameters, 1 / world if recipe.normalisation == "published" else 1 / max(rows, 1.0))
-            norm = float(clip_gradients(parameters, recipe.clip))
-            means = {name: total / max(count, 1.0) for name, total, count in zip(names, sums, counts, strict=True)}
-            _check_finite(means, norm, window, learner.assembler, step=step, part=mixture.parts[part].name, processes=processes)
-            rate = learning_rate(step, base=recipe.learning_rate, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps)
-            set_learning_rate(learner.optimizer, rate)
-            learner.optimizer.step()
-            clear_gradients(learner.optimizer, recipe.unused_gradients)
-
-            progressed.step = step
-            name = mixture.parts[part].name
-            progressed.taken[name] = progressed.taken.get(name, 0) + recipe.accumulation * world
-            progressed.examples += int(examples)
-            progressed.tokens += int(tokens)
-            seconds = max(time.monotonic() - started, 1e-9)
-            task = learner.tasks[part]
-            loss = sum(means[key] * task.weights.get(key.removeprefix("loss_"), 1.0) for key in names if key.startswith("loss_"))
-            shown[name] = loss if name not in shown else 0.9 * shown[name] + 0.1 * loss
+            update = _update(learner, recipe, batches, progressed=progressed, told=told, processes=processes)
+            step, name = progressed.step, update.name
+            shown[name] = 0.9 * shown.get(name, update.loss) + 0.1 * update.loss
             if log is not None:
-                log.write(
-                    step,
-                    "train",
-                    {
-                        "part": name,
-                        "loss": loss,
-                        **{f"{name}/{key}": value for key, value in {"loss": loss, **means}.items()},
-                        "learning_rate": rate,
-                        "grad_norm": norm,
-                        "examples": int(examples),
-                        "tokens": int(tokens),
-                        "tokens_per_second": tokens / seconds,
-                        # Nothing is padded; what remains is how full the batches are.
-                        "padding_share": 0.0,
-                        "budget_fill": tokens / (mixture.budget * recipe.accumulation * world),
-                        "data_wait_share": min(window.waited / seconds, 1.0),
-                        "seconds": seconds,
-                    },
-                )
+                log.write(step, "train", update.logged(mixture.budget * recipe.accumulation * world))
             if progress is not None:
-                progress.update(1, **{"tokens/s": tokens / seconds, **shown})
-            ends = step == last
+                progress.update(1, **{"tokens/s": update.tokens / update.seconds, **shown})
+            best = False
             if learner.validation and (step % recipe.validate_every == 0 or step == recipe.steps):
                 figures = _validate_all(learner, recipe, processes=processes)
-                _note_validation(figures, progressed, log)
-            if stop or ends or step % recipe.checkpoint_every == 0:
+                best = _note_validation(figures, learner, progressed, log)
+            # What is best has a checkpoint, wherever they are due.
+            if best or update.stop or step == last or step % recipe.checkpoint_every == 0:
                 _checkpoint(learner, recipe, run, progressed, log, processes)
-            if stop and not ends:
+            if update.stop and step < last:
                 if progress is not None:
                     progress.close()
                 number = int(max(processes.gather(told[0] if told else 0)))
@@ -200,6 +203,47 @@ def train(
         "seconds": round(time.monotonic() - began, 1),
         "validation": figures,
     }
+
+
+def _update(
+    learner: Learner,
+    recipe: Recipe,
+    batches: Iterator[MicroBatch],
+    *,
+    progressed: state.Progressed,
+    told: Sequence[int],
+    processes: Processes,
+) -> _Update:
+    """Make the next update: gradients of all processes, one step of the optimizer; `progressed` stands behind it afterwards."""
+    started, mixture, world = time.monotonic(), learner.mixture, processes.world
+    step = progressed.step + 1
+    part = mixture.part_at(step)
+    name, task = mixture.parts[part].name, learner.tasks[part]
+    parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
+    window = _backward(learner, recipe, batches, part=part, processes=processes)
+    names = sorted(window.sums)
+    rows, examples, tokens, stop, *totals = processes.total(
+        [window.rows, window.examples, window.tokens, float(bool(told))]
+        + _numbers([torch.stack(window.sums[key]).double().sum() for key in names])
+        + [window.counts[key] for key in names]
+    )
+    sums, counts = totals[: len(names)], totals[len(names) :]
+    processes.sum_gradients(parameters)
+    _normalise(parameters, 1 / world if recipe.normalisation == "published" else 1 / max(rows, 1.0))
+    norm = float(clip_gradients(parameters, recipe.clip))
+    means = {key: total / max(count, 1.0) for key, total, count in zip(names, sums, counts, strict=True)}
+    _check_finite(means, norm, window, learner, step=step, part=name, processes=processes)
+    rate = learning_rate(step, base=recipe.learning_rate, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps)
+    set_learning_rate(learner.optimizer, rate)
+    learner.optimizer.step()
+    clear_gradients(learner.optimizer, recipe.unused_gradients)
+    progressed.step = step
+    progressed.taken[name] = progressed.taken.get(name, 0) + recipe.accumulation * world
+    progressed.examples += int(examples)
+    progressed.tokens += int(tokens)
+    loss = sum(means[key] * task.weights.get(key.removeprefix("loss_"), 1.0) for key in names if key.startswith("loss_"))
+    seconds = max(time.monotonic() - started, 1e-9)
+    return _Update(part, name, loss, means, rate, norm, int(examples), int(tokens), bool(stop), seconds, window.waited)
 
 
 def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *, part: int, processes: Processes) -> _Window:
@@ -220,32 +264,18 @@ def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
             outputs = task.head(learner.model, batch)
             terms = task.losses(outputs, batch.targets)
-        _loss(terms, task, recipe.normalisation).backward()  # type: ignore[no-untyped-call]
-        window.rows += next(iter(terms.values())).shape[0]
+        loss = losses.of(terms, weights=task.weights, reduction=task.reduction, normalisation=recipe.normalisation)
+        loss.number.backward()  # type: ignore[no-untyped-call]
+        window.rows += loss.rows
         window.examples += len(made.batch)
         window.tokens += made.batch.tokens
         with torch.no_grad():
-            for name, term in terms.items():
-                total, count = losses.sum_and_count(term, "elements" if task.reduction == "elements" else "rows")
+            for name, (total, count) in loss.sums.items():
                 window.add(f"loss_{name}", total, count)
             for name, values in task.metric(outputs, batch.targets).items():
                 window.add(name, values.sum(), len(values))
-        sums = {name: term.detach().sum() for name, term in terms.items()}
-        window.per_batch.append((made.plan, made.batch.example_ids, sums))
+        window.per_batch.append((made.plan, made.batch.example_ids, {name: total for name, (total, _) in loss.sums.items()}))
     return window
-
-
-def _loss(terms: Mapping[str, Tensor], task: Task, normalisation: Normalisation) -> Tensor:
-    """What one micro-batch differentiates: the published mean, or under global-mean the sum over rows of each row's share."""
-    if normalisation == "published":
-        return losses.training_loss(terms, weights=task.weights, reduction=task.reduction)
-    rows = {name: term.shape[0] for name, term in terms.items()}
-    if len(set(rows.values())) != 1:
-        raise ValueError(f"the terms of a task must have equally many rows, got {rows}")
-    per_row = {
-        name: term.flatten(1).mean(dim=1) if term.dim() > 1 and task.reduction == "elements" else term for name, term in terms.items()
-    }
-    return losses.training_loss(per_row, weights=task.weights, reduction="sum")
 
 
 def _normalise(parameters: Sequence[Tensor], factor: float) -> None:
@@ -261,12 +291,13 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _check_finite(
-    means: Mapping[str, float], norm: float, window: _Window, assembler: Assembler, *, step: int, part: str, processes: Processes
+    means: Mapping[str, float], norm: float, window: _Window, learner: Learner, *, step: int, part: str, processes: Processes
 ) -> None:
     """Stop the run, on every process, before a step with infinite or undefined numbers is taken."""
     values = torch.tensor([*means.values(), norm], dtype=torch.float64)
     if bool(torch.isfinite(values).all()):
         return
+    assembler = Assembler(learner.mixture.parts, learner.mixture.seed, learner.masking)
     here: list[tuple[list[str], list[str], list[str]]] = []
     for plan, ids, sums in window.per_batch:
         terms = [name for name, total in sums.items() if not bool(torch.isfinite(total))]
@@ -305,36 +336,29 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _validate_all(learner: Learner, recipe: Recipe, *, processes: Processes) -> dict[str, dict[str, float]]:
-    figures = {}
-    for task, part in learner.validation:
-        figures[part.name] = validate(
-            learner.model,
-            task,
-            part,
-            budget=learner.mixture.budget,
-            seed=recipe.seed,
-            masking=learner.assembler.masking,
-            processes=processes,
-            precision=recipe.precision,
-            workers=0,
-        )
-    return figures
+def _validate_all(learner: Learner, recipe: Recipe, *, processes: Processes) -> Figures:
+    scoring = Scoring(learner.model, processes, learner.mixture.budget, recipe.seed, learner.masking, precision=recipe.precision)
+    return {part.name: validate(scoring, task, part) for task, part in learner.validation}
 
 
-def _note_validation(figures: Mapping[str, Mapping[str, float]], progressed: state.Progressed, log: RunLog | None) -> None:
-    loss = sum(part["loss"] for part in figures.values()) / len(figures)
-    if progressed.best is None or loss < progressed.best[0]:
-        progressed.best = (loss, progressed.step)
+def _note_validation(figures: Figures, learner: Learner, progressed: state.Progressed, log: RunLog | None) -> bool:
+    """Log a validation; True if it is the best so far."""
+    if progressed.first is None:
+        progressed.first = {name: values["loss"] for name, values in figures.items()}
+    found = rank_of(figures, learner.validation, progressed.first)
+    best = progressed.best is None or found < progressed.best[:2]
+    if best:
+        progressed.best = (*found, progressed.step)
     if log is not None:
         flat = {f"{part}/{name}": value for part, values in figures.items() for name, value in values.items()}
-        log.write(progressed.step, "validation", {"loss": loss, **flat})
-    shown = "; ".join(
-        f"{part} " + " ".join(f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("loss_"))
-        for part, values in figures.items()
-    )
-    if log is not None:
+        loss = sum(values["loss"] for values in figures.values()) / len(figures)
+        log.write(progressed.step, "validation", {"loss": loss, "relative_loss": relative_loss(figures, progressed.first), **flat})
+        shown = "; ".join(
+            f"{part} " + " ".join(f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("loss_"))
+            for part, values in figures.items()
+        )
         logger.info("validation after update %s: %s", f"{progressed.step:,}", shown)
+    return best
 
 
 def _checkpoint(

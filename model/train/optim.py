@@ -75,6 +75,14 @@ def clear_gradients(optimizer: torch.optim.Optimizer, convention: GradientConven
     optimizer.zero_grad(set_to_none=convention == "none")
 
 
+def begin_with_zero_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """What `clear_gradients` "zero" had left when a run was interrupted: gradients that are zero, of all that was ever updated."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if optimizer.state.get(parameter):
+                parameter.grad = torch.zeros_like(parameter)
+
+
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     """Scale all gradients so that their global norm is at most `limit` (no limit if <= 0); returns the norm before, a 0-d tensor."""
     return torch.nn.utils.clip_grad_norm_(list(parameters), limit if limit > 0 else math.inf)

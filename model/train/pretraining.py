@@ -1,4 +1,4 @@
-"""Pre-training: its data, its model and its tasks for `runs.start`; what a pre-trained model can do; exporting it.
+"""Pre-training: its data, its model and its tasks.
 
 VCR's second stage is pre-training, too: a corpus of VCR's texts with "gt;det" regions, from a pre-trained run. Its texts are question,
 right answer and right rationale end to end; its tasks are MLM, MRFR and MRC-KL. Differs from the published code, which cannot be imported
@@ -27,14 +27,14 @@ from uniter.model.checkpoints.grow import load_state, second_stage
 from uniter.model.checkpoints.read import find_weights, read_state
 from uniter.model.heads.downstream import VCR_TOKEN_TYPES
 from uniter.model.heads.pretraining import UniterForPretraining
-from uniter.model.settings.settings import CorpusSettings, TrainSettings
+from uniter.model.settings.settings import DEFAULT_TASK, CorpusSettings, TrainSettings
 from uniter.model.tasks.rows import LONGEST_CHOICE
-from uniter.model.tasks.table import PRETRAINING, check_soft_labels, default_tasks, pretraining_task, task_name
+from uniter.model.tasks.table import DEFAULT_PRETRAINING, PRETRAINING, check_soft_labels, default_tasks, pretraining_task, task_name
 from uniter.model.tasks.task import Task
 from uniter.model.train.defaults import complete
-from uniter.model.train.fit import check_shown, check_vocabulary, is_second_stage
-from uniter.model.train.kind import Data, Kind, with_validation
-from uniter.model.train.runs import start
+from uniter.model.train.fit import check_budget, check_classes, check_shown, check_vocabulary, in_words, is_second_stage, that_fit
+from uniter.model.train.runs import begun, learn
+from uniter.model.train.work import Data, Work, with_validation
 from uniter.model.uniter import UniterConfig, set_dropout
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,22 @@ LENGTHS_OF_CHOICES = "id2len_qar.json"  # VCR's text databases have it, ours and
 
 
 def pretrain(settings: TrainSettings, run: Path) -> dict[str, Any]:
-    """Start a pre-training run in the folder `run`, or go on with the one that is there; see `runs.start`."""
-    if settings.task != PRETRAINING_KIND.task:
+    """Start a pre-training run in the folder `run`, or go on with the one that is there; see `runs.begun` and `runs.learn`."""
+    if settings.task != DEFAULT_TASK:
         raise BadInput(f"these settings are of the task {settings.task!r}; use uniter-train finetune {settings.task}")
     texts = [Path(text) for corpus in settings.corpora for text in corpus.text]
     if "max_text_length" not in settings.model_fields_set and any((text / LENGTHS_OF_CHOICES).is_file() for text in texts):
         settings = settings.model_copy(update={"max_text_length": LONGEST_CHOICE})
-    return start(settings, run, PRETRAINING_KIND)
+    with begun(settings, run) as start:
+        data = open_data(start.settings)
+        settings = complete(start.settings, *data.size(), start.everyone)
+        if start.earlier is None:
+            check_budget(settings.batch_tokens, data.training.values())
+        detector, tokenizer = start.detector(data), start.tokenizer(data)
+        model = build_model(settings, data)
+        data = that_fit(data, model)
+        work = Work(settings, data, model, *build_mixture(settings, data), validation_parts(settings, data))
+        return learn(start, work, tokenizer=tokenizer, detector=detector)
 
 
 def open_data(settings: TrainSettings) -> Data:
@@ -64,9 +73,7 @@ def open_data(settings: TrainSettings) -> Data:
         tasks[wanted.name] = _tasks_of(wanted, corpus)
         training[wanted.name], validation[wanted.name] = with_validation(wanted, corpus, settings, options)
         if corpus.left_out:
-            logger.info(
-                "corpus %s: left out %s", wanted.name, ", ".join(f"{count:,} {reason}" for reason, count in corpus.left_out.items())
-            )
+            logger.info("corpus %s: left out %s", wanted.name, in_words(corpus.left_out))
     widths = {name: corpus.images.feature_width for name, corpus in training.items()}
     if len(set(widths.values())) > 1:
         raise BadInput(f"the corpora's region features differ in width ({widths}); extract all with one detector")
@@ -79,14 +86,16 @@ def _tasks_of(wanted: CorpusSettings, corpus: Corpus) -> dict[str, float]:
         check_soft_labels(list(named), wanted.name, has_soft_labels=corpus.has_soft_labels)
         shown = [name for name in named if PRETRAINING[name].shows_other_pictures]
         if shown and is_second_stage(corpus):
-            raise BadInput(f"corpus {wanted.name!r}: VCR's second stage has no task {shown[0]}; it takes mlm, mrfr, mrc and mrc-kl")
+            *others, last = (name for name, row in PRETRAINING.items() if not row.shows_other_pictures)
+            raise BadInput(f"corpus {wanted.name!r}: VCR's second stage has no task {shown[0]}; it takes {', '.join(others)} and {last}")
         return named
     tasks = default_tasks(has_soft_labels=corpus.has_soft_labels, pictures=corpus.image_rows_NK.shape[1])
-    if not corpus.has_soft_labels:
-        logger.warning("corpus %s: its region databases hold no soft labels, so mrc-kl is left out", wanted.name)
-    if "itm" in tasks and len(set(corpus.image_rows_NK[:, 0].tolist())) < 4:
-        logger.warning("corpus %s: itm needs other pictures to show and is left out", wanted.name)
-        del tasks["itm"]
+    if without := [name for name in DEFAULT_PRETRAINING if PRETRAINING[name].needs_soft_labels and name not in tasks]:
+        logger.warning("corpus %s: its region databases hold no soft labels, so %s is left out", wanted.name, ", ".join(without))
+    for name in [name for name in tasks if PRETRAINING[name].shows_other_pictures]:
+        if len(set(corpus.image_rows_NK[:, 0].tolist())) < 4:
+            logger.warning("corpus %s: %s needs other pictures to show and is left out", wanted.name, name)
+            del tasks[name]
     return tasks
 
 
@@ -126,12 +135,9 @@ def build_model(settings: TrainSettings, data: Data) -> UniterForPretraining:
         raise BadInput(
             f"region features are {width} wide, but {settings.from_} was trained on {config.image_feature_size}; use its detector"
         )
-    wants_classes = any(name.startswith("mrc") for tasks in data.tasks.values() for name in tasks)
-    if wants_classes and any(corpus.images.label_classes not in (0, config.label_classes) for corpus in corpora):
-        found = sorted({corpus.images.label_classes for corpus in corpora})
-        raise BadInput(
-            f"the region databases have {found} detector classes, the model {config.label_classes}; leave mrc and mrc-kl out of the tasks"
-        )
+    of_classes = sorted({name for tasks in data.tasks.values() for name in tasks if PRETRAINING[name].needs_soft_labels})
+    if of_classes:
+        check_classes(config, corpora, tasks=of_classes)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model.train()
@@ -154,7 +160,7 @@ def begin_at_averages(model: UniterForPretraining, corpora: Sequence[Corpus], *,
     regions = classified = 0
     for corpus in corpora:
         for number in _spread(len(corpus), texts):
-            np.add.at(words, list(itertools.chain.from_iterable(Example(corpus, number, ()).told())), 1)
+            np.add.at(words, list(itertools.chain.from_iterable(Example(corpus, number, ()).read().told())), 1)
         own = np.unique(corpus.image_rows_NK)
         fields = ("features", "norm_bb", "soft_labels") if corpus.has_soft_labels else ("features", "norm_bb")
         for row in own[_spread(len(own), pictures)].tolist():
@@ -211,13 +217,3 @@ def validation_parts(settings: TrainSettings, data: Data) -> list[tuple[Task, Pa
                 continue
             found.append((task, _part(name, corpus_name, task, corpus, settings)))
     return found
-
-
-PRETRAINING_KIND = Kind(
-    task="pretrain",
-    open_data=open_data,
-    complete=complete,
-    build_model=build_model,
-    build_mixture=build_mixture,
-    validation_parts=validation_parts,
-)

@@ -1,105 +1,202 @@
 """A run from its settings, whatever is trained: choose what was left open, resume, train.
 
 Here the settings are unpacked; below, no function receives all of them. What differs between pre-training and a down-stream
-task is a `Kind`.
+task is the value `Work`.
 """
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler
-from uniter.datasets.errors import BadInput, SettingsDiffer
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
+from uniter.datasets.image_db.origin import RegionOrigin
+from uniter.datasets.storage.contents import content_of
+from uniter.datasets.storage.index_file import INDEX
+from uniter.datasets.storage.locks import only_writer
 from uniter.datasets.storage.run_log import RunLog
+from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.model.attention import AttentionKernel
+from uniter.model.checkpoints.beside import DETECTOR
 from uniter.model.checkpoints.load import read_model
 from uniter.model.checkpoints.write import write_model
-from uniter.model.settings.files import CONFIG_FILE, differences, read_settings, write_config
+from uniter.model.settings.files import CONFIG_FILE, differences, load_config, read_settings, write_config
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train import state
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.fit import that_fit, tokenizer_of_texts
-from uniter.model.train.kind import Data, Kind
+from uniter.model.train.fit import check_detector, has_seen_regions, origin_of_start, tokenizer_of_texts
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
+from uniter.model.train.work import Data, Work
 from uniter.model.uniter import SelfAttention, UniterConfig, UniterModel
 
 logger = logging.getLogger(__name__)
 
 
-def start(settings: TrainSettings, run: Path, kind: Kind) -> dict[str, Any]:
-    """Start a run in the folder `run`, or go on with the one that is there.
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run directory that nobody else writes to, and what is known before the data are opened.
 
-    Returns:
-        The summary that the command prints.
+    Attributes:
+        run: the directory.
+        settings: as asked; what was left open is as the run chose it, where there is one already.
+        earlier: the settings of the run that is there; None of a new one.
+        everyone: the processes that train it.
+        alone: what keeps others away until the end.
+    """
+
+    run: Path
+    settings: TrainSettings
+    earlier: TrainSettings | None
+    everyone: Processes
+    alone: contextlib.ExitStack
+
+    def detector(self, data: Data) -> RegionOrigin | None:
+        """Whose regions the data hold, once it is known that they are those of the run and of what it starts from."""
+        meant, start, corpora = self.settings.other_detector, self.settings.from_, [*data.training.values(), *data.validation.values()]
+        if self.settings.detector is not None:
+            source = str(self.run) if self.earlier is not None else "the detector that the settings name"
+            check_detector(corpora, RegionOrigin.from_dict(self.settings.detector), source=source, meant=meant)
+        if start is not None and self.earlier is None and has_seen_regions(start):
+            return check_detector(corpora, origin_of_start(start), source=start, meant=meant)
+        return check_detector(corpora, None, source=None, meant=meant)
+
+    def tokenizer(self, data: Data) -> Tokenizer | None:
+        """What the texts were tokenised with, once it is known that they agree with each other and with what the run starts from."""
+        return tokenizer_of_texts([*data.training.values(), *data.validation.values()], start=self.settings.from_)
+
+    def claim(self) -> None:
+        """Let nobody else train in the directory until this run ends.
+
+        Raises:
+            UniterError: somebody does, or has begun a run there since we looked.
+        """
+        _by_the_first(self.everyone, self._claim)
+
+    def _claim(self) -> None:
+        self.alone.enter_context(only_writer(self.run, doing="training in"))
+        if self.earlier is None and (self.run / CONFIG_FILE).is_file():
+            raise UniterError(f"another command has begun a run in {self.run} meanwhile; repeat this one to go on with it")
+
+
+@contextlib.contextmanager
+def begun(asked: TrainSettings, run: Path) -> Iterator[Begun]:
+    """Begin a run in the folder `run`, or go on with the one that is there. Nothing is written before all is known to fit.
 
     Raises:
         SettingsDiffer: the folder holds a run with other settings; the sentence names the differences.
-        BadInput: databases or checkpoints do not fit.
+        BadInput: the folder holds other things.
+        UniterError: another process trains in it.
     """
-    with processes(settings.device) as everyone:
+    with processes(asked.device) as everyone, contextlib.ExitStack() as alone:
         if not everyone.writes:
             logging.getLogger().setLevel(logging.ERROR)
-        return _start(settings, run, kind, everyone)
+        earlier = _earlier_settings(run)
+        start = Begun(run, asked if earlier is None else _as_before(asked, earlier, run), earlier, everyone, alone)
+        if earlier is not None:
+            start.claim()
+        yield start
 
 
-def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> dict[str, Any]:
-    earlier = _earlier_settings(run)
-    settings = asked if earlier is None else _as_before(asked, earlier, run)
-    data = kind.open_data(settings)
-    settings = kind.complete(settings, *data.size(), everyone)
-    tokenizer = tokenizer_of_texts([*data.training.values(), *data.validation.values()], start=settings.from_)
-    model = kind.build_model(settings, data).to(everyone.device)
+def contents_of_data(data: Data, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What tells the contents of the databases, by path: of ours as `content_of` says it, of published ones the size.
+
+    Args:
+        known: what this function gave earlier.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for corpus in (*data.training.values(), *data.validation.values()):
+        for path in (*(text.path for text in corpus.texts), *corpus.images.folders):
+            if (path / INDEX).is_file():
+                found[str(path)] = content_of(path, known.get(str(path)))
+            elif (path / "data.mdb").is_file():  # to read it all would take longer than many a run
+                found[str(path)] = {"bytes": (path / "data.mdb").stat().st_size}
+    return found
+
+
+def _check_contents(progressed: state.Progressed, data: Data, run: Path) -> None:
+    """Let the run remember what its databases hold; raise SettingsDiffer where it learnt from other contents before."""
+    now, changed = contents_of_data(data, progressed.contents), []
+    for name, content in now.items():
+        before = progressed.contents.get(name, content)
+        if any(before[field] != content[field] for field in ("index", "sha256", "bytes") if field in before and field in content):
+            changed.append(name)
+    if changed:
+        named = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+        raise SettingsDiffer(f"{run} has learnt from other contents of {named}; bring them back, or give another --out")
+    progressed.contents |= now
+
+
+def _by_the_first(everyone: Processes, act: Callable[[], None]) -> None:
+    """Let the first process do it alone; if that fails, all of them fail."""
+    error: UniterError | None = None
+    if everyone.writes:
+        try:
+            act()
+        except UniterError as caught:
+            error = caught
+    if problem := everyone.gather("" if error is None else str(error))[0]:
+        raise error or UniterError(problem)
+
+
+def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: RegionOrigin | None) -> dict[str, Any]:
+    """Train to the end, or to `stop_after`, from where the run is.
+
+    Args:
+        tokenizer: of the texts; it is written into each checkpoint.
+        detector: whose regions they are; it is, too.
+
+    Returns:
+        The summary that the command prints.
+    """
+    everyone, run, model = start.everyone, start.run, work.model.to(start.everyone.device)
+    settings = _with_detector(work.settings, detector)
     _set_attention(model, settings.attention, everyone.device)
-    data = that_fit(data, model)
-    tasks, mixture = kind.build_mixture(settings, data)
     optimizer = AdamW(
         parameter_groups(
             model,
             weight_decay=settings.optimizer.weight_decay,
-            head=kind.head,
+            head=work.head,
             head_rate_multiplier=settings.optimizer.head_rate_multiplier or 1.0,
         ),
         lr=1.0,  # set before every update
         betas=settings.optimizer.betas,
         eps=settings.optimizer.epsilon,
     )
-    if everyone.writes and earlier is None:
-        # Not before all is known to fit: what was refused leaves no run in the way of the mended command.
-        run.mkdir(parents=True, exist_ok=True)
-        write_config(run / CONFIG_FILE, settings)
+    if start.earlier is None:
+        start.claim()
+    if everyone.writes and (start.earlier is None or (detector is not None and start.earlier.detector is None)):
+        # An older run is stamped with what is known of its regions now.
+        write_config(run / CONFIG_FILE, settings if start.earlier is None else _with_detector(start.earlier, detector))
     everyone.wait_for_all()
     progressed = state.resume(run, model=model, optimizer=optimizer, read_model=lambda folder: read_model(folder, model))
-    accumulation = settings.accumulation or 1
+    accumulation = _accumulation(settings, start, progressed)
     if progressed is None:
         progressed = state.Progressed(seed=settings.seed)
         everyone.copy_from_first(parameter.data for parameter in model.parameters())
     else:
         logger.info("resuming after update %s", f"{progressed.step:,}")
-        accumulation = _accumulation_of_resumed(progressed, everyone.world)
-        if accumulation != settings.accumulation:
-            logger.info("an update keeps its %d micro-batches: %d on each of %d", progressed.micro_batches, accumulation, everyone.world)
-    about = {"task": kind.task, **kind.about(data)}
+    _by_the_first(everyone, lambda: _check_contents(progressed, work.data, run))
+    about = {"task": settings.task, **work.about, **({} if detector is None else {DETECTOR: detector.to_dict()})}
     masking = Masking(settings.masking.words, settings.masking.regions)
     learner = Learner(
         model=model,
         optimizer=optimizer,
-        tasks=tasks,
-        mixture=mixture,
-        assembler=Assembler(mixture.parts, settings.seed, masking),
-        validation=kind.validation_parts(settings, data),
+        tasks=work.tasks,
+        mixture=work.mixture,
+        masking=masking,
+        validation=work.validation,
         workers=_workers(settings, everyone),
         write_model=lambda folder: write_model(folder, model, about=about, tokenizer=tokenizer),
     )
-    _say_what_is_trained(settings, data, model, progressed, everyone)
+    _say_what_is_trained(settings, work.data, model, everyone)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_fitting_threads(learner.model, everyone.device))
         log = None
@@ -109,6 +206,10 @@ def _start(asked: TrainSettings, run: Path, kind: Kind, everyone: Processes) -> 
         recipe = _recipe(settings, accumulation)
         summary = train(learner, recipe, run=run, log=log, progressed=progressed, processes=everyone)
     return {"run": str(run), **summary}
+
+
+def _with_detector(settings: TrainSettings, detector: RegionOrigin | None) -> TrainSettings:
+    return settings if detector is None else settings.model_copy(update={"detector": detector.to_dict()})
 
 
 SPLIT_FROM_WIDTH = 256  # hidden columns
@@ -166,7 +267,7 @@ def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
 def _earlier_settings(run: Path) -> TrainSettings | None:
     path = run / CONFIG_FILE
     if path.is_file():
-        return read_settings(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+        return read_settings(load_config(str(path)), source=str(path))
     # A command that was killed while it wrote its settings has not begun a run.
     if run.is_dir() and any(path.name != f".{CONFIG_FILE}.incoming" for path in run.iterdir()):
         raise BadInput(f"{run} is not empty and no run of uniter-train (it holds no {CONFIG_FILE}); give another --out")
@@ -175,12 +276,13 @@ def _earlier_settings(run: Path) -> TrainSettings | None:
 
 def _as_before(asked: TrainSettings, earlier: TrainSettings, run: Path) -> TrainSettings:
     """What was left open is as the run chose it; what was said must be what the run was started with."""
-    merged = _fill(asked.model_dump(mode="json", by_alias=True), earlier.model_dump(mode="json", by_alias=True))
-    settings = read_settings(merged, source="the repeated command")
-    changed = differences(earlier, settings)
+    before = earlier.model_dump(mode="json", by_alias=True)
+    merged = _fill(asked.model_dump(mode="json", by_alias=True), before)
+    # Compared before it is validated: together with what the run chose, another setting may be impossible for a reason nobody gave.
+    changed = differences(before, merged)
     if changed:
         raise SettingsDiffer(f"{run} holds a run with other settings ({'; '.join(changed)}); repeat its command or give another --out")
-    return settings
+    return read_settings(merged, source="the repeated command")
 
 
 def _fill(value: Any, earlier: Any) -> Any:
@@ -191,6 +293,25 @@ def _fill(value: Any, earlier: Any) -> Any:
 
 
 STAYS_OPEN = {"stop_after", "device", "workers", "wandb_project", "tasks"}
+
+
+def _accumulation(settings: TrainSettings, start: Begun, progressed: state.Progressed | None) -> int:
+    """Micro-batches of an update on each process: as asked of a new run; of one that goes on, as many together as before.
+
+    Raises:
+        SettingsDiffer: another number was asked for.
+    """
+    asked, earlier, world = settings.accumulation or 1, start.earlier, start.everyone.world
+    accumulation = asked if progressed is None else _accumulation_of_resumed(progressed, world)
+    if earlier is not None and asked not in (earlier.accumulation or 1, accumulation):
+        before = earlier.accumulation if progressed is None else progressed.micro_batches
+        raise SettingsDiffer(
+            f"{start.run} makes its updates of {before} micro-batches, and accumulation: {asked} on {world} process(es) would change that; "
+            "leave accumulation out, or give another --out"
+        )
+    if accumulation != asked:
+        logger.info("an update keeps its %d micro-batches: %d on each of %d", accumulation * world, accumulation, world)
+    return accumulation
 
 
 def _accumulation_of_resumed(progressed: state.Progressed, world: int) -> int:
@@ -213,7 +334,7 @@ def _workers(settings: TrainSettings, everyone: Processes) -> int:
     return min(max((cores - here) // here, 1), 8) if everyone.device.type == "cuda" else 0
 
 
-def _say_what_is_trained(settings: TrainSettings, data: Data, model: nn.Module, progressed: state.Progressed, everyone: Processes) -> None:
+def _say_what_is_trained(settings: TrainSettings, data: Data, model: nn.Module, everyone: Processes) -> None:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     for name, corpus in data.training.items():
         logger.info(

@@ -1,9 +1,9 @@
-"""The only evaluation loop, and the figures of a pre-trained model on held-out pairs.
+"""The one way to put examples through a model without training it: plan the batches, load them, score them.
 
 Everything is a function of the seed: which words are hidden, which other picture is shown, which pairs compete in retrieval.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,34 +12,67 @@ from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler, MicroBatch, load
-from uniter.datasets.batches.plans import Part, sequential_plans
+from uniter.datasets.batches.loader import MicroBatch, load_once
+from uniter.datasets.batches.masking import Pairing
+from uniter.datasets.batches.plans import Part
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.tasks.task import Task
 from uniter.model.train.distributed import Processes
 
+Head = Callable[[Any, PackedBatch], Outputs]
 
-@torch.no_grad()
-def scored(
-    model: nn.Module,
-    head: Callable[[Any, PackedBatch], Outputs],
-    batches: Iterable[MicroBatch],
-    *,
-    device: torch.device,
-    precision: str = "fp32",
-) -> Iterator[tuple[MicroBatch, PackedBatch, Outputs]]:
-    """The one loop that runs a model without training it: each micro-batch, its batch on the device, and the head's outputs."""
-    was_training = model.training
-    model.eval()
-    try:
-        for made in batches:
-            batch = made.batch.to(device, non_blocking=True)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                outputs = head(model, batch)
-            yield made, batch, outputs
-    finally:
-        model.train(was_training)
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a model is put through examples.
+
+    Attributes:
+        model: on the processes' device.
+        processes: share the examples of a part.
+        budget: tokens of a batch.
+        seed: decides masks and pictures, where nothing else does.
+        masking: chances of words and regions to be hidden.
+        by_example: masks are a function of the example, so that the same words are hidden whichever picture is shown.
+        precision: fp32 or bf16.
+        workers: processes that make batches.
+    """
+
+    model: nn.Module
+    processes: Processes
+    budget: int
+    seed: int
+    masking: Masking = field(default_factory=Masking)
+    by_example: bool = False
+    precision: str = "fp32"
+    workers: int = 0
+
+    @torch.no_grad()
+    def scored(
+        self, part: Part, head: Head, *, pairing: Pairing | None = None, seed: int | None = None
+    ) -> Iterator[tuple[MicroBatch, PackedBatch, Outputs]]:
+        """This process's micro-batches of all examples of a part: what was planned, the batch on the device, the head's outputs.
+
+        Args:
+            pairing: which pictures the examples are shown; by default as the part says.
+            seed: instead of the value's own.
+        """
+        seed = self.seed if seed is None else seed
+        rank, world, device = self.processes.rank, self.processes.world, self.processes.device
+        batches = load_once(
+            part, self.masking, budget=self.budget, seed=seed, by_example=self.by_example, pairing=pairing,
+            rank=rank, world=world, workers=self.workers,
+        )  # fmt: skip
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for made in batches:
+                batch = made.batch.to(device, non_blocking=True)
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                    outputs = head(self.model, batch)
+                yield made, batch, outputs
+        finally:
+            self.model.train(was_training)
 
 
 @dataclass(slots=True)
@@ -69,17 +102,7 @@ class Means:
 
 
 def validate(
-    model: nn.Module,
-    task: Task,
-    part: Part,
-    *,
-    budget: int,
-    seed: int,
-    masking: Masking,
-    processes: Processes,
-    precision: str = "fp32",
-    workers: int = 0,
-    note: Callable[[MicroBatch, Outputs], None] = lambda made, outputs: None,
+    scoring: Scoring, task: Task, part: Part, *, note: Callable[[MicroBatch, Outputs], None] = lambda made, outputs: None
 ) -> dict[str, float]:
     """A task's loss, its terms and its metrics over all examples of a part, shared out to the processes.
 
@@ -89,17 +112,14 @@ def validate(
     Returns:
         "loss" (the terms weighted as in training), "loss_TERM" the mean of each term, each metric's mean by its name.
     """
-    plans = sequential_plans(part, 0, budget=budget, seed=seed, rank=processes.rank, world=processes.world)
-    batches = load(Assembler([part], seed, masking), plans, workers=workers)
     means = Means()
-    for made, batch, outputs in scored(model, task.head, batches, device=processes.device, precision=precision):
+    for made, batch, outputs in scoring.scored(part, task.head):
         note(made, outputs)
-        for name, term in task.losses(outputs, batch.targets).items():
-            total, count = losses.sum_and_count(term, "elements" if task.reduction == "elements" else "rows")
+        for name, (total, count) in losses.of(task.losses(outputs, batch.targets), reduction=task.reduction).sums.items():
             means.add(f"loss_{name}", total.double(), count)
         for name, values in task.metric(outputs, batch.targets).items():
             means.add_values(name, values)
-    figures = means.of_all(processes).means()
+    figures = means.of_all(scoring.processes).means()
     figures["loss"] = sum(
         value * task.weights.get(name.removeprefix("loss_"), 1.0) for name, value in figures.items() if name.startswith("loss_")
     )

@@ -5,29 +5,19 @@ No random state is saved because there is none: every draw is a function of the 
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.step_folders import (
-    ASIDE,
-    BEST,
-    CHECKPOINTS,
-    LATEST,
-    checkpoint_path,
-    checkpoint_steps,
-    make_durable,
-    point,
-    remove_old,
-    sync,
-)
+from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps, write_step
+from uniter.datasets.storage.tensors import write_tensors
 
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 
@@ -41,8 +31,10 @@ class Progressed:
         taken: micro-batches taken from each part's stream, by the part's name.
         micro_batches: micro-batches of one update, of all processes together.
         examples, tokens: what the run has trained on so far.
-        best: the best validation loss so far and its step, None before the first.
+        first: the loss of each part in the run's first validation, None before it.
+        best: of the best validation so far the two numbers it is judged by (best.py) and its step, None before the first.
         seed: the run's seed.
+        contents: what its databases hold, by path; empty in older runs.
     """
 
     step: int = 0
@@ -50,8 +42,10 @@ class Progressed:
     micro_batches: int = 1
     examples: int = 0
     tokens: int = 0
-    best: tuple[float, int] | None = None
+    first: dict[str, float] | None = None
+    best: tuple[float, float, int] | None = None
     seed: int = 0
+    contents: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def save(
@@ -72,24 +66,15 @@ def save(
         model, optimizer: the optimizer's state is saved by the model's parameter names.
         keep: how many of the newest checkpoints stay; the best one stays besides.
     """
-    folder = run / CHECKPOINTS
-    folder.mkdir(parents=True, exist_ok=True)
-    target = checkpoint_path(run, progressed.step)
-    if not target.exists():
-        aside = folder / f"{ASIDE}{progressed.step}-{os.getpid()}"
-        aside.mkdir()
-        write_model(aside)
+
+    def fill(folder: Path) -> None:
+        write_model(folder)
         tensors, numbers = optimizer_state(model, optimizer)
-        save_file(tensors, aside / OPTIMIZER_FILE)
-        (aside / STATE_FILE).write_text(json.dumps({**asdict(progressed), "optimizer": numbers}, indent=1), encoding="utf-8")
-        make_durable(aside)
-        aside.rename(target)
-        sync(folder)
-    point(folder / LATEST, target.name)
-    if progressed.best is not None and progressed.best[1] == progressed.step:
-        point(folder / BEST, target.name)
-    remove_old(run, keep=keep)
-    return target
+        write_tensors(folder / OPTIMIZER_FILE, tensors)
+        (folder / STATE_FILE).write_text(json.dumps({**asdict(progressed), "optimizer": numbers}, indent=1), encoding="utf-8")
+
+    best = progressed.best is not None and progressed.best[2] == progressed.step
+    return write_step(run, progressed.step, fill, keep=keep, best=best)
 
 
 def resume(run: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, read_model: Callable[[Path], None]) -> Progressed | None:
@@ -120,7 +105,8 @@ def read_state(path: Path) -> tuple[Progressed, dict[str, dict[str, float]]]:
         values = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         numbers = values.pop("optimizer")
         best = values.pop("best")
-        return Progressed(**values, best=None if best is None else (best[0], best[1])), numbers
+        # Of older runs it is a mean of losses and a step: what is best is told anew (best.py).
+        return Progressed(**values, best=(best[0], best[1], best[2]) if best is not None and "first" in values else None), numbers
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"checkpoint {path}: cannot read {STATE_FILE} ({error}); remove this folder to resume from the one before"

@@ -10,6 +10,7 @@ result says so. It cannot compare regions, so "the left one" is beyond it. (On a
 found 98 % of "a red star" so, and 45 % by its transport plan between words and regions, where chance was 31 %.)
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,22 +23,24 @@ from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.example import Sample, TokenSequence
+from uniter.datasets.devices import usable_device
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.image_db.regions import RegionFeatures, pixel_boxes
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.view.contact_sheet import contact_sheet
 from uniter.datasets.view.drawing import draw_regions, draw_weights
 from uniter.datasets.view.labels import label_regions
 from uniter.datasets.view.pictures import ByteImage, resized
-from uniter.model.checkpoints.load import MADE_BY, Checkpoint, load_any
+from uniter.model.checkpoints.load import Checkpoint, load
 from uniter.model.heads.downstream import UniterForReferring, UniterForRetrieval, UniterForVqa
 from uniter.model.heads.pretraining import UniterForPretraining
+from uniter.model.tasks.table import made_by
 from uniter.model.understanding.looking import attention_to_regions
 from uniter.model.understanding.pictures import SHOWN_PHOTOGRAPHS, SHOWN_REGIONS, SHOWN_WORDS, pixels
 from uniter.model.understanding.results import Answer, Grounding, Match, Photograph, Ranking, Seen, in_words, name_of
 
-"""A file, or the upright picture as (H, W, 3) uint8 BGR."""
-
+log = logging.getLogger(__name__)
 
 RegionSource = Callable[[Sequence[Any]], list[RegionFeatures]]
 
@@ -62,9 +65,11 @@ class Understanding:
         answers: the answers by number, or an `ans2label.json`, where a VQA checkpoint does not tell.
         device: "cpu", "cuda", "cuda:1" ...; None: a GPU where there is one.
         class_names: the detector's classes, for pictures; None: what `regions` says of itself.
+        other_detector: regions of another detector than a model learnt from are meant; otherwise they are refused, where both are known.
 
     Raises:
-        BadInput: a checkpoint cannot be read, has none of the heads, or its tokenizer or answers are not known.
+        BadInput: a checkpoint cannot be read, has none of the heads, its tokenizer or answers are not known, or it learnt from another
+            detector's regions.
     """
 
     def __init__(
@@ -75,14 +80,17 @@ class Understanding:
         answers: str | os.PathLike[str] | Sequence[str] | None = None,
         device: str | None = None,
         class_names: Sequence[str] | None = None,
+        other_detector: bool = False,
     ) -> None:
         self.regions = regions
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device)
         self.class_names: Sequence[str] | None = class_names if class_names is not None else getattr(regions, "class_names", None)
         given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else Tokenizer.load(os.fspath(tokenizer))
         self._by_kind: dict[type, Checkpoint] = {}
         for path in checkpoints:
-            found = load_any(os.fspath(path), tokenizer=given, answers=answers)
+            found = load(os.fspath(path), tokenizer=given, answers=answers)
+            _check_askable(found)
+            _check_detector(found, getattr(regions, "origin", None), meant=other_detector)
             found.model.to(self.device)
             self._by_kind[type(found.model)] = found
 
@@ -208,7 +216,7 @@ class Understanding:
         sequence = self._sequence(model, result.image, result.text, result.regions)
         attention_TR = attention_to_regions(model.body, collate([Sample(result.text, [sequence])]).to(self.device))
         words: list[tuple[str, list[NDArray[np.float32]]]] = []
-        for piece, row in zip(model.tokenizer.tokens(sequence.input_ids[1:-1]), attention_TR[1:-1], strict=True):
+        for piece, row in zip(_tokenizer(model).tokens(sequence.input_ids[1:-1]), attention_TR[1:-1], strict=True):
             if piece.startswith("##") and words:
                 words[-1] = (words[-1][0] + piece.removeprefix("##"), [*words[-1][1], row])
             else:
@@ -223,7 +231,7 @@ class Understanding:
             if kind in self._by_kind:
                 return self._by_kind[kind]
         given = ", ".join(known.source for known in self._by_kind.values()) or "no checkpoint"
-        ways = " or ".join(MADE_BY[kind] for kind in kinds)
+        ways = " or ".join(made_by(kind) for kind in kinds)
         raise BadInput(f"to {able} takes a model that was trained for it, but {given} was given; make one with {ways}")
 
     def _regions(self, images: Sequence[Photograph], texts: Sequence[str]) -> list[RegionFeatures]:
@@ -283,7 +291,8 @@ class Understanding:
             yield collate(samples).to(self.device)
 
     def _sequence(self, model: Checkpoint, image: Photograph, text: str, regions: RegionFeatures) -> TokenSequence:
-        config, pieces = model.config, model.tokenizer.encode(text)
+        config, tokenizer = model.config, _tokenizer(model)
+        pieces = tokenizer.encode(text)
         if not pieces:
             raise BadInput(f"the text {text!r} holds no words; expected a caption, a question or a phrase")
         if len(pieces) + 2 > config.max_position_embeddings:
@@ -299,8 +308,44 @@ class Understanding:
                 f"{name}: its regions' features are {regions.features.shape[1]} wide, but {model.source} was trained on "
                 f"{config.image_feature_size}; use its detector"
             )
-        ids = [model.tokenizer.cls_id, *pieces, model.tokenizer.sep_id]
+        ids = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
         return TokenSequence(ids, np.asarray(regions.features), np.asarray(regions.norm_bb))
+
+
+_ASKED = (UniterForVqa, UniterForReferring, UniterForRetrieval, UniterForPretraining)
+
+
+def _check_askable(found: Checkpoint) -> None:
+    """Raise BadInput unless a checkpoint has a trained head that photographs are asked with, and all that is needed to ask it."""
+    if not isinstance(found.model, _ASKED) or any(name.startswith("itm_output.") for name in found.fresh):
+        raise BadInput(
+            f"{found.source} has none of the heads that photographs are asked with (matching, retrieval, VQA, RefCOCO); "
+            f"train it further: {made_by(UniterForPretraining)} or uniter-train finetune"
+        )
+    if found.tokenizer is None:
+        raise BadInput(
+            f"{found.source} does not tell its tokenizer ({found.config.vocab_size:,} word pieces, and the texts of its run are not at "
+            "hand); name it: a vocabulary file, or the text database it was trained on"
+        )
+    if isinstance(found.model, UniterForVqa) and found.answers is None:
+        raise BadInput(f"{found.source} does not tell the names of its {found.model.answer_count:,} answers; give its ans2label.json")
+
+
+def _check_detector(found: Checkpoint, origin: RegionOrigin | None, *, meant: bool) -> None:
+    """Raise BadInput where a model is known to have learnt from another detector's regions."""
+    if found.detector is not None and origin is not None and found.detector.is_another(origin) and not meant:
+        raise BadInput(
+            f"{found.source} learnt from the regions of {found.detector}, but these are of {origin}; use its detector, or say that another "
+            "one is meant (--other-detector)"
+        )
+    if found.detector is None or origin is None:
+        unknown = found.source if found.detector is None else "the source of regions"
+        log.info("%s does not say of which detector its regions are; they are taken to be of one", unknown)
+
+
+def _tokenizer(model: Checkpoint) -> Tokenizer:
+    assert model.tokenizer is not None, "a model without one was refused"
+    return model.tokenizer
 
 
 def _sigmoid(score: float) -> float:

@@ -142,7 +142,8 @@ def test_what_cannot_be_is_said_in_one_line(runs: dict[str, Path], photos: Path,
     def said(*words: object) -> str:
         result = predict(*words)
         assert result.exit_code == 1 and not result.stdout, result.output
-        (line,) = result.stderr.strip().splitlines()
+        *notes, line = result.stderr.strip().splitlines()
+        assert all("does not say of which detector" in note for note in notes)
         return line
 
     photo = ("--image", photos / "0.png", "--text", "a square")

@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from uniter.cli.train import main
+from uniter.model.tasks import DOWNSTREAM
 
 TINY = [
     "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=4", "model.intermediate_size=64", "batch_tokens=200",
@@ -107,6 +108,13 @@ def test_export_and_start_again(trained: Path, world: tuple[Path, Path], tmp_pat
         (["pretrain", "--root", "/img=x", "--out", "x"], 1, "--root maps the container paths"),
         (["evaluate", "pretain", "--from", "x"], 1, "unknown task 'pretain'; did you mean 'pretrain'?"),
         (["evaluate", "pretrain", "--from", "nowhere", "--text", "a.db", "--images", "b"], 1, "a.db"),
+        (
+            ["evaluate", "vqa", "--from", "x", "--candidates", "50"],
+            2,
+            "--candidates is of `evaluate pretrain`; evaluating vqa",
+        ),
+        (["evaluate", "vqa", "--from", "x", "--words", "red"], 2, "--words is of `evaluate pretrain`; evaluating vqa does nothing"),
+        (["pretrain", "--text", "a.db", "--images", "b.lmdb", "--out", "x", "--device", "cpu:7"], 1, "device 'cpu:7'"),
         (["export", "--from", "nowhere.pt", "--to", "hub", "x"], 1, "no file or folder nowhere.pt"),
     ],
 )
@@ -133,6 +141,13 @@ def test_help_has_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0 and f"uniter-train {command}" in result.stdout
     assert run("--version").exit_code == 0
+
+
+def test_help_lists_the_tasks_of_the_table() -> None:
+    assert "itm:2, mlm:2, mrfr:1, mrc-kl:1" in " ".join(run("pretrain", "--help").stdout.split())
+    for command in (["finetune"], ["evaluate"], ["predict"], ["predict", "vqa"]):
+        said = run(*command, "--help").stdout
+        assert all(name in said for name in DOWNSTREAM), command
 
 
 def test_every_setting_is_explained() -> None:

@@ -193,7 +193,7 @@ def scores_of_other_regions(folder: Path) -> Iterator[Step]:
         regions_of_other_boxes,
         detector_of_other_photographs,
         pytest.param(pre_training_on_other_regions, marks=not_yet(1, "the old run is resumed, exit 0")),
-        pytest.param(scores_of_other_regions, marks=not_yet(1, "the old scores, exit 0")),
+        scores_of_other_regions,
     ],
 )
 def test_other_contents_of_the_same_names_are_refused(case: Case, tmp_path: Path, trained: Any) -> None:

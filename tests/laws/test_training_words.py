@@ -141,7 +141,6 @@ def held() -> Iterator[Any]:
         process.communicate()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="order 13, point 29: two pre-trainings at once in one folder mix their logs")
 def test_a_second_pretraining_leaves_the_first_ones_folder_alone(world: Any, tmp_path: Path, held: Any) -> None:
     words = pretraining(world, tmp_path, "--steps", 2000, "--device", "cpu", *small.sets(small.QUICK + small.HEADS_OF_16))
     held(words, tmp_path)
@@ -164,7 +163,6 @@ def test_a_second_detector_leaves_the_first_ones_folder_alone(world: Any, tmp_pa
 # --- 34: words ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="order 13, point 34: batches that hold no example are planned")
 def test_batches_that_hold_no_example_are_refused(world: Any, tmp_path: Path) -> None:
     chosen = ["batch_tokens=3", "stop_after=1", "tensorboard=false", "workers=0"]
     sentence = small.refused(small.run(train, *pretraining(world, tmp_path / "run", "--device", "cpu", *small.sets(chosen))))
@@ -176,7 +174,6 @@ def test_a_device_that_is_not_there_is_refused(world: Any, tmp_path: Path) -> No
     assert "cpu:7" in small.refused(small.run(train, *pretraining(world, tmp_path / "run", *words)))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="order 13, point 34: --from is answered with --model, which was not given")
 def test_another_start_is_answered_by_its_own_name(world: Any) -> None:
     words = ("--steps", 4, "--device", "cpu", "--from", world.finetuned("ve"), *small.sets(small.QUICK))
     sentence = small.refused(small.run(train, *pretraining(world, world.pretrained, *words)))
@@ -184,7 +181,6 @@ def test_another_start_is_answered_by_its_own_name(world: Any) -> None:
     assert not re.search(r"model:|--model\b|leave one of the two out", sentence)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="order 13, point 34: swapped databases are 'of kind regions, format None'")
 @pytest.mark.parametrize("command", ["pretrain", "evaluate"])
 def test_swapped_databases_are_called_swapped(world: Any, command: str, tmp_path: Path) -> None:
     task = ["pretrain", "--out", tmp_path / "run"] if command == "pretrain" else ["evaluate", "pretrain", "--from", world.pretrained]

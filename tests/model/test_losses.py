@@ -26,7 +26,7 @@ def test_golden_losses(task, uniter_golden, golden_model, pack, close):
     outputs = head(golden_model, batch)
     terms = loss(outputs, batch.targets)
     close(terms[name], expected["loss"])
-    close(losses.training_loss({name: terms[name]}), expected["loss_mean"])
+    close(losses.of({name: terms[name]}).number, expected["loss_mean"])
     if "hard_targets" in expected:
         assert losses.best_foreground_class(batch.targets["soft_labels"]).tolist() == expected["hard_targets"].tolist()
     if task == "itm_ot":
@@ -34,7 +34,7 @@ def test_golden_losses(task, uniter_golden, golden_model, pack, close):
         close(terms["transport"][matched], expected["ot_pos"])
         close(-terms["transport"][~matched], expected["ot_neg"])
         close(terms["transport"].mean(), expected["ot_loss"])
-        close(losses.training_loss(terms, weights={"transport": 0.1}), expected["total_loss_lambda0p1"])
+        close(losses.of(terms, weights={"transport": 0.1}).number, expected["total_loss_lambda0p1"])
 
 
 def test_cross_entropy_by_hand():
@@ -55,13 +55,13 @@ def test_background_is_never_the_class_but_takes_part_in_kl():
 
 def test_reductions():
     term = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert float(losses.training_loss({"a": term})) == 2.5
-    assert float(losses.training_loss({"a": term}, reduction="rows")) == 5.0
-    assert float(losses.training_loss({"a": term}, reduction="sum")) == 10.0
-    assert float(losses.training_loss({"a": term, "b": term}, weights={"b": 0.1})) == pytest.approx(2.75)
-    assert losses.sum_and_count(term, "rows") == (torch.tensor(10.0), 2)
+    assert float(losses.of({"a": term}).number) == 2.5
+    assert float(losses.of({"a": term}, reduction="rows").number) == 5.0
+    assert float(losses.of({"a": term}, reduction="sum").number) == 10.0
+    assert float(losses.of({"a": term, "b": term}, weights={"b": 0.1}).number) == pytest.approx(2.75)
+    assert losses.of({"a": term}, reduction="rows").sums == {"a": (torch.tensor(10.0), 2)}
     with pytest.raises(ValueError, match="without loss terms"):
-        losses.training_loss({})
+        losses.of({})
 
 
 def test_mismatched_pairs_are_pushed_apart():

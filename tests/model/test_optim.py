@@ -31,7 +31,7 @@ def test_golden_trajectory(convention, uniter_golden, golden_model, pack, close)
         head, loss_of = TASKS[task]
         inputs = np.load(uniter_golden / f"inputs_{task}.npz")
         batch = pack(inputs).batch
-        loss = losses.training_loss(loss_of(head(golden_model, batch), batch.targets), weights={"transport": golden["lambda_ot"]})
+        loss = losses.of(loss_of(head(golden_model, batch), batch.targets), weights={"transport": golden["lambda_ot"]}).number
         loss.backward()
         rate = learning_rate(
             step, base=options["learning_rate"], warmup_steps=options["warmup_steps"], total_steps=options["num_train_steps"]

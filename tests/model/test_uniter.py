@@ -21,7 +21,8 @@ def test_golden_hidden_states(task, uniter_golden, golden_model, pack, at_real_p
     packed = pack(np.load(uniter_golden / f"inputs_{task}.npz"))
     outputs = np.load(uniter_golden / f"outputs_{task}.npz")
     if "embedding_output" in outputs:
-        embedded, layout = golden_model.uniter.embed(packed.batch)
+        layout = golden_model.uniter.lay_out(packed.batch)
+        embedded = golden_model.uniter.embed(packed.batch, layout)
         close(at_real_positions(embedded, layout, packed), outputs["embedding_output"][packed.real.numpy()])
     encoded = golden_model(packed.batch)
     close(at_real_positions(encoded.hidden_NH, encoded.layout, packed), outputs["sequence_output"][packed.real.numpy()])
@@ -38,7 +39,8 @@ def test_golden_encoder_modes(uniter_golden, golden_model, pack, at_real_positio
         encoded = golden_model(packed.batch)
         close(at_real_positions(encoded.hidden_NH, encoded.layout, packed), modes[f"{side}_sequence_output"][packed.real.numpy()])
     packed = pack(np.load(uniter_golden / "inputs_mlm.npz"))
-    hidden, layout = golden_model.uniter.embed(packed.batch)
+    layout = golden_model.uniter.lay_out(packed.batch)
+    hidden = golden_model.uniter.embed(packed.batch, layout)
     first = golden_model.uniter.encoder.layer[0](hidden, layout, "auto")
     close(at_real_positions(first, layout, packed), modes["joint_layer1_output_of_inputs_mlm"][packed.real.numpy()])
 
@@ -137,7 +139,8 @@ def test_packed_equals_padded_equals_one_by_one(kernel, small_model, make_batch)
     body = small_model.uniter
     body.attention_kernel = kernel
     encoded = body(batch)
-    embedded, layout = body.embed(batch)
+    layout = body.lay_out(batch)
+    embedded = body.embed(batch, layout)
     padded, real = padded_forward(body, embedded, layout)
     for index, single in enumerate(one_by_one(make_batch, batch)):
         first, length = int(encoded.first_rows_B[index]), int(encoded.sequence_lengths_B[index])
@@ -170,9 +173,9 @@ def test_states_are_rows_of_the_whole(kernel, small_model, make_batch):
     body.attention_kernel = kernel
     encoded = body(batch)
     chosen = torch.tensor([9, 0, 3])
-    torch.testing.assert_close(
-        body.states(batch, lambda layout: layout.region_rows_R[chosen]), encoded.regions_RH[chosen], atol=1e-6, rtol=1e-5
-    )
+    layout = body.lay_out(batch)
+    states = body.states(batch, layout, layout.region_rows_R[chosen])
+    torch.testing.assert_close(states, encoded.regions_RH[chosen], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(body.pooled_first(batch), body.pooled(encoded), atol=1e-6, rtol=1e-5)
 
 

@@ -96,6 +96,13 @@ def test_features_of_two_detectors_are_refused_by_name() -> None:
         collate([_sample("a", 3, 2), _sample("b", 3, 2, width=5)])
 
 
+def test_boxes_of_another_layout_are_refused_by_name() -> None:
+    sample = _sample("b", 3, 2)
+    sample.sequences[0].norm_bb = sample.sequences[0].norm_bb[:, :4]
+    with pytest.raises(BadInput, match=r"example 'b': .*boxes of shape \(2, 4\).*expected boxes of 6 numbers"):
+        collate([_sample("a", 3, 2), sample])
+
+
 def test_moving_keeps_lengths_on_the_host() -> None:
     batch = collate([_sample("a", 3, 2, masked=[0])]).to("meta")
     assert isinstance(batch, PackedBatch)

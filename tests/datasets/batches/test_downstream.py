@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,3 +217,9 @@ def test_golden_lengths_of_choices(uniter_tasks_golden: Path, questions: Corpus)
     regions = questions.images.region_counts[questions.image_rows_NK].sum(axis=1)
     for task in ("qa", "qar"):
         assert (TextDB(path, lengths="id2len_qa").lengths + regions).tolist() == items[f"VcrDataset.{task}.lens(with id2len_qa)"]
+
+
+def test_pictures_without_extent_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images.json").write_text(json.dumps([{"id": 7, "ann_ids": [1], "height": 0, "width": 0}]))
+    with pytest.raises(BadInput, match="picture 7 is 0 pixels high and 0 wide"):
+        read_pictures(SimpleNamespace(path=tmp_path))

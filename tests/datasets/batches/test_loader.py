@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from uniter.datasets.batches.corpus import Corpus, open_corpus
-from uniter.datasets.batches.loader import Assembler, MicroBatch, load
+from uniter.datasets.batches.example import Masking
+from uniter.datasets.batches.loader import Assembler, MicroBatch, _unless_failed, load
 from uniter.datasets.batches.plans import Mixture, Part, sequential_plans
 from uniter.datasets.batches.pretraining import masked_regions_with_classes, masked_text, matched_pair
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, UniterError
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def _mixture(parts: list[Part], **options) -> Mixture:
 
 
 def _batches(parts: list[Part], *, workers: int = 0, steps: int = 12, **options) -> list[MicroBatch]:
-    plans = _mixture(parts).plans([0] * len(parts), first_step=1, last_step=steps, accumulation=2, **options)
-    return list(load(Assembler(parts, 3), plans, workers=workers))
+    taken = [0] * len(parts)
+    return list(load(_mixture(parts), Masking(), taken, first_step=1, last_step=steps, accumulation=2, workers=workers, **options))
 
 
 def _same(one: MicroBatch, other: MicroBatch) -> bool:
@@ -157,3 +158,24 @@ def test_a_corpus_of_one_picture_cannot_be_matched(tmp_path: Path, made_up) -> N
                 [0], first_step=1, last_step=1, accumulation=1
             )
         )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_is_its_own_sentence_whichever_process_meets_it(corpus: Corpus, workers: int) -> None:
+    parts = [Part("broken_toy", corpus, _refusing)]
+    with pytest.raises(BadInput) as refused:
+        _batches(parts, workers=workers)
+    assert str(refused.value) == "example 'x' is broken; extract it again"
+
+
+def _refusing(example, rng, masking):
+    raise BadInput("example 'x' is broken; extract it again")
+
+
+def test_a_worker_that_dies_is_said_in_words() -> None:
+    def batches():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        yield
+
+    with pytest.raises(UniterError, match=r"has died \(DataLoader worker \(pid 7\) is killed .* use fewer workers"):
+        list(_unless_failed(batches()))

@@ -100,3 +100,19 @@ def test_held_out_pictures_are_seen_with_no_text_of_the_rest(tmp_path: Path, mad
     assert not set(rest.image_rows_NK[:, 0].tolist()) & set(held_out.image_rows_NK[:, 0].tolist())
     again = corpus.hold_out(4, seed=1)[1]
     assert np.array_equal(again.row_N, held_out.row_N)
+
+
+def test_what_was_left_out_is_known_by_its_id(toy: Corpus) -> None:
+    short = gather(toy.texts, toy.images, "toy", max_text_length=int(np.median(toy.text_lengths_N)))
+    assert {reason: len(ids) for reason, ids in short.left_out_ids().items()} == short.left_out
+    here = {short.example_id(number) for number in range(len(short))}
+    assert here | set(short.left_out_ids()["too long"]) == set(toy.texts[0].ids)
+    fewer = short.without(np.arange(len(short)) == 1, "without a label")
+    assert fewer.left_out_ids() == {**short.left_out_ids(), "without a label": [short.example_id(1)]}
+    assert len(fewer) == len(short) - 1 and short.without(np.zeros(len(short), dtype=np.bool_), "for no reason") is short
+
+
+def test_region_databases_without_images_are_refused(uniter_tasks_golden: Path, toy: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageDB, "__len__", lambda images: 0)
+    with pytest.raises(BadInput, match="its region databases hold no image"):
+        gather(toy.texts, toy.images, "toy")

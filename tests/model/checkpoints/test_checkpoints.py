@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ from transformers import AutoTokenizer
 from uniter.datasets.errors import BadInput
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.text_db.vocabulary_files import SPECIALS
-from uniter.model import UniterConfig, UniterForPretraining, load_uniter
+from uniter.model import UniterConfig, UniterForPretraining, load, load_uniter
 from uniter.model.checkpoints.beside import tokenizer_beside, tokenizer_of, told_beside
 from uniter.model.checkpoints.export import export_hub, export_published
 from uniter.model.checkpoints.load import load_downstream, read_model
 from uniter.model.checkpoints.read import TIED, find_weights, our_name
 from uniter.model.checkpoints.write import Weights, save_checkpoint, write_model
 from uniter.model.heads.downstream import UniterForVqa
+from uniter.model.tasks import DOWNSTREAM
+from uniter.model.tasks.task import extras
 
 SMALL = UniterConfig(
     vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96, image_feature_size=12, label_classes=6
@@ -262,7 +265,7 @@ def test_saved_folder_round_trip_and_complete_or_absent(model, tmp_path, monkeyp
     assert set(load_file(tmp_path / "step-1" / "model.safetensors")) >= set(TIED)
     with pytest.raises(BadInput, match="exists already"):
         save_checkpoint(tmp_path / "step-1", model)
-    monkeypatch.setattr("uniter.model.checkpoints.write.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("uniter.model.checkpoints.write.write_tensors", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path / "step-2", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1"]
@@ -323,3 +326,43 @@ def test_a_fine_tuned_model_is_exported_with_its_head_and_its_answers(tmp_path):
     assert same_bits(again, tuned)
     assert told_beside(find_weights(tmp_path / "hub"))["answers"] == ["no", "red", "yes"]
     assert torch.load(tmp_path / "vqa.pt", weights_only=True).keys() == tuned.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "kind", [*{extras(row).model for row in DOWNSTREAM.values()}, UniterForPretraining], ids=lambda kind: kind.__name__
+)
+def test_a_checkpoint_says_what_it_is(kind, tmp_path, caplog):
+    model = kind(SMALL)
+    save_checkpoint(tmp_path / "one", model)
+    # By its configuration, and by its heads alone.
+    assert type(load(tmp_path / "one").model) is kind
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    found = load(tmp_path / "one")
+    assert type(found.model) is kind and same_bits(found.model, model) and found.fresh == ()
+    assert (found.task, found.answers, found.detector, found.tokenizer) == (None, None, None, None)
+
+
+def test_what_a_checkpoint_lacks_is_told(tmp_path):
+    save_checkpoint(tmp_path / "pretrained", UniterForPretraining(SMALL))
+    found = load(tmp_path / "pretrained", UniterForVqa, answers=["no", "yes"] * 1564 + ["red"])
+    assert {name.partition(".")[0] for name in found.fresh} == {"vqa_output"}
+
+
+def test_heads_whose_width_nobody_tells_are_a_guess_that_is_said(tmp_path, caplog):
+    torch.save(UniterForPretraining(replace(SMALL, num_attention_heads=4)).state_dict(), tmp_path / "alone.pt")
+    assert load_uniter(tmp_path / "alone.pt").config.num_attention_heads == 1
+    assert "nothing tells its number of attention heads; they are taken to be 64 columns wide" in caplog.text
+
+
+def test_an_export_replaces_weights_and_nothing_of_others(model, tmp_path):
+    export_published(model, tmp_path / "toy.pt")
+    export_published(model, tmp_path / "toy.pt")
+    (tmp_path / "mine.json").write_text('{"mine": 1}')
+    (tmp_path / "notes.txt").write_text("mine")
+    for name, kept in (("mine.pt", "mine.json"), ("notes.txt", "notes.txt")):
+        before = (tmp_path / kept).read_text()
+        with pytest.raises(BadInput, match=f"{kept} is there and .*, so it is not overwritten"):
+            export_published(model, tmp_path / name)
+        assert (tmp_path / kept).read_text() == before
+    assert not (tmp_path / "mine.pt").exists()

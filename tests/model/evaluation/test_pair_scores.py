@@ -134,10 +134,22 @@ def test_two_processes_score_as_one(model: Path, world: tuple[Path, Path], tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     one = evaluated(model, world, scores=tmp_path / "one")
-    assert json.loads(done.stdout) == pytest.approx(one)
+    two = json.loads(done.stdout)
+    assert two.pop("left_out") == one.pop("left_out") == {}
+    assert two == pytest.approx(one)
     assert np.allclose(kept(tmp_path / "two"), kept(tmp_path / "one"), atol=1e-6)
 
 
 def test_scores_belong_to_retrieval_only(model: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["evaluate", "pretrain", "--from", str(model), "--scores", str(tmp_path / "scores")])
     assert result.exit_code == 2 and "--scores keeps the pairs of `evaluate retrieval`" in result.stderr
+
+
+def test_a_submission_goes_into_a_folder_that_is_there(model: Path, world: tuple[Path, Path], tmp_path: Path) -> None:
+    asked = {"text": [str(world[0])], "images": [str(world[1])], "device": "cpu"}
+    with pytest.raises(BadInput, match="nowhere is no folder"):
+        predict("retrieval", str(model), tmp_path / "nowhere" / "ranks.json", **asked)
+    (tmp_path / "answers.json").write_text('{"yes": 0}')
+    with pytest.raises(BadInput, match="does not choose among named answers"):
+        predict("retrieval", str(model), tmp_path / "ranks.json", answers=tmp_path / "answers.json", **asked)
+    assert not (tmp_path / "ranks.json").exists()

@@ -17,7 +17,7 @@ from uniter.model.evaluation.pretrained import _Run, evaluate_pretraining, evalu
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train.distributed import Processes
 from uniter.model.train.pretraining import pretrain
-from uniter.model.train.scoring import Means
+from uniter.model.train.scoring import Means, Scoring
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -72,7 +72,7 @@ def test_the_mean_is_measured_as_by_hand(model: UniterForPretraining, corpus: Co
 
 
 def test_retrieval_counts_ranks_and_ties_against_us(model: UniterForPretraining, corpus: Corpus) -> None:
-    run = _Run(model, corpus, ALONE, 500, 0, Masking(), "fp32", 0)
+    run = _Run(Scoring(model, ALONE, 500, 0, by_example=True), corpus)
     with torch.no_grad():
         model.itm_output.weight.zero_()
         model.itm_output.bias.zero_()

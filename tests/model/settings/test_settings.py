@@ -69,8 +69,9 @@ def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
     settings = read_settings({**DATA, "steps": 9, "from": "bert-base-cased"}, source="x")
     write_config(tmp_path / "config.yaml", settings)
     assert read_settings(load_config(str(tmp_path / "config.yaml")), source="y") == settings
-    assert differences(settings, settings.model_copy(update={"steps": 10})) == ["steps: 9 -> 10"]
-    assert differences(settings, settings.model_copy(update={"keep": 5})) == []
+    values = settings.model_dump(mode="json", by_alias=True)
+    assert differences(values, {**values, "steps": 10}) == ["steps: 9 -> 10"]
+    assert differences(values, {**values, "keep": 5}) == []
 
 
 def test_shipped_settings_are_valid_and_named() -> None:
@@ -308,3 +309,29 @@ def test_corpora_of_another_kind_are_refused_whatever_the_command_adds(tmp_path:
         path.write_text(odd, encoding="utf-8")
         with pytest.raises(BadInput, match="corpora"):
             gather_settings(str(path), validation_text=["val.db"], tasks="mlm")
+
+
+def test_a_file_of_another_task_is_said_to_be_one(tmp_path: Path) -> None:
+    published, ours, odd = tmp_path / "pretrain.json", tmp_path / "config.yaml", tmp_path / "odd.yaml"
+    published.write_text(json.dumps(ALL_DATA))
+    with pytest.raises(BadInput, match=r"pretrain.json is a published file of pre-training; use it with uniter-train pretrain"):
+        gather_settings(str(published), roots=ROOTS, options={"task": "vqa"})
+    ours.write_text(json.dumps({**DATA, "task": "pretrain"}))
+    assert gather_settings(str(ours)).task == "pretrain"
+    with pytest.raises(BadInput, match=r"of the task 'pretrain'; use them with uniter-train pretrain"):
+        gather_settings(str(ours), options={"task": "vqa"})
+    ours.write_text(json.dumps({**DATA, "task": "vqa"}))
+    with pytest.raises(BadInput, match=r"of the task 'vqa'; use them with uniter-train finetune vqa"):
+        gather_settings(str(ours))
+    odd.write_text(json.dumps({**DATA, "model": 5}))
+    with pytest.raises(BadInput, match="'model' is a int, expected a mapping with the key 'size'"):
+        gather_settings(str(odd), options={"model.size": "tiny"})
+
+
+def test_settings_that_are_no_text_are_said_not_to_be(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xec\x00\xff")
+    with pytest.raises(BadInput, match="not UTF-8 text"):
+        load_config(str(tmp_path / "config.yaml"))
+    (tmp_path / "config.yaml").write_text("[" * 100_000)
+    with pytest.raises(BadInput, match="not valid YAML"):
+        load_config(str(tmp_path / "config.yaml"))

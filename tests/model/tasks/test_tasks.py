@@ -11,8 +11,7 @@ from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.corpus import Corpus, open_corpus
 from uniter.datasets.batches.example import Example, Masking
 from uniter.datasets.errors import BadInput
-from uniter.model import UniterConfig, UniterForPretraining
-from uniter.model.losses import training_loss
+from uniter.model import UniterConfig, UniterForPretraining, losses
 from uniter.model.tasks.table import PRETRAINING, check_soft_labels, default_tasks, pretraining_task, task_name
 from uniter.model.tasks.task import Task
 from uniter.model.train.optim import AdamW, parameter_groups
@@ -50,7 +49,7 @@ def model_of(corpus: Corpus) -> UniterForPretraining:
 def test_its_gradient_reaches_the_whole_encoder(task: Task, corpus: Corpus) -> None:
     model, batch = model_of(corpus), batch_of(task, corpus)
     outputs = task.head(model, batch)
-    training_loss(task.losses(outputs, batch.targets), weights=task.weights, reduction=task.reduction).backward()
+    losses.of(task.losses(outputs, batch.targets), weights=task.weights, reduction=task.reduction).number.backward()
     for name, parameter in model.uniter.named_parameters():
         if "pooler" in name or "mask_embedding" in name:
             continue  # read by some tasks only
@@ -73,7 +72,7 @@ def test_it_learns_eight_examples(task: Task, corpus: Corpus) -> None:
     optimizer = AdamW(parameter_groups(model, weight_decay=0.0), lr=3e-3)
 
     def loss() -> torch.Tensor:
-        return training_loss(task.losses(task.head(model, batch), batch.targets), weights=task.weights)
+        return losses.of(task.losses(task.head(model, batch), batch.targets), weights=task.weights).number
 
     first = loss().item()
     for _ in range(120):

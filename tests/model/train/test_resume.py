@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from uniter.datasets.errors import BadInput, SettingsDiffer
 from uniter.datasets.storage.run_log import read_log
 from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps, point, remove_old
+from uniter.model import losses
 from uniter.model.settings.files import CONFIG_FILE, write_config
 from uniter.model.settings.settings import TrainSettings
-from uniter.model.train import loop, state
+from uniter.model.train import state
 from uniter.model.train.pretraining import pretrain
 from uniter.model.train.runs import _earlier_settings
 
@@ -63,18 +64,18 @@ def test_stopped_twice_equals_never_stopped(small: Make, unbroken: Path, tmp_pat
 
 
 def test_killed_inside_an_accumulation_window(small: Make, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, calls, original = tmp_path / "killed", [0], loop._loss
+    run, calls, original = tmp_path / "killed", [0], losses.of
 
-    def dying(*args: Any) -> Any:
-        calls[0] += 1
+    def dying(*args: Any, **given: Any) -> Any:
+        calls[0] += "normalisation" in given  # validation differentiates nothing
         if calls[0] == 2 * 5 + 2:  # the second micro-batch of update 6, with gradients of the first in the parameters
             raise MemoryError
-        return original(*args)
+        return original(*args, **given)
 
-    monkeypatch.setattr(loop, "_loss", dying)
+    monkeypatch.setattr(losses, "of", dying)
     with pytest.raises(MemoryError):
         pretrain(small(), run)
-    monkeypatch.setattr(loop, "_loss", original)
+    monkeypatch.setattr(losses, "of", original)
     assert checkpoint_steps(run)[-1] == 4
     pretrain(small(), run)
     assert_same_runs(unbroken, run)
@@ -175,10 +176,25 @@ def test_the_newest_and_the_best_are_kept(small: Make, tmp_path: Path) -> None:
     best = (checkpoints / "best").readlink().name
     assert (checkpoints / "latest").readlink().name == "step-8"
     assert {path.name for path in checkpoints.iterdir()} == {"latest", "best", "step-7", "step-8", best}
-    losses = {line["step"]: line["loss"] for line in log_of(run) if line["kind"] == "validation"}
+    losses = {line["step"]: line["relative_loss"] for line in log_of(run) if line["kind"] == "validation"}
+    assert losses[4] == pytest.approx(1)  # the first is what the others are relative to
     assert best == f"step-{min(losses, key=lambda step: losses[step])}"
     files = {path.name for path in (checkpoints / "step-8").iterdir()}
     assert files == {"model.safetensors", "config.json", "optimizer.safetensors", "state.json", "vocab.txt", "tokenizer_config.json"}
+
+
+def test_the_best_of_an_older_run_is_told_by_its_log(small: Make, tmp_path: Path) -> None:
+    """Before, a checkpoint knew the mean of the losses and its step alone."""
+    run = tmp_path / "run"
+    pretrain(small(steps=16, stop_after=8, keep=20), run)
+    file = checkpoint_path(run, 8) / "state.json"
+    values = json.loads(file.read_text())
+    known = values.pop("first"), values["best"]
+    file.write_text(json.dumps({**values, "best": [values["best"][1] * 100, 4]}))
+    pretrain(small(steps=16, stop_after=10, keep=20), run)
+    after = json.loads((checkpoint_path(run, 10) / "state.json").read_text())
+    assert (after["first"], after["best"]) == known
+    assert (run / "checkpoints" / "best").readlink().name == f"step-{known[1][2]}"
 
 
 def test_another_run_in_the_same_folder_is_refused(small: Make, unbroken: Path, tmp_path: Path) -> None:

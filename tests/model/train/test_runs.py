@@ -18,8 +18,8 @@ from uniter.model.evaluation.pretrained import evaluate_run
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train.defaults import size_of
 from uniter.model.train.fit import regions_of_run, that_fit
-from uniter.model.train.kind import Data
 from uniter.model.train.pretraining import pretrain
+from uniter.model.train.work import Data
 
 Make = Callable[..., TrainSettings]
 

@@ -86,7 +86,7 @@ def test_it_trains_resumes_and_is_fine_tuned(settings: Make, first: str, world: 
     assert torch.equal(build_model(again, open_data(again)).state_dict()[WORDS], after[WORDS])
 
     figures = evaluate_run(str(second), text=[world["vcr"]], images=[world["both"]], device="cpu")
-    assert set(figures) == {"examples", "pictures", "mlm", "mrfr", "mrc-kl"} and figures["pictures"] <= 24
+    assert set(figures) == {"examples", "pictures", "left_out", "mlm", "mrfr", "mrc-kl"} and figures["pictures"] <= 24
     assert figures == evaluate_run(str(second), text=[world["vcr"]], images=[world["both"]], device="cpu")
     with pytest.raises(BadInput, match="use its tokenizer"):
         evaluate_run(first, text=[world["vcr"]], images=[world["both"]], device="cpu")
@@ -220,7 +220,7 @@ def test_lengths_are_never_fewer_than_the_words_of_a_batch(world: dict[str, str]
 
     corpus = open_corpus("toy", [world["vcr"]], [world["both"]], max_text_length=-1)
     for number in range(len(corpus)):
-        told = sum(map(len, Example(corpus, number, ()).told()))
+        told = sum(map(len, Example(corpus, number, ()).read().told()))
         assert told <= corpus.text_lengths_N[number]
 
 

@@ -318,10 +318,10 @@ def sample(rng, kind):
 
 def loss_of(model, batch):
     if isinstance(model, UniterForVqa):
-        return losses.training_loss(losses.answers(model.answers(batch), batch.targets), reduction="rows")
+        return losses.of(losses.answers(model.answers(batch), batch.targets), reduction="rows").number
     if isinstance(model, UniterForReferring):
-        return losses.training_loss(losses.referred_regions(model.regions(batch), batch.targets))
-    return losses.training_loss(losses.pairs(model.aligned_pairs(batch), batch.targets), weights={"transport": 0.1})
+        return losses.of(losses.referred_regions(model.regions(batch), batch.targets)).number
+    return losses.of(losses.pairs(model.aligned_pairs(batch), batch.targets), weights={"transport": 0.1}).number
 
 
 def learn(model, kind, *, steps):

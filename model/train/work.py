@@ -1,7 +1,6 @@
-"""What distinguishes pre-training from fine-tuning, as one value."""
+"""What a run works on: its data, and what distinguishes pre-training from fine-tuning as one value."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,6 @@ from uniter.datasets.batches.plans import Mixture, Part
 from uniter.datasets.errors import BadInput
 from uniter.model.settings.settings import CorpusSettings, TrainSettings
 from uniter.model.tasks.task import Task
-from uniter.model.train.distributed import Processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +27,28 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """What is particular to pre-training or to a down-stream task.
+class Work:
+    """What a run learns, and on what: all that is particular to pre-training or to a down-stream task, as values.
 
     Attributes:
-        task: what the settings call it.
-        open_data: opens the databases.
-        complete: chooses the numbers that the settings leave open, for so many examples of so many tokens.
-        build_model: in training mode, on the CPU.
-        build_mixture: the tasks by part, and which batch comes when.
-        validation_parts: what is validated.
+        settings: with every number chosen.
+        data: what is trained and validated on.
+        model: in training mode, on the CPU.
+        tasks: by the number of the mixture's part.
+        mixture: which batch comes when.
+        validation: what is validated, with its task.
         head: name prefix of a head that learns at a rate of its own.
-        about: what else the checkpoint's config.json says.
+        about: what the checkpoint's config.json says beside sizes, task and detector.
     """
 
-    task: str
-    open_data: Callable[[TrainSettings], Data]
-    complete: Callable[[TrainSettings, int, float, Processes], TrainSettings]
-    build_model: Callable[[TrainSettings, Data], nn.Module]
-    build_mixture: Callable[[TrainSettings, Data], tuple[list[Task], Mixture]]
-    validation_parts: Callable[[TrainSettings, Data], list[tuple[Task, Part]]]
+    settings: TrainSettings
+    data: Data
+    model: nn.Module
+    tasks: list[Task]
+    mixture: Mixture
+    validation: list[tuple[Task, Part]]
     head: str | None = None
-    about: Callable[[Data], dict[str, Any]] = lambda data: {}
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def with_validation(wanted: CorpusSettings, corpus: Corpus, settings: TrainSettings, options: dict[str, Any]) -> tuple[Corpus, Corpus]:
