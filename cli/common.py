@@ -1,14 +1,18 @@
 """What all commands share: errors as one line, exit codes, `--json`, `--traceback`, `--version`.
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but inputs were skipped and `--strict` was given;
-128 + N stopped by signal N, with a checkpoint written.
-Logs go to stderr; stdout holds the summary only (one JSON object under `--json`).
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 finished, but inputs were skipped and `--strict` was given; 128 + N stopped by signal N
+with a checkpoint written, or (141) because whoever read the output left before its end, as in `| head`. Logs go to stderr; stdout holds the
+summary only (one JSON object under `--json`).
+
+What a reader would get wrong: other libraries' logs are shown from warnings on, ours from information on.
 """
 
 import functools
 import importlib.metadata
 import json
 import logging
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -21,7 +25,7 @@ from uniter.datasets.stopping import Stopped
 
 P = ParamSpec("P")
 R = TypeVar("R")
-FAILED, SKIPPED_UNDER_STRICT = 1, 3
+FAILED, SKIPPED_UNDER_STRICT, READER_LEFT = 1, 3, 141
 
 
 def version() -> str:
@@ -38,6 +42,8 @@ def common_options(function: Callable[P, R]) -> Callable[..., R]:
     @functools.wraps(function)
     def run(*args: Any, show_traceback: bool, **kwargs: Any) -> R:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_is_shown)
         try:
             return function(*args, **kwargs)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -50,11 +56,29 @@ def common_options(function: Callable[P, R]) -> Callable[..., R]:
         except KeyboardInterrupt:
             _fail("interrupted; the same command continues where it stopped", show_traceback)
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and _reader_left():
+                sys.exit(READER_LEFT)
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", show_traceback)
 
     with_version = click.version_option(version(), "--version", prog_name="uniter-toolkit")(run)
     with_traceback = click.option("--traceback", "show_traceback", is_flag=True, help="On failure show the whole traceback.")(with_version)
     return click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")(with_traceback)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("uniter", "__main__")
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads stdout or stderr any more; then what is still written there goes nowhere, and the interpreter ends in peace."""
+    poll = select.poll()
+    streams = (1, 2)
+    for stream in streams:
+        poll.register(stream, 0)
+    left = [stream for stream, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for stream in left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    return bool(left)
 
 
 def _fail(sentence: str, show_traceback: bool) -> NoReturn:

@@ -7,15 +7,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
-from uniter.extract.images.decoding import MAX_PIXELS
+from uniter.cli.common import FAILED, SKIPPED_UNDER_STRICT, common_options, print_summary
+
+if TYPE_CHECKING:
+    from uniter.extract import Detector, ExtractSummary
+    from uniter.extract.images import ImageList
+    from uniter.extract.run.options import Options
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +81,9 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...  [default: cuda where there is one]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
               help="fp32 reproduces the reference; the others are faster.")  # fmt: skip
-@click.option("--max-pixels", type=click.IntRange(1), default=MAX_PIXELS, show_default=True,
+@click.option("--max-pixels", type=click.IntRange(1), default=178_956_970, show_default=True,
               help="Images that claim more pixels are refused as decompression bombs.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Throw away what OUT holds and begin anew.")
+@click.option("--overwrite", is_flag=True, help="Begin anew; what OUT holds stays until that is whole.")
 @click.option("--retry-failed", is_flag=True, help="Try the images again that failed before.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where images failed.")
 @click.option("--shard", metavar="I/N", callback=_share,
@@ -89,34 +94,30 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--install-detectron2", is_flag=True, is_eager=True, expose_value=False, callback=_install,
               help="Install Detectron2 from the package index where none is, and exit.")  # fmt: skip
 @common_options
+@click.pass_context
 def main(
+    context: click.Context,
+    /,
     images: str,
     out: Path,
     detector_name: str,
     weights: str | None,
     boxes: Path | None,
-    min_boxes: int | None,
-    max_boxes: int | None,
-    conf_threshold: float,
-    key: str | None,
     attributes: bool,
-    batch_size: int | None,
-    workers: int | None,
     device: str | None,
     precision: str,
-    max_pixels: int,
-    overwrite: bool,
-    retry_failed: bool,
     strict: bool,
     shard: tuple[int, int] | None,
     ray_address: str | None,
     ignore_disk_space: bool,
     as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Extract region features of IMAGES into the database OUT.
 
     IMAGES is a folder (searched recursively), one image, a .txt or .jsonl list, or tar shards as img2dataset and WebDataset write them
-    ('cc3m/{00000..00331}.tar'). The same command again continues where it stopped. Every image ends up in OUT or in OUT/failures.jsonl.
+    ('cc3m/{00000..00331}.tar'). The same command again continues where it stopped, and does what is new where IMAGES has grown. Every
+    image ends up in OUT or in OUT/failures.jsonl.
 
     Transparent pixels are laid on white; colour profiles are left alone, as cv2.imread does; images are turned as EXIF says.
     """
@@ -124,60 +125,77 @@ def main(
     from uniter.extract.images.given_boxes import GivenBoxes
     from uniter.extract.images.listing import list_images
     from uniter.extract.install import require_detectron2
-    from uniter.extract.run.extraction import extract_listed
-    from uniter.extract.run.shares import share_from_environment
+    from uniter.extract.run.options import Options
+    from uniter.extract.run.shares import Share, local_index, share_from_environment
 
+    _refuse_useless(context)
     require_detectron2()
-    if min_boxes is not None and max_boxes is not None and min_boxes > max_boxes:
-        raise click.UsageError(f"--min-boxes {min_boxes} is above --max-boxes {max_boxes}")
-    if ray_address is not None and (shard is not None or device is not None):
-        raise click.UsageError("--ray divides the work and chooses the devices itself; leave --shard and --device out")
-    share = share_from_environment(os.environ)
-    if shard is None:
-        shard = (share.index, share.count)
-        if share.count > 1 and ray_address is None:
-            log.info("share %d of %d (from %s; --shard 0/1 does everything here)", share.index, share.count, share.source)
+    share = share_from_environment(os.environ) if shard is None else Share(*shard, local_index(os.environ))
+    if share.source and ray_address is None:
+        log.info("share %d of %d (from %s; --shard 0/1 does everything here)", share.index, share.count, share.source)
+    options = Options(
+        given=GivenBoxes(boxes) if boxes is not None else None, shard=(0, 1) if ray_address else (share.index, share.count),
+        check_space=not ignore_disk_space, show_progress=True, **chosen,
+    )  # fmt: skip
     # What can be wrong without the detector is said before its weights are read.
-    listed = list_images(images, key=key)
-    given = GivenBoxes(boxes) if boxes is not None else None
+    listed = list_images(images, key=options.key)
+    if options.given is not None and len(options.given) > listed.images:
+        log.info("%s names %d images, of which IMAGES holds at most %d", boxes, len(options.given), listed.images)
     log.info("%s images in %s units of work", f"{listed.images:,}", f"{listed.units:,}")
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions, classes and confidences mean NOTHING; they are for trying things out only.")
     build = functools.partial(build_detector, detector_name, weights=weights, precision=precision, attributes=attributes)
-    chosen: dict[str, Any] = {
-        "given": given,
-        "key": key,
-        "min_boxes": min_boxes,
-        "max_boxes": max_boxes,
-        "conf_threshold": conf_threshold,
-        "batch_size": batch_size,
-        "workers": workers,
-        "max_pixels": max_pixels,
-        "overwrite": overwrite,
-        "retry_failed": retry_failed,
-        "check_space": not ignore_disk_space,
-        "show_progress": True,
-    }
-    with stop_on_signals() as stop:
-        if ray_address is not None:
-            from uniter.extract.run.cluster import extract_on_ray
+    device = device or (default_device(share.local_index) if ray_address is None else None)
+    summary = _extracted(listed, out, options, build, device=device, ray_address=ray_address)
+    _say(summary, out, alone=options.shard[1] == 1, strict=strict, as_json=as_json)
 
-            summary = extract_on_ray(listed, out, build=build, address=ray_address, stop=stop, **chosen)
-        else:
-            detector = build(device=device or default_device(share.local_index))
-            summary = extract_listed(listed, out, detector=detector, shard=shard, stop=stop, **chosen)
-    if given is not None and len(given) > listed.images:
-        log.info("%s names %d images, of which IMAGES holds at most %d", boxes, len(given), listed.images)
-    print_summary(
-        summary.as_dict() if as_json else summary.as_table(),
-        as_json=as_json,
-        title=f"{out}: {'complete' if summary.complete else 'not complete yet'}",
-    )
+
+def _extracted(
+    listed: "ImageList", out: Path, options: "Options", build: Callable[..., "Detector"], *, device: str | None, ray_address: str | None
+) -> "ExtractSummary":
+    if ray_address is not None:
+        from uniter.extract.run.cluster import extract_on_ray
+
+        with stop_on_signals() as stop:
+            return extract_on_ray(listed, out, options, build=build, address=ray_address, stop=stop)
+    from uniter.extract.run.extraction import extract_listed
+
+    detector = build(device=device)  # an interruption while it loads ends the command at once
+    with stop_on_signals() as stop:
+        return extract_listed(listed, out, options, detector=detector, stop=stop)
+
+
+def _refuse_useless(context: click.Context) -> None:
+    """UsageError for options that would do nothing beside the others."""
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    low, high = context.params["min_boxes"], context.params["max_boxes"]
+    if low is not None and high is not None and low > high:
+        raise click.UsageError(f"--min-boxes {low} is above --max-boxes {high}")
+    if "ray_address" in given and given & {"shard", "device"}:
+        raise click.UsageError("--ray divides the work and chooses the devices itself; leave --shard and --device out")
+    for name in ("min_boxes", "max_boxes", "conf_threshold"):
+        if "boxes" in given and name in given:
+            raise click.UsageError(f"--{name.replace('_', '-')} says which detected regions stay; given --boxes all stay, so leave it out")
+
+
+def _say(summary: "ExtractSummary", out: Path, *, alone: bool, strict: bool, as_json: bool) -> None:
+    """Print what was done; exit where it is not all, or not all of it good."""
+    if not summary.complete:
+        state = "not complete yet"
+    else:
+        state = "complete" if summary.extracted or summary.failed else "already complete"
+    print_summary(summary.as_dict() if as_json else summary.as_table(), as_json=as_json, title=f"{out}: {state}")
     if summary.failures:
         where = f"see {out / 'failures.jsonl'}" if summary.complete else "failures.jsonl is written when all units are done"
         log.warning("%s images failed: %s", f"{summary.failures:,}", where)
-        if strict:
-            sys.exit(SKIPPED_UNDER_STRICT)
+        for reason in summary.first_failures:
+            log.warning("  %s", reason)
+    if alone and not summary.complete:
+        units = "a unit" if summary.units_left == 1 else f"{summary.units_left:,} units"
+        log.error("error: %s of %s were left to another process, which has them; once it has ended, run the same command again", units, out)
+        sys.exit(FAILED)
+    if summary.failures and strict:
+        sys.exit(SKIPPED_UNDER_STRICT)
 
 
 def default_device(local_index: int = 0) -> str:

@@ -161,7 +161,7 @@ def _ask(
     photographs = _photographs(images)
     several = len(texts) > 1 or (question != "rank" and len(photographs) > 1)
     if out is not None:
-        _check_out(out, several=several)
+        _check_out(out, photographs, several=several)
     require_detectron2()
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions mean NOTHING, and so do the answers; this is for trying things out only.")
@@ -192,8 +192,12 @@ def _photographs(images: Sequence[str]) -> list[str]:
     return found
 
 
-def _check_out(out: Path, *, several: bool) -> None:
+def _check_out(out: Path, photographs: Sequence[str], *, several: bool) -> None:
     """Said before the work."""
+    for photograph in photographs:
+        asked = Path(photograph).resolve()
+        if asked == out.resolve() or (several and asked.parent == out.resolve()):
+            raise BadInput(f"--out {out} is or holds the photograph {photograph}, and would be written over; choose another one")
     if several and out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file, but there are several answers; give a folder for their pictures")
     if not several and (out.is_dir() or out.suffix.lower() not in (".jpg", ".jpeg", ".png")):
@@ -248,3 +252,7 @@ def _described(result: "Seen") -> dict[str, Any]:
             ]
             return {**described, "ranking": order}
     raise TypeError(f"{type(result).__name__} is no result of Understanding")
+
+
+if __name__ == "__main__":
+    click.Group("predict", commands=[match, answer, ground, rank])()

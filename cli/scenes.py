@@ -1,6 +1,8 @@
 """uniter-scenes: write a made-up captioned world."""
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,6 +11,8 @@ from uniter.cli.common import common_options, print_summary
 from uniter.datasets.made_up.files import write_world
 from uniter.datasets.made_up.tasks.table import write_tasks
 from uniter.datasets.made_up.world import WORLDS, load_world
+
+log = logging.getLogger(__name__)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,7 +27,7 @@ from uniter.datasets.made_up.world import WORLDS, load_world
 @click.option("--attributes/--no-attributes", default=None, help="Annotate colours as attributes of the boxes.  [default: as the world]")
 @click.option("--format", "image_format", default="jpeg", show_default=True, type=click.Choice(["jpeg", "png"]))
 @click.option("--tasks", is_flag=True, help="Also write OUT/tasks: the down-stream tasks over these pictures, in their authors' formats.")
-@click.option("--overwrite", is_flag=True, help="Replace a world that was made with other settings.")
+@click.option("--overwrite", is_flag=True, help="Make it anew, in the place of the world that is there.")
 @common_options
 def main(
     out: str,
@@ -63,6 +67,7 @@ def main(
     chosen = replace(chosen, shapes=_only(chosen.shapes, shapes, "shape"), colours=_only(chosen.colours, colours, "colour"))
     if attributes is not None:
         chosen = replace(chosen, attributes=attributes)
+    had_tasks = (Path(out) / "tasks").is_dir()
     summary = write_world(
         out,
         world=chosen,
@@ -74,8 +79,11 @@ def main(
         overwrite=overwrite,
     )
     if tasks:
-        summary["tasks"] = write_tasks(out, seed=seed)
-    print_summary(summary, as_json=as_json, title=f"a world of {images:,} pictures in {out}")
+        summary["tasks"] = write_tasks(out, seed=seed, overwrite=overwrite)
+    elif had_tasks and not summary["already_complete"]:
+        log.warning("%s/tasks is about the pictures that were replaced; --tasks --overwrite writes it anew", out)
+    title = f"{out} is already complete" if summary["already_complete"] else f"a world of {images:,} pictures in {out}"
+    print_summary(summary, as_json=as_json, title=title)
 
 
 def _only(words: Any, wanted: str | None, kind: str) -> Any:
@@ -86,3 +94,7 @@ def _only(words: Any, wanted: str | None, kind: str) -> Any:
         if name not in words:
             raise click.UsageError(f"{name!r} is no {kind} of this world; it has {', '.join(words)}")
     return {name: words[name] for name in names}
+
+
+if __name__ == "__main__":
+    main()

@@ -95,3 +95,7 @@ def detector_command(
     print_summary(summary, as_json=as_json, title=f"a detector in {out}")
     if strict and summary["skipped"]:
         sys.exit(SKIPPED_UNDER_STRICT)
+
+
+if __name__ == "__main__":
+    detector_command()

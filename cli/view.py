@@ -67,7 +67,7 @@ def main(
     runs = [source for source in sources if (Path(source) / "log.jsonl").is_file()]
     others = [source for source in sources if source not in runs]
     if runs:
-        from uniter.datasets.storage.run_log import read_log
+        from uniter.datasets.runs.run_log import read_log
 
         if others and (len(runs) > 1 or not texts):
             raise click.UsageError(f"with {others[0]}, give one run and --text: its words are looked at over those regions")
@@ -76,7 +76,9 @@ def main(
         database = ImageDB(list(others), allow_partial=allow_partial) if others else None
         looks = _looks(Path(runs[0]), database, texts, pairs, keys) if database is not None else ()
         class_names = database.class_names if database is not None else None
-        summary = write_runs_report(logs, out, looks=looks, photographs=photographs, class_names=class_names).as_dict()
+        summary = write_runs_report(
+            logs, out, looks=looks, photographs=photographs, class_names=class_names, sources=[*sources, *texts]
+        ).as_dict()
     else:
         captions = _captions(texts) if texts else None
         summary = write_region_report(

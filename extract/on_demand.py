@@ -24,8 +24,8 @@ from uniter.extract.detector.protocol import Detector, PreparedImage
 from uniter.extract.images.decoding import MAX_PIXELS, decode_image
 from uniter.extract.images.items import ImageItem, read_bytes
 from uniter.extract.region_cache import RegionCache
-from uniter.extract.run.options import device_of, fitting_workers, plan_work, selection_settings
-from uniter.extract.run.units import Tally, in_words, run_batch
+from uniter.extract.run.options import Options, fitting_workers, plan_work
+from uniter.extract.run.units import in_words, quiet_libraries, run_batch
 from uniter.extract.weights.cache import cache_folder
 
 Photograph = str | os.PathLike[str] | NDArray[np.uint8]
@@ -88,21 +88,21 @@ class RegionExtractor:
             raise ValueError("weights and device belong to a detector that is named; this one is built already")
         self.detector: Detector = detector
         self.class_names, self.feature_width = detector.class_names, detector.feature_width
-        self._work = plan_work(
-            "", detector, min_boxes=min_boxes, max_boxes=max_boxes, conf_threshold=conf_threshold,
-            batch_size=batch_size, max_pixels=max_pixels, overwrite=True,
-        )  # fmt: skip
-        settings = {"kind": "regions", "detector": detector.settings(), "selection": selection_settings(self._work), "key": "content"}
+        options = Options(
+            min_boxes=min_boxes, max_boxes=max_boxes, conf_threshold=conf_threshold, batch_size=batch_size, max_pixels=max_pixels
+        )
+        self._work = plan_work(options, detector)
+        settings = {"kind": "regions", "detector": detector.settings(), "selection": self._work.selection(), "key": "content"}
         weights = detector.settings().get("weights", {}).get("sha256")
-        self.origin = RegionOrigin(detector.name, weights, selection_settings(self._work))
+        self.origin = RegionOrigin(detector.name, weights, self._work.selection())
         self._cache = RegionCache(Path(cache), settings) if cache is not None else None
         self.detected = 0
 
-    def __call__(self, images: Sequence[Photograph]) -> list[RegionFeatures]:
+    def __call__(self, images: Photograph | Sequence[Photograph]) -> list[RegionFeatures]:
         """The regions of each photograph, by decreasing confidence, with soft labels and boxes in pixels.
 
         Args:
-            images: files, or upright pictures as (H, W, 3) uint8 BGR arrays.
+            images: files, or upright pictures as (H, W, 3) uint8 BGR arrays; one alone is taken for a list of one.
 
         Returns:
             One record a photograph, in order, float16 features as on disk.
@@ -110,10 +110,18 @@ class RegionExtractor:
         Raises:
             BadInput: a photograph cannot be read or used; the sentence names it. What was detected before it is kept.
         """
+        if isinstance(images, str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim == 3):
+            several: Sequence[Any] = [images]
+        else:
+            several = images  # type: ignore[assignment]  # an array of four dimensions is a sequence of pictures
+        with quiet_libraries():
+            return self._regions(several)
+
+    def _regions(self, images: Sequence[Photograph]) -> list[RegionFeatures]:
         found: dict[str, RegionFeatures] = {}
         keys: list[str] = []
         waiting: list[tuple[ImageItem, Future[PreparedImage]]] = []
-        with ThreadPoolExecutor(fitting_workers(device_of(self.detector)), thread_name_prefix="photograph") as pool:
+        with ThreadPoolExecutor(fitting_workers(self.detector.device), thread_name_prefix="photograph") as pool:
             for first in range(0, len(images), READ_AT_ONCE):
                 read = list(pool.map(self._read, images[first : first + READ_AT_ONCE], range(first, first + READ_AT_ONCE)))
                 keys += [item.key for item, _ in read]
@@ -151,7 +159,7 @@ class RegionExtractor:
 
     def _detect(self, batch: Sequence[tuple[ImageItem, Future[PreparedImage]]], pool: ThreadPoolExecutor) -> dict[str, RegionFeatures]:
         items = [item for item, _ in batch]
-        outcomes = run_batch(items, [future for _, future in batch], detector=self.detector, work=self._work, pool=pool, tally=Tally())
+        outcomes = run_batch(items, [future for _, future in batch], detector=self.detector, work=self._work, pool=pool)
         self.detected += len(batch)
         values: dict[str, bytes] = {}
         failed: tuple[ImageItem, BaseException] | None = None
@@ -159,7 +167,7 @@ class RegionExtractor:
             try:
                 if isinstance(outcome, Exception):
                     raise outcome
-                values[item.key], _ = outcome.result()
+                values[item.key] = outcome.result().value
             except Exception as error:  # of whatever kind: the others of the batch are kept before it is raised
                 failed = failed or (item, error)
         if self._cache is not None:

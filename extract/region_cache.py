@@ -21,13 +21,16 @@ import lmdb
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.records import decode_record
 from uniter.datasets.image_db.regions import RegionFeatures
-from uniter.datasets.storage.files import difference_in_words, read_json, write_json
+from uniter.datasets.storage.claims import Maker, claim
 from uniter.datasets.storage.lmdb_files import allocate_lock_file
-from uniter.datasets.storage.lmdb_pages import check_data_file
+from uniter.datasets.storage.lmdb_pages import check_data_file, is_empty_file
 
 log = logging.getLogger(__name__)
 
 FIRST_MAP_BYTES = 1 << 26
+
+
+KEEPER = Maker("regions", "header.json", ("data.mdb", "lock.mdb"))
 
 
 _one_at_a_time = threading.Lock()
@@ -52,18 +55,12 @@ class RegionCache:
         asked = json.loads(json.dumps(settings))
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         self.path = Path(root) / digest[:16]
+        if Path(root).exists() and not Path(root).is_dir():
+            raise BadInput(f"{root} is a file; expected a folder in which to keep regions")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise BadInput(f"{root} is a file; expected a folder in which to keep regions") from None
-        # Two processes at once write the same bytes: the folder's name is their hash.
-        if not (self.path / "settings.json").exists():
-            write_json(self.path / "settings.json", asked)
-        phrases = difference_in_words(read_json(self.path / "settings.json"), asked)
-        if phrases:
-            raise SettingsDiffer(
-                f"{self.path} holds regions made with other settings ({'; '.join(phrases)}); delete the folder or give another cache"
-            )
+            claim(self.path, asked, maker=KEEPER)
+        except SettingsDiffer as error:
+            raise SettingsDiffer(f"{error}; delete the folder or give another cache") from None
 
     def get(self, keys: Sequence[str]) -> dict[str, RegionFeatures]:
         """The records of those keys that are there; a damaged one counts as absent."""
@@ -97,7 +94,7 @@ class RegionCache:
     def _opened(self) -> Iterator[lmdb.Environment]:
         with _one_at_a_time:
             data = self.path / "data.mdb"
-            if data.exists() and data.stat().st_size >= 2 * 4096:  # a smaller one is being made at this moment
+            if data.exists() and not is_empty_file(data):  # else it is being made at this moment
                 check_data_file(data)
             allocate_lock_file(self.path)
             try:

@@ -26,6 +26,7 @@ FOLDERS = {
     "datasets": set(),
     "datasets/vocabulary": set(),
     "datasets/storage": set(),
+    "datasets/runs": {"datasets/storage"},
     "datasets/image_db": {"datasets/storage"},
     "datasets/image_db/writing": _RECORDS,
     "datasets/image_db/formats": {*_RECORDS, "datasets/image_db/writing"},
@@ -48,14 +49,28 @@ FOLDERS = {
     "extract/weights": {"datasets/storage"},
     "extract/detector": {"extract", "extract/weights", "datasets/storage"},  # `extract` holds install and select
     "extract/run": {*_RECORDS, "datasets/image_db/writing", "extract", "extract/detector", "extract/images"},
-    "extract/training": {"datasets/storage", "extract/detector", "extract/images", "extract/weights"},
+    "extract/training": {"datasets/runs", "datasets/storage", "extract/detector", "extract/images", "extract/weights"},
     "extract": {*_RECORDS, "extract/detector", "extract/images", "extract/run", "extract/weights"},
     "model": {"datasets/batches", "datasets/text_db/annotations", "model/heads"},
     "model/heads": {"datasets/batches", "datasets/text_db/annotations", "model"},
     "model/tasks": {*_NETWORK, "datasets/storage", "datasets/text_db/annotations"},
     "model/settings": {"datasets/batches", "datasets/storage", "model", "model/tasks"},
-    "model/checkpoints": {*_ON_DISK, "model", "model/heads", "model/settings"},  # a model knows whose regions it learnt from
-    "model/train": {*_NETWORK, *_ON_DISK, "datasets/text_db/annotations", "model/checkpoints", "model/settings", "model/tasks"},
+    "model/checkpoints": {
+        *_ON_DISK,
+        "datasets/runs",
+        "model",
+        "model/heads",
+        "model/settings",
+    },  # a model knows whose regions it learnt from
+    "model/train": {
+        *_NETWORK,
+        *_ON_DISK,
+        "datasets/runs",
+        "datasets/text_db/annotations",
+        "model/checkpoints",
+        "model/settings",
+        "model/tasks",
+    },
     "model/evaluation": {*_NETWORK, *_TEXTS, "model/checkpoints", "model/tasks", "model/train"},
     "model/understanding": {*_NETWORK, "datasets/image_db", "datasets/text_db", "datasets/view", "model/checkpoints", "model/tasks"},
 }

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 
 
@@ -33,8 +34,9 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def click_command(words: list[str]) -> tuple[click.Command, list[str]]:
-    module, function = SCRIPTS[words[0]].split(":")
-    command, rest = getattr(import_module(module), function), words[1:]
+    begins_in, name = SCRIPTS[words[0]].split(":")
+    assert begins_in == "uniter.cli.start" and hasattr(import_module(begins_in), name)
+    command, rest = import_module(f"uniter.cli.{name}").main, words[1:]
     while rest and rest[0] in getattr(command, "commands", {}):
         command, rest = command.commands[rest[0]], rest[1:]
     return command, rest
@@ -70,6 +72,40 @@ def test_pages_link_to_files_that_exist() -> None:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def paths_named_in(text: str) -> Iterator[str]:
+    """What is written as code and looks like a file or folder of this repository, `<name>` and `...` standing for something new."""
+    for name in re.findall(r"`([\w./<>*{},-]+)`", text):
+        if name.split("/")[0] in {"extract", "datasets", "model", "cli", "tests", "benchmarks", "demo", "docs"} and "/" in name:
+            yield name
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
+def test_files_that_a_contributor_is_sent_to_exist(page: str) -> None:
+    named = list(paths_named_in((ROOT / page).read_text(encoding="utf-8")))
+    assert len(named) > 5
+    for name in named:
+        path = ROOT / name
+        there = path.parent.is_dir() if "<" in path.name else any(ROOT.glob(name)) if "*" in name else path.exists()
+        assert there, f"{page} names {name}"
+
+
+def test_what_is_cited_is_the_toolkit_and_the_paper_is_its_reference() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (cited["cff-version"], cited["type"], cited["version"], cited["license"]) == ("1.2.0", "software", project["version"], "MIT")
+    assert cited["authors"] == [{"name": "The UNITER toolkit authors"}]
+    (paper,) = cited["references"]
+    assert paper["type"] == "conference-paper" and paper["title"].startswith("UNITER")
+
+
+def test_the_changelog_is_kept() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    kinds = set(re.findall(r"^### (.+)$", text, flags=re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""A made-up world of coloured shapes, in which learning can be seen."""
+"""A made-up world of coloured shapes in which learning can be seen: everything about its pictures is known."""

@@ -1,26 +1,32 @@
-"""A made-up world as files: pictures, COCO-style boxes, captions, and the scenes themselves."""
+"""A made-up world as files: pictures, COCO-style boxes, captions, and the scenes themselves.
 
-import json
-from collections.abc import Mapping, Sequence
+    OUT/settings.json   first: what the world was asked to be
+    OUT/images/, OUT/{instances,captions,scenes}_{train,val}.json
+    OUT/world.json      last: the same again, with the vocabulary; complete
+
+What a reader would get wrong: COCO's boxes are x, y, width, height, a scene's are x0, y0, x1, y1. A killed command draws everything again:
+scenes are a pure function of the settings, so nothing can be half of one world and half of another.
+"""
+
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from PIL import Image
 
-from uniter.datasets.errors import BadInput, SettingsDiffer
-from uniter.datasets.made_up.scenes import Relation, Scene, Thing, make_scene
+from uniter.datasets.errors import BadInput
+from uniter.datasets.made_up.scenes import Relation, Scene, Thing, make_scene, scene_key
 from uniter.datasets.made_up.world import WORLDS, World
 from uniter.datasets.progress import Progress
-from uniter.datasets.storage.files import write_json
+from uniter.datasets.storage.claims import SETTINGS, Maker, claim
+from uniter.datasets.storage.files import keep_others, read_json, read_json_object, write_json
 
 FORMAT_VERSION = 1
-
-
 JPEG_QUALITY = 90
-
-
-# ------------------------------------------------------------------------------------------------------------------------ files
+IMAGES: Final = "images"
+SUFFIXES: Final = {"jpeg": ".jpg", "png": ".png"}
+WORLD: Final = Maker("a made-up world", complete="world.json", writes=(IMAGES, "instances_*.json", "captions_*.json", "scenes_*.json"))
 
 
 def write_world(
@@ -42,14 +48,14 @@ def write_world(
         images: pictures in all, the last `held_out` of them being the `val` part.
         captions: sentences for each picture.
         seed: another seed gives other pictures of the same world.
-        overwrite: replace a world that was made with other settings.
+        overwrite: make the world anew, beside what is there, which it then replaces; files of others in the folder stay.
 
     Returns:
-        The summary: counts of pictures, things and captions, and the paths.
+        The summary: counts of pictures, things and captions, the path, and whether the world was there already.
 
     Raises:
         SettingsDiffer: the folder holds a world made with other settings.
-        BadInput: the numbers contradict each other.
+        BadInput: the numbers contradict each other, or the folder holds something else.
     """
     world = world or WORLDS["shapes"]
     if not 0 <= held_out < images:
@@ -57,40 +63,29 @@ def write_world(
     if captions < 1:
         raise BadInput(f"{captions} captions a picture were asked for, expected at least 1")
     out = Path(out)
-    settings = json.loads(
-        json.dumps(
-            {
-                **{"format": FORMAT_VERSION, "seed": seed, "images": images, "held_out": held_out, "captions": captions},
-                **{"image_format": image_format, "world": asdict(world)},
-            }
-        )
-    )
-    _claim(out, settings, overwrite=overwrite)
-    folder = out / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    scenes: list[Scene] = []
-    wanted: set[str] = set()
-    suffix = {"jpeg": ".jpg", "png": ".png"}[image_format]
-    with Progress(images, unit="pictures", label="drawing") as progress:
-        for number in range(1, images + 1):
-            scene, picture = make_scene(world, seed=seed, number=number, captions=captions)
-            # 4:4:4: halved colour would smear small things.
-            options: dict[str, Any] = {"quality": JPEG_QUALITY, "subsampling": 0} if image_format == "jpeg" else {"compress_level": 6}
-            Image.fromarray(picture).save(folder / f"{scene.key}{suffix}", format=image_format.upper(), **options)
-            wanted.add(f"{scene.key}{suffix}")
-            scenes.append(scene)
-            progress.update()
-    for path in folder.glob("scene_*"):  # what a world with other settings left
-        if path.name not in wanted:
-            path.unlink()
-    parts = {"train": scenes[: images - held_out], "val": scenes[images - held_out :]}
-    for part, members in parts.items():
-        write_json(out / f"instances_{part}.json", coco_instances(members, world, suffix=suffix))
-        write_json(out / f"captions_{part}.json", coco_captions(members, suffix=suffix))
-        write_json(out / f"scenes_{part}.json", {"format": FORMAT_VERSION, "scenes": [asdict(scene) for scene in members]})
+    settings = {
+        **{"format": FORMAT_VERSION, "seed": seed, "images": images, "held_out": held_out, "captions": captions},
+        **{"image_format": image_format, "world": asdict(world)},
+    }
+    _stamp_an_older_world(out)
+    claimed = claim(out, settings, maker=WORLD, overwrite=overwrite)
+    with claimed.alone("drawing"):
+        already = claimed.complete
+        if not already:
+            claimed.clear_half_written()
+            _draw(claimed.folder, world, settings)
+            if claimed.folder != out:
+                keep_others(out / IMAGES, claimed.folder / IMAGES, ours=_drawn_by(read_json_object(out / SETTINGS)).__contains__)
+        claimed.publish()
+    return {"out": str(out), "already_complete": already, **_counted(out, world)}
+
+
+def _counted(out: Path, world: World) -> dict[str, Any]:
+    """What a world that is whole holds."""
+    parts = {part: read_scenes(out / f"scenes_{part}.json") for part in ("train", "val")}
+    scenes = [scene for members in parts.values() for scene in members]
     return {
-        "out": str(out),
-        "images": images,
+        "images": len(scenes),
         "train": len(parts["train"]),
         "held_out": len(parts["val"]),
         "things": sum(len(scene.things) for scene in scenes),
@@ -101,22 +96,44 @@ def write_world(
     }
 
 
-def _claim(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Write `world.json`, or check that the one that is there says the same."""
-    path = out / "world.json"
-    if path.exists() and not overwrite:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BadInput(f"{path} is damaged ({error}); pass --overwrite to make the world anew") from error
-        if found != settings:
-            known = found if isinstance(found, dict) else {}
-            differing = [name for name in settings if known.get(name) != settings[name]]
-            raise SettingsDiffer(
-                f"{out} holds a world made with other settings ({', '.join(differing)} differ); choose another folder or pass --overwrite"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+def _draw(folder: Path, world: World, settings: dict[str, Any]) -> None:
+    """All files of the world, `world.json` last."""
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    scenes: list[Scene] = []
+    images, jpeg = settings["images"], settings["image_format"] == "jpeg"
+    suffix = SUFFIXES[settings["image_format"]]
+    # 4:4:4: halved colour would smear small things.
+    options: dict[str, Any] = {"quality": JPEG_QUALITY, "subsampling": 0} if jpeg else {"compress_level": 6}
+    with Progress(images, unit="pictures", label="drawing") as progress:
+        for number in range(1, images + 1):
+            scene, picture = make_scene(world, seed=settings["seed"], number=number, captions=settings["captions"])
+            Image.fromarray(picture).save(folder / IMAGES / f"{scene.key}{suffix}", **options)
+            scenes.append(scene)
+            progress.update()
+    train = images - settings["held_out"]
+    for part, members in {"train": scenes[:train], "val": scenes[train:]}.items():
+        write_json(folder / f"instances_{part}.json", coco_instances(members, world, suffix=suffix))
+        write_json(folder / f"captions_{part}.json", coco_captions(members, suffix=suffix))
+        write_json(folder / f"scenes_{part}.json", {"format": FORMAT_VERSION, "scenes": [asdict(scene) for scene in members]})
+    write_json(folder / WORLD.complete, settings)
+
+
+def _drawn_by(settings: dict[str, Any]) -> set[str]:
+    """The names of the pictures of a world; what else lies in `images/` is somebody's own."""
+    suffix = SUFFIXES[settings["image_format"]]
+    return {f"{scene_key(number)}{suffix}" for number in range(1, settings["images"] + 1)}
+
+
+def _stamp_an_older_world(out: Path) -> None:
+    """A world of an earlier version has its settings in `world.json` only, written first: say so in today's words."""
+    if (out / SETTINGS).exists() or not (out / WORLD.complete).is_file():
+        return
+    settings = read_json_object(out / WORLD.complete)
+    if "world" not in settings or settings.get("image_format") not in SUFFIXES or not isinstance(settings.get("images"), int):
+        raise BadInput(f"{out / WORLD.complete} is no world's that uniter-scenes wrote; choose another OUT")
+    write_json(out / SETTINGS, {"kind": WORLD.kind, **settings})
+    if not (out / "scenes_val.json").is_file():  # its last file: the command was stopped
+        (out / WORLD.complete).unlink()
 
 
 def _coco_images(scenes: Sequence[Scene], suffix: str) -> list[dict[str, Any]]:
@@ -156,8 +173,8 @@ def coco_captions(scenes: Sequence[Scene], *, suffix: str = ".jpg") -> dict[str,
 
 def read_scenes(path: str | Path) -> list[Scene]:
     """The scenes of a `scenes_*.json`; BadInput with the path where it is something else."""
+    stored = read_json(Path(path))
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
         if stored["format"] != FORMAT_VERSION:
             raise ValueError(f"format {stored['format']}, expected {FORMAT_VERSION}")
         return [
@@ -173,3 +190,21 @@ def read_scenes(path: str | Path) -> list[Scene]:
         ]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise BadInput(f"{path} holds no scenes ({error}); was it written by `uniter-scenes`?") from error
+
+
+def read_world(folder: Path) -> tuple[World, str]:
+    """The vocabulary of a world that `write_world` wrote, and the suffix of its pictures; BadInput where there is none."""
+    try:
+        settings = read_json_object(folder / WORLD.complete)
+        given = settings["world"]
+        world = World(
+            shapes=given["shapes"],
+            colours={word: tuple(colour) for word, colour in given["colours"].items()},
+            sizes={word: tuple(sides) for word, sides in given["sizes"].items()},
+            size=tuple(given["size"]),
+            things=tuple(given["things"]),
+            attributes=given["attributes"],
+        )
+        return world, SUFFIXES[settings["image_format"]]
+    except (BadInput, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{folder} holds no made-up world ({error}); make one with uniter-scenes") from error

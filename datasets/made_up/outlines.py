@@ -1,4 +1,8 @@
-"""The outlines of the made-up world's shapes, as polygons in the unit square."""
+"""The outlines of the made-up world's shapes: what can be drawn, each into a square mask of a given side.
+
+What a reader would get wrong: these are names of forms, not words of a world. A world gives each outline that it uses a word of its own
+(`shapes: {coin: circle}`).
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,9 +10,6 @@ from collections.abc import Callable, Sequence
 from PIL import Image, ImageChops, ImageDraw
 
 Polygon = Sequence[tuple[float, float]]
-
-
-# ------------------------------------------------------------------------------------------------------------------- outlines
 
 
 def _polygon(points: Polygon) -> Callable[[int], Image.Image]:

@@ -3,9 +3,7 @@
 What people get wrong: sizes are sides of a thing in pixels before its outline is drawn, while `box` is the tight box of the pixels
 that were drawn, x0 y0 x1 y1 with x1 and y1 exclusive (COCO's x, y, width, height follow from it without a + 1).
 
-A world is a vocabulary (`World`): words for outlines, colours and sizes. Scenes are a pure function of (world, seed, number), so a
-larger world begins with the same pictures as a smaller one. `write_world` writes COCO's two annotation formats and the scenes
-themselves, from which questions, statements or referring phrases can be made later.
+Scenes are a pure function of (world, seed, number), so a larger world begins with the same pictures as a smaller one.
 """
 
 import math
@@ -21,15 +19,8 @@ from uniter.datasets.made_up.outlines import OUTLINES
 from uniter.datasets.made_up.world import World
 
 SUPERSAMPLING = 4
-
-
 GAP = 3  # pixels between the boxes of two things
-
-
-_TRIES = 60
-
-
-"""What can be drawn, each into a square mask of the given side; a world gives them its own words."""
+_TRIES = 60  # places tried for a thing before it is left out
 
 
 @dataclass(frozen=True)
@@ -80,12 +71,6 @@ class Scene:
     captions: tuple[str, ...] = field(default=())
 
 
-"""The worlds on board: `shapes` is the default one; `toys` has other words, other pictures and no attributes."""
-
-
-# ----------------------------------------------------------------------------------------------------------------- making scenes
-
-
 def make_scene(world: World, *, seed: int, number: int, captions: int = 5) -> tuple[Scene, NDArray[np.uint8]]:
     """Scene `number` of the world with this seed, and its picture as (H, W, 3) uint8 RGB."""
     rng = np.random.default_rng([seed, number])
@@ -95,10 +80,15 @@ def make_scene(world: World, *, seed: int, number: int, captions: int = 5) -> tu
         thing = _place(world, pixels, things, rng)
         if thing is not None:
             things.append(thing)
-    scene = Scene(f"scene_{number:06d}", number, world.size, tuple(things))
+    scene = Scene(scene_key(number), number, world.size, tuple(things))
     scene = replace(scene, relations=tuple(relations_between(scene.things)))
     picture = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     return replace(scene, captions=tuple(make_captions(scene, rng, count=captions))), picture
+
+
+def scene_key(number: int) -> str:
+    """The key of scene `number`, which is the stem of its picture."""
+    return f"scene_{number:06d}"
 
 
 def relations_between(things: Sequence[Thing]) -> Iterator[Relation]:
@@ -128,7 +118,7 @@ def make_captions(scene: Scene, rng: np.random.Generator, *, count: int) -> list
 
 
 def _sentence(scene: Scene, rng: np.random.Generator) -> str:
-    things = [_with_article(thing.phrase(with_size=bool(rng.random() < 0.4))) for thing in scene.things]
+    things = [with_article(thing.phrase(with_size=bool(rng.random() < 0.4))) for thing in scene.things]
     choice = rng.random()
     if scene.relations and choice < 0.65:
         relation = scene.relations[int(rng.integers(len(scene.relations)))]
@@ -144,7 +134,8 @@ def _sentence(scene: Scene, rng: np.random.Generator) -> str:
     return f"{', '.join(listed[:-1])} and {listed[-1]}"
 
 
-def _with_article(phrase: str) -> str:
+def with_article(phrase: str) -> str:
+    """ "a red circle", "an orange star"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 

@@ -1,4 +1,7 @@
-"""What a made-up world knows: its shapes, colours, sizes and words."""
+"""What a made-up world knows: its words for shapes, colours and sizes, and how its pictures look; the worlds on board, and YAML files.
+
+What a reader would get wrong: sizes are fractions of the picture's shorter side and of the square that a thing is drawn in, not of its box.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,8 +13,6 @@ import yaml
 
 from uniter.datasets.errors import BadInput, UniterError, unknown_name
 from uniter.datasets.made_up.outlines import OUTLINES
-
-# -------------------------------------------------------------------------------------------------------------- the description
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class World:
             raise BadInput(f"{self.things[0]} to {self.things[1]} things a picture were asked for, expected 1 to 12, the smaller first")
 
 
+# `shapes` is the default one; `toys` has other words, other pictures and no attributes.
 WORLDS: dict[str, World] = {
     "shapes": World(
         shapes={name: name for name in ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")},

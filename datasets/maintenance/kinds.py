@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Final
 
-import orjson
-
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.database import kind_of
+from uniter.datasets.storage.files import read_json_object
 
 _SIDE_FILES: Final = ("id2len.json", "id2len_qa.json", "id2len_qar.json", "txt2img.json", "img2txts.json")
 
@@ -36,9 +35,9 @@ def database_kind(path: Path) -> str:
 def _says_text(path: Path) -> bool:
     for name in ("header.json", "settings.json"):
         try:
-            stated = orjson.loads((path / name).read_bytes())
-        except (OSError, orjson.JSONDecodeError):
+            stated = read_json_object(path / name)
+        except (OSError, BadInput):
             continue
-        if isinstance(stated, dict) and "kind" in stated:
+        if "kind" in stated:
             return bool(stated["kind"] == "text")
     return (path / "meta.json").exists()

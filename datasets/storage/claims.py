@@ -133,6 +133,12 @@ class Claim:
             self._refuse_if_lost()
             yield
 
+    def clear_half_written(self) -> None:
+        """Remove what a killed process left in the middle of a file; for who is `alone`."""
+        for pattern in (self.maker.complete, *self.maker.writes):
+            for path in self.folder.glob(f"{pattern}.*.tmp"):
+                remove(path)
+
     def _refuse_if_lost(self) -> None:
         if _identity(self.folder) != self.identity:
             raise UniterError(f"another process has overwritten {self.out} at this moment; look at what it wrote, or run the command again")

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -193,6 +193,29 @@ def complete_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     sync(path.parent)
+
+
+def keep_others(old: Path, new: Path, *, ours: Callable[[str], bool]) -> None:
+    """Let the folder `new`, which takes the place of `old`, also hold what lies there and is not ours.
+
+    Files are linked, or copied where they cannot be: until `old` goes, both have them.
+
+    Args:
+        ours: whether a name at the top of the folders is ours, with all below it.
+    """
+    if not old.is_dir():
+        return
+    for path in sorted(old.rglob("*")):
+        inner = path.relative_to(old)
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if ours(inner.parts[0]) or (new / inner).exists():
+            continue
+        (new / inner).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, new / inner, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            shutil.copy2(path, new / inner, follow_symlinks=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- many names

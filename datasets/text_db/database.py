@@ -21,6 +21,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.files import read_json_object
 from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, map_arrays
 from uniter.datasets.storage.lmdb_files import open_reader
+from uniter.datasets.storage.lmdb_pages import MAX_KEY_BYTES
 from uniter.datasets.text_db.records import MissingExample, decode_text_record, spelt
 
 TEXT_FORMAT = 1
@@ -190,7 +191,7 @@ class TextDB(Mapping[str, dict[str, Any]]):
         return self._images
 
     def _get(self, key: bytes) -> bytes | memoryview | None:
-        if not 0 < len(key) <= 511:
+        if not 0 < len(key) <= MAX_KEY_BYTES:
             return None
         if self._process != os.getpid():
             self._open()

@@ -1,25 +1,26 @@
 """Histograms and curves as inline SVG: they open from disk without a server, a script or a drawing library.
 
-Every text that goes into a chart is escaped here.
+What a reader would get wrong: y grows downwards in SVG, so the greatest value has the least y. What is drawn here are numbers only; words
+go into `chart.html`, which escapes them.
 """
 
-import html
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
+from uniter.datasets.view.page import render
+
 LINE_COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f", "#475569", "#b45309")
-
-
 _WIDTH, _HEIGHT = 460, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 446, 30, 190  # of the axes
+_Range = tuple[float, float]
 
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 30, 40
-
-
-def histogram(values: NDArray[np.number], *, title: str, axis: str, low: float, high: float, bins: int) -> str:
+def histogram(values: NDArray[np.number], *, title: str, axis: str, low: float, high: float, bins: int) -> Markup:
     """A histogram as an `<svg>` element.
 
     Args:
@@ -29,22 +30,19 @@ def histogram(values: NDArray[np.number], *, title: str, axis: str, low: float, 
     """
     counts, edges = np.histogram(np.clip(np.asarray(values, dtype=np.float64), low, high), bins=bins, range=(low, high))
     most = max(int(counts.max(initial=0)), 1)
-    inner_width, inner_height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-    bar_width = inner_width / bins
-    parts = [_axes(title, axis, x_range=(low, high), y_range=(0, most), whole_x=(high - low) % bins == 0, whole_y=True)]
-    for index, count in enumerate(counts):
-        bar_height = inner_height * int(count) / most
-        parts.append(
-            f'<rect class="bar" x="{_LEFT + index * bar_width + 0.5:.1f}" y="{_TOP + inner_height - bar_height:.1f}" '
-            f'width="{max(bar_width - 1, 0.5):.1f}" height="{bar_height:.1f}">'
-            f"<title>{_number(edges[index])} to {_number(edges[index + 1])}: {int(count):,}</title></rect>"
-        )
-    return _svg(parts, title)
+    width = (_RIGHT - _LEFT) / bins
+    bars = []
+    for index, count in enumerate(counts.tolist()):
+        height = (_BOTTOM - _TOP) * count / most
+        said = f"{_number(edges[index])} to {_number(edges[index + 1])}: {count:,}"
+        place = {"x": _LEFT + index * width + 0.5, "y": _BOTTOM - height, "width": max(width - 1, 0.5), "height": height}
+        bars.append({**place, "said": said})
+    return _chart(title, axis, (low, high), (0, most), whole_x=(high - low) % bins == 0, whole_y=True, bars=bars)
 
 
 def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, colours: Mapping[str, str], title: str, axis: str = "update"
-) -> str:
+) -> Markup:
     """Curves over the same axes as an `<svg>` element; whose curve has which colour is said once, beside the charts.
 
     Args:
@@ -55,18 +53,47 @@ def curves(
     arrays = {name: (np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)) for name, (x, y) in lines.items()}
     finite = [(x[ok], y[ok]) for x, y in arrays.values() if (ok := np.isfinite(x) & np.isfinite(y)).any()]
     if not finite:
-        return _svg(
-            [_axes(title, axis, x_range=(0, 1), y_range=(0, 1)), _text(_WIDTH / 2, _HEIGHT / 2, "no finite value", "middle")], title
-        )
+        return _chart(title, axis, (0, 1), (0, 1), note="no finite value")
     x_range = _widened(min(x.min() for x, _ in finite), max(x.max() for x, _ in finite))
     y_range = _widened(min(y.min() for _, y in finite), max(y.max() for _, y in finite))
-    parts = [_axes(title, axis, x_range=x_range, y_range=y_range, whole_x=True)]
+    strokes = []
     for name, (x, y) in arrays.items():
         noisy = len(y) > 60
-        parts.append(_path(x, y, x_range, y_range, colours[name], opacity=0.25 if noisy else 1.0))
+        strokes.append({"path": _path(x, y, x_range, y_range), "colour": colours[name], "opacity": 0.25 if noisy else 1.0})
         if noisy:
-            parts.append(_path(x, _moving_mean(y, max(3, len(y) // 50)), x_range, y_range, colours[name], opacity=1.0))
-    return _svg(parts, title)
+            mean = _moving_mean(y, max(3, len(y) // 50))
+            strokes.append({"path": _path(x, mean, x_range, y_range), "colour": colours[name], "opacity": 1.0})
+    return _chart(title, axis, x_range, y_range, whole_x=True, strokes=strokes)
+
+
+def _chart(
+    title: str,
+    axis: str,
+    x_range: _Range,
+    y_range: _Range,
+    *,
+    whole_x: bool = False,
+    whole_y: bool = False,
+    bars: Sequence[Mapping[str, Any]] = (),
+    strokes: Sequence[Mapping[str, Any]] = (),
+    note: str = "",
+) -> Markup:
+    """Axes with round numbers, and what lies between them."""
+    return render(
+        "chart.html",
+        **{"title": title, "axis": axis, "bars": bars, "strokes": strokes, "note": note, "width": _WIDTH, "height": _HEIGHT},
+        **{"left": _LEFT, "right": _RIGHT, "bottom": _BOTTOM},
+        heights=[(_down(value, y_range), _number(value)) for value in round_numbers(*y_range, whole=whole_y)],
+        places=[(_across(value, x_range), _number(value)) for value in round_numbers(*x_range, whole=whole_x)],
+    )
+
+
+def _across(value: Any, x_range: _Range) -> Any:
+    return _LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * (_RIGHT - _LEFT)
+
+
+def _down(value: Any, y_range: _Range) -> Any:
+    return _TOP + (y_range[1] - value) / (y_range[1] - y_range[0]) * (_BOTTOM - _TOP)
 
 
 def _moving_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
@@ -78,22 +105,13 @@ def _moving_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64
     return means
 
 
-def _path(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
-    colour: str,
-    *,
-    opacity: float,
-) -> str:
+def _path(x: NDArray[np.float64], y: NDArray[np.float64], x_range: _Range, y_range: _Range) -> str:
+    """The points as the `d` of a `<path>`."""
     if len(x) > 2000:  # more points than pixels
         keep = np.linspace(0, len(x) - 1, 2000).astype(int)
         x, y = x[keep], y[keep]
-    across = _LEFT + (x - x_range[0]) / (x_range[1] - x_range[0]) * (_WIDTH - _LEFT - _RIGHT)
-    down = _TOP + (y_range[1] - y) / (y_range[1] - y_range[0]) * (_HEIGHT - _TOP - _BOTTOM)
     steps, pen = [], "M"
-    for left, top in zip(across, down, strict=True):
+    for left, top in zip(_across(x, x_range), _down(y, y_range), strict=True):
         if not (math.isfinite(left) and math.isfinite(top)):
             pen = "M"
             continue
@@ -101,30 +119,7 @@ def _path(
         pen = "L"
     if len(steps) == 1:
         steps.append("h0.1")  # one point alone: a dot
-    return f'<path d="{"".join(steps)}" fill="none" stroke="{colour}" stroke-width="2" stroke-linecap="round" opacity="{opacity}"/>'
-
-
-def _axes(
-    title: str,
-    axis: str,
-    *,
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
-    whole_x: bool = False,
-    whole_y: bool = False,
-) -> str:
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    parts = [_text(_LEFT, 16, title, "start", "chart-title"), _text((_LEFT + right) / 2, _HEIGHT - 6, axis, "middle")]
-    parts.append(f'<line class="grid" x1="{_LEFT}" y1="{bottom}" x2="{right}" y2="{bottom}"/>')
-    for value in round_numbers(*y_range, whole=whole_y):
-        y = bottom - (value - y_range[0]) / (y_range[1] - y_range[0]) * (bottom - _TOP)
-        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 6, y + 4, _number(value), "end"))
-    for value in round_numbers(*x_range, whole=whole_x):
-        x = _LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * (right - _LEFT)
-        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{bottom}" x2="{x:.1f}" y2="{bottom + 4}"/>')
-        parts.append(_text(x, bottom + 16, _number(value), "middle"))
-    return "".join(parts)
+    return "".join(steps)
 
 
 def round_numbers(low: float, high: float, *, whole: bool = False) -> list[float]:
@@ -143,13 +138,5 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return float(low) - room, float(high) + room
 
 
-def _text(x: float, y: float, words: str, anchor: str, kind: str = "tick") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>'
-
-
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.3g}"
-
-
-def _svg(parts: Sequence[str], title: str) -> str:
-    return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'

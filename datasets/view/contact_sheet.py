@@ -1,6 +1,7 @@
 """One picture made of several: a heading, a large picture, and below it small ones, each with a line of text.
 
-Pictures are (H, W, 3) uint8 BGR, as everywhere. Text is drawn by Pillow, whose font knows more letters than OpenCV's.
+Text is drawn by Pillow, whose font knows more letters than OpenCV's. What a reader would get wrong: pictures are (H, W, 3) uint8 BGR, as
+everywhere here, and Pillow's are RGB; black letters on white are the same in both.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from uniter.datasets.view.pictures import ByteImage, resized
 
 MARGIN = 10
-
-
 HEADING_HEIGHT, CAPTION_HEIGHT = 20, 14  # pixels of letters
-
-
 TILE = 220  # the longer side of a small picture
 
 

@@ -1,7 +1,8 @@
 """Regions drawn on their photograph: numbered boxes with class names and confidences.
 
 Number k on a picture is row k of the arrays, counted from 0. Boxes speak pixels of the *upright* image, so a photograph is turned
-by its EXIF orientation before anything is drawn on it. Images are BGR, as OpenCV wants them.
+by its EXIF orientation before anything is drawn on it. Images are BGR, as OpenCV wants them. What a reader would get wrong: a record's
+boxes are drawn from their fractions of the image, so a photograph of any scale will do.
 """
 
 import re
@@ -17,8 +18,6 @@ from uniter.datasets.view.labels import Colour, RegionLabel, class_colour
 from uniter.datasets.view.pictures import ByteImage
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
-
-
 _PADDING = 3  # pixels between a label's text and its edge
 
 
@@ -48,14 +47,10 @@ def draw_regions(
         x0, y0, x1, y1 = (int(value) for value in corners[k])
         cv2.rectangle(picture, (x0, y0), (x1, y1), (0, 0, 0), 3, cv2.LINE_AA)
         cv2.rectangle(picture, (x0, y0), (x1, y1), colours[int(k)], 2, cv2.LINE_AA)
-    placed = np.zeros((0, 4), dtype=int)
-    for k in order:
-        found = _find_room(labels[k].shortened(), corners[k], (height, width), placed, text_height)
-        if found is None:
-            continue
-        text, place = found
-        placed = np.concatenate([placed, place[None]])
-        _draw_label(picture, text, place, corners[k], colours[int(k)], text_height)
+    wordings = [labels[k].shortened() for k in order]
+    for k, found in zip(order, _places(wordings, corners[order], (height, width), text_height), strict=True):
+        if found is not None:
+            _draw_label(picture, *found, corners[k], colours[int(k)], text_height)
     return picture
 
 
@@ -83,16 +78,12 @@ def draw_weights(image: ByteImage, regions: RegionFeatures, labels: Sequence[Reg
     return draw_regions(picture, regions.rows(heaviest), named, text_height=16)
 
 
-def place_labels(
-    texts: Sequence[Sequence[str]], boxes: NDArray[np.integer], size: tuple[int, int], *, text_height: int = 13
+def _places(
+    texts: Sequence[Sequence[str]], boxes: NDArray[np.integer], size: tuple[int, int], text_height: int
 ) -> list[tuple[str, NDArray[np.integer]] | None]:
-    """Where the labels go: for each box the text that found room and its rectangle (4,) x0 y0 x1 y1 in pixels, exclusive at the end.
+    """For each box the text that found room and its rectangle (4,) x0 y0 x1 y1 in pixels, exclusive at the end; the first choose first.
 
-    Args:
-        texts: for each box its label, longest wording first.
-        boxes: (N, 4) pixels, x0 y0 x1 y1; the first ones choose first.
-        size: (height, width) of the picture.
-        text_height: as in `draw_regions`.
+    `texts` are each box's wordings, longest first; `boxes` (N, 4) pixels x0 y0 x1 y1; `size` is (height, width).
     """
     placed = np.zeros((0, 4), dtype=int)
     places: list[tuple[str, NDArray[np.integer]] | None] = []

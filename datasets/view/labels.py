@@ -1,4 +1,7 @@
-"""Labels of regions: words, colours, and places where they cover nothing."""
+"""Labels of regions: which words and which colour stand for one.
+
+What a reader would get wrong: class names are counted without the background, the distributions of a record with it in column 0.
+"""
 
 import colorsys
 import zlib
@@ -12,11 +15,8 @@ from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_o
 
 Colour = tuple[int, int, int]
 
-
 # An attribute is named before the class from this probability on; Bottom-Up-Attention's own demonstration draws it so.
 ATTRIBUTE_SHOWN_FROM = 0.1
-
-
 _LEAST_LUMINANCE = 0.55
 
 

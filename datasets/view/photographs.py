@@ -1,4 +1,10 @@
-"""Photographs beside a database: read, and checked to be the ones extracted from."""
+"""Photographs beside a database: found by key, read, and checked to be the ones extracted from.
+
+What a reader would get wrong: a photograph of the right name may be another one. It is drawn on only where it has the shape (at any scale)
+of the image that the regions are of; else the boxes stand on an empty canvas, and the page says why.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,23 +17,34 @@ from uniter.datasets.view.pictures import empty_canvas, read_photograph, resized
 PICTURE_LONGEST, THUMBNAIL_LONGEST, THUMBNAIL_BOXES = 1200, 560, 12
 
 
+def refuse_if_none_is_there(photographs: Photographs, keys: Sequence[str]) -> None:
+    """BadInput if not one of these keys has its photograph in the folder: then it is another folder."""
+    if not any(photographs.find(key) is not None for key in keys):
+        raise BadInput(
+            f"{photographs.folder} holds {len(photographs):,} images, but none of the {len(keys):,} pictures to draw (such as {keys[0]!r}) "
+            f"has its photograph among them; give --images the folder that the regions were taken from, or leave it out"
+        )
+
+
 def photograph(
     key: str, regions: RegionFeatures, photographs: Photographs | None
 ) -> tuple[NDArray[np.uint8], tuple[int, int] | None, list[str]]:
     """The picture to draw on, the image's size where it is known, and what is to be said where it is not the photograph."""
     path = photographs.find(key) if photographs is not None else None
+    known = regions.size if regions.size is not None and min(regions.size) > 0 else None  # (0, 0) says nothing
+    sentence = "no photographs were given" if photographs is None else "no photograph of this name"
     if path is not None:
         try:
             image, size = read_photograph(path, longest=2 * PICTURE_LONGEST)
         except BadInput as error:
-            return empty_canvas(regions.size, longest=PICTURE_LONGEST), regions.size, [str(error)]
-        if regions.size is None or _same_shape(size, regions.size):
-            return resized(image, PICTURE_LONGEST), size, []
-        height, width = regions.size
-        sentence = f"the photograph {path.name} is {size[1]} × {size[0]}, the regions are of an image of {width} × {height}: another one?"
-        return empty_canvas(regions.size, longest=PICTURE_LONGEST), regions.size, [sentence]
-    sentence = "no photographs were given" if photographs is None else "no photograph of this name"
-    return empty_canvas(regions.size, longest=PICTURE_LONGEST), regions.size, [sentence]
+            sentence = str(error)
+        else:
+            if known is None or _same_shape(size, known):
+                return resized(image, PICTURE_LONGEST), size, []
+            sentence = (
+                f"the photograph {path.name} is {size[1]} × {size[0]}, the regions are of an image of {known[1]} × {known[0]}: another one?"
+            )
+    return empty_canvas(known, longest=PICTURE_LONGEST), known, [sentence]
 
 
 def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:

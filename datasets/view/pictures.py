@@ -1,5 +1,10 @@
-"""Pictures as arrays of bytes: read, resized and written."""
+"""Pictures as arrays of bytes: read, resized and written.
 
+What a reader would get wrong: they are BGR, as OpenCV wants them, and upright; a photograph's size is that of the whole file, also where it
+was read smaller.
+"""
+
+import warnings
 from pathlib import Path
 
 import cv2
@@ -26,7 +31,8 @@ def read_photograph(path: str | Path, *, longest: int | None = None) -> tuple[By
         BadInput: the file is no image, is damaged, or has more pixels than Pillow believes (its limit against decompression bombs).
     """
     try:
-        with Image.open(path) as opened:
+        # Pillow warns of odd files on stderr, in the middle of the progress; what matters of it becomes an error below.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:
             turned = (opened.getexif().get(0x0112) or 1) >= 5
             size = (opened.width, opened.height) if turned else (opened.height, opened.width)
             if longest is not None:

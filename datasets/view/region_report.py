@@ -1,11 +1,11 @@
-"""A page to look at: the regions of a database on their photographs, or the curves of training runs.
+"""The page of a region database: its regions drawn on their photographs, captions, histograms, failures.
 
-The page opens from disk without a server and holds no script. Keys, class names, captions and messages come from other people's
-files: every one of them goes through `html.escape` on its way into the page, and none becomes a file name.
+What a reader would get wrong: a key never becomes the name of a file (only letters, digits, "._-" of it do, behind a number), and what is
+damaged or missing is shown and counted, while the page goes on. Only photographs of which not one is there are refused.
 """
 
-import html
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.records import ALL_FIELDS
-from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.progress import Progress
 from uniter.datasets.view.charts import histogram
 from uniter.datasets.view.drawing import draw_regions
-from uniter.datasets.view.labels import RegionLabel, class_colour, label_regions
-from uniter.datasets.view.page import LISTED, fresh_folder, listing, page_of
-from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, photograph
+from uniter.datasets.view.labels import class_colour, label_regions
+from uniter.datasets.view.page import INDEX, PICTURES, render, report_folder, write_page
+from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, photograph, refuse_if_none_is_there
 from uniter.datasets.view.pictures import resized, write_picture
 
+log = logging.getLogger(__name__)
+
 PICTURES_PER_PAGE = 100
-
-
+LISTED = 200  # failures, damaged records and missing photographs on the index page
 CONFIDENCES_FROM = 2000  # images whose confidences make the histogram
-
 
 Captions = Callable[[str], Sequence[str]]
 
@@ -96,29 +96,34 @@ def write_region_report(
         allow_partial: also look at unfinished databases.
 
     Raises:
-        BadInput: no such database, no such folder of photographs, `out` holds something else, or one of `keys` is in no database.
+        BadInput: no such database, no such folder of photographs or none of theirs in it, `out` holds something else, or one of `keys`
+            is in no database.
     """
     opened = ImageDB(list(databases), allow_partial=allow_partial)
     found = Photographs(photographs) if photographs is not None else None
     for key in keys:
         if key not in opened:
             raise BadInput(f"image {key!r} is in none of the databases; keys are shown by `uniter-db info`")
-    folder = fresh_folder(Path(out))
-    summary = ViewSummary(page=folder / "index.html", images=len(opened))
+    chosen = list(keys) or _evenly(opened.keys_list, limit)
+    if found is not None and chosen:
+        refuse_if_none_is_there(found, chosen)
+    summary = ViewSummary(page=Path(out) / INDEX, images=len(opened))
     failures = [row for database in databases for row in _failures(Path(database))]
     summary.failures = len(failures)
-    chosen = list(keys) or _evenly(opened.keys_list, limit)
-    cards: list[str] = []
+    cards: list[Markup] = []
     classes: Counter[str] = Counter()
-    with Progress(len(chosen), unit="pictures", label="drawing") as progress:
-        for number, key in enumerate(chosen):
-            card = _card(opened, key, number, folder, found, captions, most_boxes, summary, classes)
-            if card is not None:
-                cards.append(card)
-            progress.update()
-    summary.pictures = len(cards)
-    front = _front(opened, databases, summary, failures, classes, found)
-    _write_pages(folder, cards, front, title=", ".join(Path(database).name for database in databases))
+    with report_folder(Path(out), [*databases, *([photographs] if photographs is not None else [])]) as folder:
+        with Progress(len(chosen), unit="pictures", label="drawing") as progress:
+            for number, key in enumerate(chosen):
+                card = _card(opened, key, number, folder, found, captions, most_boxes, summary, classes)
+                if card is not None:
+                    cards.append(card)
+                progress.update()
+        summary.pictures = len(cards)
+        front = _front(opened, databases, summary, failures, classes, with_photographs=found is not None)
+        _write_pages(folder, cards, front, title=", ".join(Path(database).name for database in databases))
+    if found is not None and cards and len(summary.without_photograph) == len(cards):
+        log.warning("not one picture is drawn on its photograph: each card of %s says why", summary.page)
     return summary
 
 
@@ -147,7 +152,7 @@ def _card(
     most_boxes: int | None,
     summary: ViewSummary,
     classes: Counter[str],
-) -> str | None:
+) -> Markup | None:
     """Draw one image's pictures and say what is known of it; None where its record is damaged."""
     try:
         regions = database.read(key, fields=[name for name in ALL_FIELDS if name != "features"])
@@ -162,49 +167,25 @@ def _card(
     name = f"{number:06d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', key)[:80].strip('.')}.jpg"
     whole = draw_regions(image, regions, labels, most=most_boxes, text_height=15)
     thumbnail = draw_regions(resized(image, THUMBNAIL_LONGEST), regions, labels, most=min(THUMBNAIL_BOXES, most_boxes or THUMBNAIL_BOXES))
-    write_picture(folder / "pictures" / name, whole)
-    write_picture(folder / "pictures" / f"small-{name}", thumbnail, quality=84)
+    write_picture(folder / PICTURES / name, whole)
+    write_picture(folder / PICTURES / f"small-{name}", thumbnail, quality=84)
     texts = list(captions(key)) if captions is not None else []
     summary.captioned += bool(texts)
     if size is not None:
         notes = [f"{size[1]} × {size[0]} pixels", *notes]
-    return _figure(key, name, thumbnail.shape, regions, labels, texts, notes)
-
-
-def _figure(
-    key: str,
-    name: str,
-    shape: tuple[int, ...],
-    regions: RegionFeatures,
-    labels: Sequence[RegionLabel],
-    captions: Sequence[str],
-    notes: Sequence[str],
-) -> str:
-    attributes = any(label.attribute is not None for label in labels)
-    heads = ['<th class="number">number</th><th>class</th><th class="number">confidence</th>']
-    if attributes:
-        heads.append('<th>attribute</th><th class="number">probability</th>')
-    heads.append('<th class="number">box</th>')
-    rows = []
-    boxes, unit = (regions.boxes, ".0f") if regions.boxes is not None else (regions.norm_bb[:, :4], ".3f")
-    for label, box in zip(labels, boxes, strict=True):
-        blue, green, red = class_colour(label.name or "")
-        swatch = f'<span class="swatch" style="background:rgb({red},{green},{blue})"></span>'
-        cells = [f'<td class="number">{label.number}</td><td>{swatch}{html.escape(label.name or "–")}</td>']
-        cells.append(f'<td class="number">{label.confidence:.3f}</td>')
-        if attributes:
-            cells.append(f'<td>{html.escape(label.attribute or "–")}</td><td class="number">{label.attribute_confidence:.3f}</td>')
-        cells.append(f'<td class="number">{" ".join(format(float(value), unit) for value in box)}</td>')
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    texts = "".join(f"<li>{html.escape(text)}</li>" for text in captions)
-    where = " in pixels" if regions.boxes is not None else " as fractions"
-    return (
-        f'<figure><a href="pictures/{name}"><img loading="lazy" src="pictures/small-{name}" width="{shape[1]}" height="{shape[0]}" '
-        f'alt="regions of {html.escape(key)}"></a><figcaption><h3>{html.escape(key)}</h3>'
-        f'<p class="faint">{html.escape(" · ".join([f"{len(regions)} regions", *notes]))}</p>'
-        + (f"<ul>{texts}</ul>" if texts else "")
-        + f"<details><summary>all regions (boxes x0 y0 x1 y1{where})</summary><table><thead><tr>{''.join(heads)}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></details></figcaption></figure>"
+    boxes, form = (regions.boxes, ".0f") if regions.boxes is not None else (regions.norm_bb[:, :4], ".3f")
+    return render(
+        "card.html",
+        **{"key": key, "file": name, "height": thumbnail.shape[0], "width": thumbnail.shape[1]},
+        regions=len(regions),
+        notes=notes,
+        captions=texts,
+        unit="in pixels" if regions.boxes is not None else "as fractions",
+        attributes=any(label.attribute is not None for label in labels),
+        rows=[
+            {"label": label, "colour": class_colour(label.name or "")[::-1], "box": " ".join(format(float(side), form) for side in box)}
+            for label, box in zip(labels, boxes, strict=True)
+        ],
     )
 
 
@@ -214,48 +195,38 @@ def _front(
     summary: ViewSummary,
     failures: Sequence[Mapping[str, Any]],
     classes: Counter[str],
-    photographs: Photographs | None,
-) -> str:
-    """The head of the index page: facts, charts, failures, what is missing."""
+    *,
+    with_photographs: bool,
+) -> dict[str, Any]:
+    """What stands above the pictures of the index page: facts, charts, failures, what is missing."""
     counts = np.asarray(database.region_counts)
     most = int(counts.max(initial=1))
     sampled = _confidences(database)
-    charts = [
-        histogram(counts, title=f"boxes per image ({len(counts):,} images)", axis="boxes", low=0, high=most + 1, bins=min(most + 1, 51)),
-        histogram(sampled[0], title=f"confidence ({sampled[1]:,} of {len(counts):,} images)", axis="confidence", low=0, high=1, bins=40),
-    ]
     facts = [("database", str(path)) for path in paths]
     facts += [("images", f"{summary.images:,}"), ("regions", f"{int(counts.sum(dtype=np.int64)):,}")]
     shown = f"{summary.pictures:,} of {summary.images:,}" + (", evenly spaced" if summary.pictures < summary.images else "")
     facts += [("pictures", shown), ("feature width", str(database.feature_width))]
-    for header in database.headers:
-        facts += [
-            (name.replace("_", " "), _fact(header[name])) for name in _HEADER_FACTS if header is not None and header.get(name) is not None
-        ]
+    headers = [header for header in database.headers if header is not None]
+    for header in headers:
+        facts += [(name.replace("_", " "), _fact(header[name])) for name in _HEADER_FACTS if header.get(name) is not None]
     if classes:
         facts.append(("most frequent classes shown", ", ".join(f"{name} ({count})" for name, count in classes.most_common(15))))
-    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts)
-    parts = [f'<table class="facts">{table}</table>']
-    if any("random" in json.dumps(header.get("weights") or header.get("detector") or "") for header in database.headers if header):
-        parts.append('<p class="note">The detector had random weights: its classes and confidences mean nothing.</p>')
-    parts.append(f'<h2>Histograms</h2><div class="charts">{"".join(charts)}</div>')
-    if summary.without_photograph and photographs is not None:
-        parts.append(listing(f"{len(summary.without_photograph):,} pictures without their photograph", summary.without_photograph))
-    elif photographs is None:
-        parts.append('<p class="note">No photographs were given: boxes are drawn on empty canvases. Pass --images FOLDER.</p>')
-    if summary.unreadable:
-        parts.append(listing(f"{len(summary.unreadable):,} damaged records (see uniter-db check)", summary.unreadable))
-    if failures:
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(row.get(name, '')))}</td>" for name in ("key", "path", "error")) + "</tr>"
-            for row in failures[:LISTED]
-        )
-        more = f'<p class="faint">and {len(failures) - LISTED:,} more</p>' if len(failures) > LISTED else ""
-        parts.append(
-            f"<h2>{len(failures):,} images failed</h2><table><thead><tr><th>key</th><th>file</th><th>error</th></tr></thead>"
-            f"{rows}</table>{more}"
-        )
-    return "".join(parts)
+    return {
+        "facts": facts,
+        "random": any("random" in json.dumps(header.get("weights") or header.get("detector") or "") for header in headers),
+        "charts": [
+            histogram(
+                counts, title=f"boxes per image ({len(counts):,} images)", axis="boxes", low=0, high=most + 1, bins=min(most + 1, 51)
+            ),
+            histogram(
+                sampled[0], title=f"confidence ({sampled[1]:,} of {len(counts):,} images)", axis="confidence", low=0, high=1, bins=40
+            ),
+        ],
+        "photographs": with_photographs,
+        "without_photograph": summary.without_photograph,
+        "unreadable": summary.unreadable,
+        "failures": [{name: str(row.get(name, "")) for name in ("key", "path", "error")} for row in failures],
+    }
 
 
 _HEADER_FACTS = (
@@ -288,11 +259,9 @@ def _confidences(database: ImageDB) -> tuple[NDArray[np.float32], int]:
     return np.concatenate([np.zeros(0, np.float32), *parts]), len(parts)
 
 
-def _write_pages(folder: Path, cards: Sequence[str], front: str, *, title: str) -> None:
+def _write_pages(folder: Path, cards: Sequence[Markup], front: Mapping[str, Any], *, title: str) -> None:
     groups = [cards[start : start + PICTURES_PER_PAGE] for start in range(0, len(cards), PICTURES_PER_PAGE)] or [[]]
-    names = ["index.html", *(f"page-{number}.html" for number in range(2, len(groups) + 1))]
-    for place, group in reversed(list(enumerate(groups))):  # the index last: then the report is whole
-        links = [f"<b>{n + 1}</b>" if n == place else f'<a href="{name}">{n + 1}</a>' for n, name in enumerate(names)]
-        navigation = f"<nav>pages: {''.join(links)}</nav>" if len(names) > 1 else ""
-        body = (front if place == 0 else "") + f'<h2>Pictures</h2>{navigation}<div class="gallery">{"".join(group)}</div>{navigation}'
-        (folder / names[place]).write_text(page_of(title, body), encoding="utf-8")
+    names = [INDEX, *(f"page-{number}.html" for number in range(2, len(groups) + 1))]
+    for name, group in reversed(list(zip(names, groups, strict=True))):  # the index last: then the report is whole
+        values = {"title": title, "pages": names, "here": name, "cards": group, "listed": LISTED}
+        write_page(folder / name, "regions.html", **values, front=front if name == INDEX else None)

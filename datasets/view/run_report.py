@@ -1,12 +1,17 @@
-"""The page of a training run: curves, and what the model attends to."""
+"""The page of training runs: curves of their logs, and what a model's words attend to.
 
-import html
+What a reader would get wrong: a figure is what one kind of log line calls it ("train loss"); runs that have it lie over one another in
+one chart, so a run without it is no mistake. Weights (attention, transport) come as they are; the pictures show them relative to the
+greatest of each word.
+"""
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
@@ -15,11 +20,11 @@ from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.view.charts import LINE_COLOURS, curves
 from uniter.datasets.view.drawing import draw_regions, draw_weights
 from uniter.datasets.view.labels import label_regions
-from uniter.datasets.view.page import fresh_folder, page_of
-from uniter.datasets.view.photographs import photograph
+from uniter.datasets.view.page import INDEX, PICTURES, report_folder, write_page
+from uniter.datasets.view.photographs import photograph, refuse_if_none_is_there
 from uniter.datasets.view.pictures import resized, write_picture
 
-# ---------------------------------------------------------------------------------------------------------------------- runs
+_Figures = dict[str, dict[str, tuple[list[float], list[float]]]]  # of each figure each run's updates and values
 
 
 @dataclass
@@ -63,6 +68,7 @@ def write_runs_report(
     looks: Iterable[LookedAt] = (),
     photographs: str | Path | None = None,
     class_names: Sequence[str] | None = None,
+    sources: Sequence[str | Path] = (),
 ) -> RunsSummary:
     """Curves of one or several training runs, a chart for each figure of their logs, runs over one another.
 
@@ -72,11 +78,35 @@ def write_runs_report(
         looks: pairs of text and picture that a model looked at; they stand before the curves.
         photographs: the folder of the pictures' photographs.
         class_names: of the regions, counted from 0 without background.
+        sources: the files and folders that runs and looks come from, which `out` must not hold.
 
     Raises:
-        BadInput: no run has a line yet, or `out` holds something else.
+        BadInput: no run has a line yet, `out` holds something else, or not one picture has its photograph in that folder.
     """
-    figures: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    figures, summary = _figures(runs)
+    colours = {name: LINE_COLOURS[place % len(LINE_COLOURS)] for place, name in enumerate(runs)}
+    found = Photographs(photographs) if photographs is not None else None
+    pairs = list(looks)
+    if found is not None and pairs:
+        refuse_if_none_is_there(found, [pair.key for pair in pairs])
+    kinds: dict[str, list[Markup]] = {figure.split(" ")[0]: [] for figure in figures}
+    for figure, lines in sorted(figures.items(), key=_losses_first):
+        kinds[figure.split(" ")[0]].append(curves(lines, colours=colours, title=figure))
+    with report_folder(Path(out), [*sources, *([photographs] if photographs is not None else [])]) as folder:
+        write_page(
+            folder / INDEX,
+            "runs.html",
+            title=", ".join(runs),
+            runs=[{"name": name, "colour": colours[name], **row} for name, row in summary.items()],
+            looks=[_look(pair, place, folder, found, class_names) for place, pair in enumerate(pairs)],
+            kinds=list(kinds.items()),
+        )
+    return RunsSummary(Path(out) / INDEX, summary, len(figures), len(pairs))
+
+
+def _figures(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> tuple[_Figures, dict[str, dict[str, int]]]:
+    """The points of every figure of every run, and how long each run is; BadInput where there is none yet."""
+    figures: _Figures = {}
     summary: dict[str, dict[str, int]] = {}
     for name, lines in runs.items():
         summary[name] = {"lines": 0, "last_update": 0}
@@ -95,49 +125,24 @@ def write_runs_report(
         raise BadInput(
             f"the logs of {', '.join(runs) or 'no run'} hold no line with a step and a number yet; let the run do its first update"
         )
-    folder = fresh_folder(Path(out))
-    colours = {name: LINE_COLOURS[place % len(LINE_COLOURS)] for place, name in enumerate(runs)}
-    rows = "".join(
-        f'<tr><td><span class="swatch" style="background:{colours[name]}"></span>{html.escape(name)}</td>'
-        f'<td class="number">{row["last_update"]:,}</td><td class="number">{row["lines"]:,}</td></tr>'
-        for name, row in summary.items()
-    )
-    heads = '<th>run</th><th class="number">last update</th><th class="number">lines</th>'
-    body = [f'<table class="facts"><thead><tr>{heads}</tr></thead>{rows}</table>']
-    found = Photographs(photographs) if photographs is not None else None
-    pairs = [_look(pair, place, folder, found, class_names) for place, pair in enumerate(looks)]
-    if pairs:
-        words = "Each small picture belongs to the word below it: the brighter a region, the more weight; the heaviest are named."
-        body += [f"<h2>What words look at</h2><p>{words}</p>", *pairs]
-    for kind in dict.fromkeys(figure.split(" ")[0] for figure in figures):
-        charts = [
-            curves(lines, colours=colours, title=figure)
-            for figure, lines in sorted(figures.items(), key=_losses_first)
-            if figure.split(" ")[0] == kind
-        ]
-        body.append(f'<h2>{html.escape(kind)}</h2><div class="charts">{"".join(charts)}</div>')
-    (folder / "index.html").write_text(page_of(", ".join(runs), "".join(body)), encoding="utf-8")
-    return RunsSummary(folder / "index.html", summary, len(figures), len(pairs))
+    return figures, summary
 
 
-def _look(pair: LookedAt, place: int, folder: Path, photographs: Photographs | None, class_names: Sequence[str] | None) -> str:
+def _look(pair: LookedAt, place: int, folder: Path, photographs: Photographs | None, class_names: Sequence[str] | None) -> dict[str, Any]:
+    """Draw a pair's pictures, one for each word of each map; what the template says of them."""
     image, _, notes = photograph(pair.key, pair.regions, photographs)
     labels = label_regions(pair.regions, class_names=class_names)
     small = resized(image, 300)
-    write_picture(folder / "pictures" / f"{place:03d}.jpg", draw_regions(image, pair.regions, labels, text_height=15))
-    rows = []
+    picture = f"{PICTURES}/{place:03d}.jpg"
+    write_picture(folder / picture, draw_regions(image, pair.regions, labels, text_height=15))
+    maps = []
     for number, (name, weights_TR) in enumerate(pair.maps.items()):
-        cells = []
+        words = []
         for token, (word, weights) in enumerate(zip(pair.words, weights_TR, strict=True)):
-            file = f"pictures/{place:03d}-{number}-{token:03d}.jpg"
-            write_picture(folder / file, draw_weights(small, pair.regions, labels, weights), quality=80)
-            cells.append(f'<figure><img loading="lazy" src="{file}" alt=""><figcaption>{html.escape(word)}</figcaption></figure>')
-        rows.append(f'<p class="faint">{html.escape(name)}</p><div class="words">{"".join(cells)}</div>')
-    sentence = " · ".join([pair.note, *notes])
-    return (
-        f'<h3><a href="pictures/{place:03d}.jpg">{html.escape(pair.title)}</a></h3><p>{html.escape(" ".join(pair.words))}</p>'
-        f'<p class="faint">{html.escape(sentence)}</p>{"".join(rows)}'
-    )
+            words.append((f"{PICTURES}/{place:03d}-{number}-{token:03d}.jpg", word))
+            write_picture(folder / words[-1][0], draw_weights(small, pair.regions, labels, weights), quality=80)
+        maps.append((name, words))
+    return {"title": pair.title, "words": " ".join(pair.words), "notes": [pair.note, *notes], "picture": picture, "maps": maps}
 
 
 def _losses_first(item: tuple[str, Any]) -> tuple[bool, bool, str]:

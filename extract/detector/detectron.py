@@ -15,7 +15,6 @@ from uniter.datasets.devices import usable_device
 from uniter.datasets.errors import BadInput, UniterError, unknown_name
 from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions
 from uniter.extract.install import require_detectron2
-from uniter.extract.select import CLASS_NMS_THRESHOLD
 
 if TYPE_CHECKING:
     from uniter.extract.detector.recipes import Recipe
@@ -71,8 +70,6 @@ class Detectron2Detector:
         self.attribute_names: tuple[str, ...] = recipe.attribute_names if attributes else ()
         self.min_boxes: int = recipe.min_boxes
         self.max_boxes: int = recipe.max_boxes
-        # Regressed boxes lie where the things are: of two that overlap by a third, both may be people.
-        self.nms_threshold: float = SECOND_LOOK_NMS if network.looks_twice else CLASS_NMS_THRESHOLD
         self.device = str(network.device)
         self._preparation = recipe.preparation
         self._settings = {
@@ -83,6 +80,8 @@ class Detectron2Detector:
             "precision": precision,
             "attributes": attributes,
             "box_kind": REGRESSED if network.looks_twice else PROPOSAL,
+            # Regressed boxes lie where the things are: of two that overlap by a third, both may be people.
+            **({"nms_threshold": SECOND_LOOK_NMS} if network.looks_twice else {}),
             "feature_width": network.feature_width,
             **recipe.facts,
         }

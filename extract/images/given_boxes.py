@@ -4,8 +4,9 @@ COCO writes x, y, width, height; the JSONL form writes x0, y0, x1, y1. Both are 
 """
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
 from uniter.extract.images.items import ImageItem
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,8 +50,27 @@ class GivenRegions:
         return clipped
 
 
+def _plain(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _ends(path: str) -> Iterator[str]:
+    """A path and what is left of it without its first folder, without its first two, and so on."""
+    while path:
+        yield path
+        path = path.partition("/")[2]
+
+
+def _without_suffix(name: str) -> str:
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{PurePosixPath(last).stem}" if last else name
+
+
 class GivenBoxes:
-    """All given boxes, looked up by an image's key, path (or any end of it), name or stem.
+    """All given boxes, looked up by an image's key or path: an end of the path, with or without suffix.
+
+    What a reader would get wrong: a name with folders in it is of an image in such folders alone. `VG_100K/7.jpg` gives no boxes to
+    `VG_100K_2/7.jpg`. Only where no image at all lies in such folders, names count alone; see `settle`.
 
     Args:
         path: COCO-style JSON (`images` with `id` and `file_name`, `annotations` with `image_id` and `bbox` = x, y, width, height), or JSONL
@@ -66,7 +88,10 @@ class GivenBoxes:
             raise BadInput(f"--boxes {self.path}: {error.strerror}") from error
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._by_name: dict[str, GivenRegions] = {}
-        self._by_stem: dict[str, GivenRegions | None] = {}
+        self._by_path: dict[str, str] = {}
+        self._by_last: dict[str, str | None] = {}
+        self._name_alone = False
+        self._by_bare: dict[str, str | None] = {}
         try:
             whole = orjson.loads(content)
         except orjson.JSONDecodeError:
@@ -76,9 +101,12 @@ class GivenBoxes:
             if name in self._by_name:
                 raise BadInput(f"--boxes {self.path} names the image {name!r} twice; put all its boxes into one entry")
             self._by_name[name] = regions
-            for short in {PurePosixPath(name).name, PurePosixPath(name).stem}:
-                # None: several images bear it, so it says nothing.
-                self._by_stem[short] = None if short in self._by_stem else regions
+            self._by_path[_plain(name)] = name
+            bare = _without_suffix(_plain(name))
+            # None: several images bear it, so it says nothing.
+            self._by_bare[bare] = None if bare in self._by_bare else name
+            last = PurePosixPath(bare).name
+            self._by_last[last] = None if last in self._by_last else name
         if not self._by_name:
             raise BadInput(f"--boxes {self.path} holds no boxes")
 
@@ -93,12 +121,47 @@ class GivenBoxes:
         """The boxes of an image, None where the file has none for it."""
         if item.key in self._by_name:
             return self._by_name[item.key]
-        parts = PurePosixPath(item.path).parts
-        for first in range(len(parts)):
-            found = self._by_name.get("/".join(parts[first:]).replace("//", "/"))
-            if found is not None:
-                return found
-        return self._by_stem.get(PurePosixPath(item.path).name) or self._by_stem.get(PurePosixPath(item.path).stem)
+        name = self._name_of(item)
+        return self._by_name[name] if name is not None else None
+
+    def why_not(self, item: ImageItem) -> str:
+        """Why an image has no boxes, in words."""
+        last = PurePosixPath(_without_suffix(item.path)).name
+        hint = (
+            f"; what it calls {self._by_last[last] or last!r} lies in another folder, or is one of several" if last in self._by_last else ""
+        )
+        return f"{self.path} holds no boxes for it{hint}"
+
+    def settle(self, items: Iterable[ImageItem]) -> None:
+        """Look at all images once: do the folders in the names have anything to do with theirs?
+
+        Where not one image lies in the folders that are named, names count alone, as long as they are unique; a warning says so.
+
+        Raises:
+            BadInput: two images would get the boxes of one name.
+        """
+        images = list(items)
+        folders = [name for name in self._by_name if "/" in _plain(name)]
+        self._name_alone = bool(folders) and not any(
+            item.key in self._by_name or "/" in _plain(self._name_of(item) or "") for item in images
+        )
+        if self._name_alone:
+            log.warning("--boxes %s: no image lies in a folder that it names (as %r does); names count alone", self.path, folders[0])
+        seen: dict[str, str] = {}
+        for item in images:
+            name = item.key if item.key in self._by_name else self._name_of(item)
+            if name is not None and seen.setdefault(name, item.path) != item.path:
+                raise BadInput(f"--boxes {self.path}: {name!r} is {seen[name]} as well as {item.path}; write more of the path, or the key")
+
+    def _name_of(self, item: ImageItem) -> str | None:
+        path = _plain(str(Path(item.path).absolute()) if item.size < 0 else item.path)
+        for end in _ends(path):
+            if end in self._by_path:
+                return self._by_path[end]
+        for end in _ends(_without_suffix(path)):
+            if end in self._by_bare:
+                return self._by_bare[end]
+        return self._by_last.get(PurePosixPath(_without_suffix(path)).name) if self._name_alone else None
 
     def _coco(self, document: dict[str, Any]) -> Iterator[tuple[str, GivenRegions]]:
         try:

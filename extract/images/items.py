@@ -15,6 +15,18 @@ from uniter.datasets.image_db.keys import key_fault
 from uniter.extract.images.decoding import MAX_PIXELS
 
 UNIT_IMAGES = 128
+"""Images of a unit, where there are no tars. It decides which images share a batch, so it stands in settings.json."""
+
+CUT_TAR = "#end"
+"""How the key of the item ends that stands for what a tar was cut off from."""
+
+
+class CutTar(BadInput):
+    """A tar that was cut off: written again, it can be read."""
+
+
+class NeverReadable(BadInput):
+    """What no retry can mend: the fault is in a name, not in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +132,7 @@ def read_bytes(item: ImageItem, *, max_pixels: int = MAX_PIXELS) -> bytes:
         OSError: the file cannot be opened or read.
     """
     if item.fault is not None:
-        raise BadInput(item.fault)
+        raise (CutTar if item.key.endswith(CUT_TAR) else NeverReadable)(item.fault)
     limit = 8 * max_pixels + (16 << 20)  # four channels of 16 bit, and whatever stands beside the pixels
     # Opening a named pipe would wait for ever.
     with open(os.open(item.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -133,7 +145,7 @@ def read_bytes(item: ImageItem, *, max_pixels: int = MAX_PIXELS) -> bytes:
         file.seek(item.offset)
         data = file.read(size)
     if len(data) < size:
-        raise BadInput(f"the file ends after {len(data):,} of {size:,} bytes; copy it again")
+        raise (CutTar if item.size >= 0 else BadInput)(f"the file ends after {len(data):,} of {size:,} bytes; copy it again")
     if not data:
         raise BadInput("the file is empty")
     return data

@@ -1,14 +1,14 @@
-"""Which images, in which order, under which keys; and from an image file to upright BGR pixels.
+"""Which images, in which order, under which keys.
 
-Pixels are those of `cv2.imread`: BGR, 8 bit, turned as EXIF says, 16 bit scaled by 1/256, colour profiles left alone. Two things differ:
-transparent pixels are laid on white (cv2 shows whatever colour is hidden under them), and a JPEG that ends too early is refused
-instead of being filled with grey. Files are opened by their content, never by their suffix, and only in the formats listed here.
+What a reader would get wrong: what is asked for is read, refused or counted aloud, never passed over. A file that is named and is neither
+an image nor a list is refused at once; a folder that holds shards and images beside each other is not read as one of the two in silence.
 """
 
 import itertools
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -17,6 +17,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.keys import KeyRule, NameParts, key_rule
 from uniter.datasets.image_db.photographs import IMAGE_SUFFIXES
 from uniter.datasets.storage.files import expand_braces
+from uniter.extract.images.decoding import refuse_no_image
 from uniter.extract.images.items import (
     UNIT_IMAGES,
     ImageItem,
@@ -34,16 +35,16 @@ log = logging.getLogger(__name__)
 _RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
 
 
+_TABLES = (".parquet", ".csv", ".tsv", ".xlsx", ".arrow", ".feather")
+
+
+_VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
 NOT_READ = frozenset((".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", *_RAW))
 
 
 """Pictures of kinds that are not read: in folders they are counted aloud, not passed over in silence."""
-
-
-"""The most pixels an image may claim before it is refused unread: where Pillow, too, refuses; 512 MiB of RGB."""
-
-
-"""Images of a unit, where there are no tars. It decides which images share a batch, so it stands in settings.json."""
 
 
 def list_images(
@@ -66,11 +67,11 @@ def list_images(
     paths = [path for source in sources for path in _expanded(os.fspath(source))]
     if not paths:
         raise BadInput("no images were named; expected a folder, an image, a list or tar shards")
-    tars = [found for path in paths for found in _tars(path)]
-    if tars:
-        if any(not _tars(path) for path in paths):
+    shards = [_tars(path) for path in paths]
+    if any(shards):
+        if not all(shards):
             raise BadInput("tar shards and other images were named together; extract them one after the other")
-        return TarImages(tars, key_rule(key or "path"))
+        return TarImages(list(itertools.chain.from_iterable(shards)), key_rule(key or "path"))
     rule = key_rule(key or "stem")
     found: list[tuple[str, NameParts, str | None]] = []
     for path in paths:
@@ -86,6 +87,8 @@ def list_images(
         elif path.suffix.lower() in (".txt", ".jsonl", ".ndjson"):
             found += _listed(path)
         elif path.exists():
+            if len(paths) == 1:  # of several, one that is no image is a row of failures.jsonl
+                _refuse_no_image(path)
             found.append((str(path), NameParts.of_file(path.name, root=path.resolve().parent.name), None))
         else:
             raise BadInput(f"{path} does not exist; expected a folder, an image, a list or tar shards")
@@ -143,11 +146,50 @@ def _expanded(text: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
+def _refuse_no_image(path: Path) -> None:
+    """BadInput for a file that is named as the image and is none."""
+    if not path.is_file():  # a pipe, say, which is a row too
+        return
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise BadInput(f"{path}: the file is empty")
+    suffix = path.suffix.lower()
+    try:
+        refuse_no_image(start)
+    except BadInput as error:
+        if start[:1] in (b"{", b"[") or suffix == ".json":
+            raise BadInput(f"{path} is JSON and no image; a list of images is a .txt file (a path a line) or .jsonl") from None
+        if start[:4] == b"PAR1" or suffix in _TABLES:
+            kind = suffix[1:] or "parquet"
+            raise BadInput(f"{path} is a table ({kind}) and no image; write the paths in it into a .txt or .jsonl list") from None
+        if suffix in NOT_READ:
+            raise BadInput(f"{path}: pictures of the kind {suffix[1:].upper()} are not read; convert it to JPEG or PNG") from None
+        if suffix in _VIDEOS:
+            raise BadInput(f"{path} is a video and no image; write its frames into a folder first") from None
+        raise BadInput(f"{path}: {error}") from None
+
+
 def _tars(path: Path) -> list[Path]:
-    """The shards that a path names: itself, or those of a folder that holds tars and no images."""
+    """The shards that a path names: itself, or those of a folder. A folder of images may hold some, which is said.
+
+    Raises:
+        BadInput: a folder holds no more images than tars, so that either may be meant.
+    """
     if path.is_dir():
         inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".tar" and not entry.name.startswith("."))
-        return [] if not inside or _walk(path, Counter()) else inside
+        images = _walk(path, Counter()) if inside else []
+        if not images:
+            return inside
+        if len(images) <= len(inside):
+            raise BadInput(
+                f"{path} holds {len(inside):,} tar shards and {len(images):,} images beside them (such as {images[0]}): name the shards "
+                f"('{path}/*.tar'), or put the images into a folder of their own"
+            )
+        log.warning(
+            "%s: %s tars beside the images are left out (such as %s); name them if they are wanted", path, len(inside), inside[0].name
+        )
+        return []
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise BadInput(f"{path} is a compressed tar, within which images cannot be found by their place; unpack it to a plain .tar")
     return [path] if path.suffix.lower() == ".tar" else []
@@ -212,6 +254,9 @@ def _listed(path: Path) -> list[tuple[str, NameParts, str | None]]:
         raise BadInput(f"the list {path} does not exist") from error
     if not entries:
         raise BadInput(f"the list {path} is empty; expected one image a line")
+    address = next((name for name, _ in entries if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name)), None)
+    if address is not None:
+        raise BadInput(f"the list {path} names addresses (URLs, such as {address[:80]}), and files are read; download them first")
     base = path.parent
     first = next((name for name, _ in entries if not name.startswith("/")), None)
     if first is not None and not (base / first).exists() and Path(first).exists():
@@ -230,7 +275,7 @@ def _listed(path: Path) -> list[tuple[str, NameParts, str | None]]:
 def _json_entry(text: str, where: str) -> tuple[str, str | None]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f'{where} is not JSON; expected {{"image": path}} or a string') from error
     if isinstance(value, str):
         return value, None
@@ -240,6 +285,3 @@ def _json_entry(text: str, where: str) -> tuple[str, str | None]:
         if name is not None and (key is None or isinstance(key, str)):
             return name, key
     raise BadInput(f'{where}: expected a string or an object with "image" and, if wanted, "key", got {text[:80]}')
-
-
-"""EXIF orientation to upright."""

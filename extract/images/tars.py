@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.keys import KeyRule, NameParts
 from uniter.datasets.image_db.photographs import IMAGE_SUFFIXES
-from uniter.extract.images.items import ImageItem, digest_of_keys, digests_of, image_item, refuse_equal_keys, text_of
+from uniter.extract.images.items import CUT_TAR, ImageItem, digest_of_keys, digests_of, image_item, refuse_equal_keys, text_of
 
 
 class TarImages:
@@ -64,9 +64,23 @@ def _tar_items(path: Path, rule: KeyRule) -> Iterator[ImageItem]:
                 item = _tar_item(member, path, shown, rule)
                 if item is not None:
                     yield item
+            _refuse_cut(path, tar.offset)
     except (tarfile.TarError, EOFError, ValueError) as error:
         # Downloads that were stopped leave such files: what precedes the cut is used.
-        yield ImageItem(f"{text_of(path.name)}#end", shown, str(path), fault=f"the tar cannot be read to its end ({error}); write it again")
+        yield ImageItem(
+            f"{text_of(path.name)}{CUT_TAR}", shown, str(path), fault=f"the tar cannot be read to its end ({error}); write it again"
+        )
+
+
+def _refuse_cut(path: Path, end: int) -> None:
+    """The library takes the first header that it cannot read for the tar's end. There are zeros, or nothing."""
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+        if any(block) or 0 < len(block) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"no header at byte {end:,}, where one should be")
+        if not block and file.seek(0, 2) < end:
+            raise tarfile.ReadError("unexpected end of data")
 
 
 def _tar_item(member: tarfile.TarInfo, path: Path, shown: str, rule: KeyRule) -> ImageItem | None:

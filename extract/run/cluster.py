@@ -1,53 +1,86 @@
 """The same units of work on a Ray cluster. The only file that imports Ray.
 
-Every actor has its own detector and calls `pipeline.extract_units` on one unit after the other; it writes into OUT itself, so OUT and
-the images must be on a file system that all machines see. What a lost worker held is given to another: the unit's lock dies with its
-process and the new one continues after the last commit, so nothing is lost and nothing is written twice.
+Every actor has its own detector and does one unit after the other; it writes into OUT itself, so OUT and the images must be on a file
+system that all machines see. Ray starts a lost actor again elsewhere and gives it its unit again: the unit's lock died with the process
+and the new one continues after the last commit, so nothing is lost and nothing is written twice.
 """
 
 import contextlib
-import json
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from uniter.datasets.errors import UniterError
 from uniter.datasets.image_db.writing.units import UnitStore
-from uniter.extract.detector.protocol import Detector
-from uniter.extract.images.decoding import MAX_PIXELS
-from uniter.extract.images.given_boxes import GivenBoxes
+from uniter.datasets.storage.files import read_json_object
+from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions
 from uniter.extract.images.items import ImageItem, ImageList
-from uniter.extract.run.extraction import Stopped, progress_report
-from uniter.extract.run.options import Work, begun_with, plan_work
-from uniter.extract.run.store import open_store, refuse_full_disk
-from uniter.extract.run.summary import ExtractSummary, finish
-from uniter.extract.run.units import Tally, extract_units, in_words
+from uniter.extract.run.extraction import Job, extract_listed
+from uniter.extract.run.options import Options, Work
+from uniter.extract.run.summary import ExtractSummary
+from uniter.extract.run.units import Tally, UnitRun, in_words
 
 log = logging.getLogger(__name__)
 
-TRIES_PER_UNIT = 5
+RESTARTS = 4
+"""So often an actor that was lost, and the unit it had, are begun again (too little memory, say) before the run ends with an error."""
+
+LOCK_TRIES = 5
+"""So often, a second apart, an actor asks for a unit that another process has: one that was cut off may keep it for a moment."""
 
 
-"""So often a unit may take its worker down (too little memory, say) before the run ends with an error."""
+@dataclass
+class DescribedDetector:
+    """A detector that computes elsewhere: all that is asked of it here."""
+
+    name: str
+    feature_width: int
+    class_names: tuple[str, ...]
+    attribute_names: tuple[str, ...]
+    min_boxes: int
+    max_boxes: int
+    device: str
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """As the detector's own."""
+        return self.told
+
+    def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
+        """Never asked for here."""
+        raise NotImplementedError
+
+    def detect(self, images: Sequence[PreparedImage], *, boxes: Sequence[NDArray[np.floating]] | None = None) -> list[RawRegions]:
+        """Never asked for here."""
+        raise NotImplementedError
 
 
-BATCH_SIZE_ON_GPUS = 8
+@dataclass(frozen=True)
+class Task:
+    """What every unit has in common; kept once in the cluster's memory."""
+
+    out: str
+    settings: dict[str, Any]
+    work: Work
+    workers: int | None
+    samples: list[ImageItem]
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What an actor says of a unit: whether it is finished now, and what happened to its images."""
+    """What an actor says of a unit: whether it is finished now, what happened to its images, and whether it is an actor's second try."""
 
     finished: bool
-    extracted: int
-    failed: int
-    regions: int
+    tally: Tally
+    restarted: bool
 
 
 class UnitWorker:
@@ -57,85 +90,72 @@ class UnitWorker:
         folder: where the command was started; the relative paths that it was given hold there.
     """
 
-    def __init__(
-        self, build: Callable[..., Detector], work: Work, settings: dict[str, Any], out: str, workers: int | None, folder: str
-    ) -> None:
-        self.build, self.work, self.workers = build, work, workers
-        self.out, self.settings, self.folder = out, settings, folder
-        self.detector: Detector | None = None
+    def __init__(self, build: Callable[..., Detector], folder: str) -> None:
+        self._build, self._folder = build, folder
+        self._detector: Detector | None = None
 
-    def run(self, number: int, items: Sequence[ImageItem]) -> UnitReport:
-        """Do a unit, or what a lost worker left of it."""
-        if self.detector is None:  # not in __init__: Ray reports what goes wrong there as a lost worker
+    def _at_hand(self) -> Detector:
+        if self._detector is None:  # not in __init__: Ray reports what goes wrong there as a lost worker
             import torch
 
             with contextlib.suppress(OSError):
-                os.chdir(self.folder)
-            self.detector = self.build(device="cuda" if torch.cuda.is_available() else "cpu")
-        store, tally = UnitStore(Path(self.out), settings=self.settings), Tally()
-        extract_units([(number, items)], store=store, detector=self.detector, work=self.work, tally=tally, workers=self.workers)
-        return UnitReport(number in store.finished_units(), tally.extracted, tally.failed, tally.regions)
+                os.chdir(self._folder)
+            self._detector = self._build(device="cuda" if torch.cuda.is_available() else "cpu")
+        return self._detector
+
+    def describe(self) -> DescribedDetector:
+        """What the detector is."""
+        one = self._at_hand()
+        return DescribedDetector(
+            one.name, one.feature_width, one.class_names, one.attribute_names, one.min_boxes, one.max_boxes, one.device, one.settings()
+        )
+
+    def run(self, number: int, items: Sequence[ImageItem], task: Task) -> UnitReport:
+        """Do a unit, or what a lost worker left of it."""
+        import ray
+
+        detector, tally = self._at_hand(), Tally()
+        store = UnitStore(Path(task.out), settings=task.settings)
+        for attempt in range(LOCK_TRIES):
+            if attempt:
+                time.sleep(1)
+            run = UnitRun(store, detector, task.work, tally, workers=task.workers, samples=lambda: task.samples)
+            run.work_off([(number, items)])
+            if number in store.finished_units():
+                break
+        return UnitReport(number in store.finished_units(), tally, ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def extract_on_ray(
     listed: ImageList,
     out: str | os.PathLike[str],
+    options: Options,
     *,
     build: Callable[..., Detector],
     address: str = "auto",
-    given: GivenBoxes | None = None,
-    key: str | None = None,
-    min_boxes: int | None = None,
-    max_boxes: int | None = None,
-    conf_threshold: float = 0.2,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    check_space: bool = True,
-    show_progress: bool = False,
-    stop: threading.Event | None = None,
+    **more: Any,
 ) -> ExtractSummary:
-    """`pipeline.extract_listed` on a Ray cluster: an actor for each GPU or, where there are none, for each CPU.
+    """`extract_listed` on a Ray cluster: an actor for each GPU or, where there are none, for each CPU.
 
     Args:
-        build: makes a detector, `build(device="cuda")`; called here (on the CPU) for the settings and in every actor.
+        build: makes a detector, `build(device="cuda")`; called in the actors only.
         address: of the cluster; "auto" takes the one that this machine belongs to or, if there is none, starts a local one.
+        more: as for `extract_listed`.
 
     Raises:
         UniterError: Ray is not installed, or no cluster answers; and all that `extract_images` raises.
     """
     ray = _connected(address)
-    # Settings must not depend on who computes: the detector's are the same on every device.
-    detector = build(device="cpu")
     resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
-    out = str(Path(out).resolve())
-    if batch_size is None and resource == "GPU":
-        # How much memory the GPUs have is not known here.
-        batch_size = (None if overwrite else begun_with(Path(out))) or BATCH_SIZE_ON_GPUS
-    work = plan_work(
-        out, detector, given=given, min_boxes=min_boxes, max_boxes=max_boxes, conf_threshold=conf_threshold,
-        batch_size=batch_size, max_pixels=max_pixels, overwrite=overwrite,
-    )  # fmt: skip
-    store = open_store(out, listed, detector, work, key=key, overwrite=overwrite, retry_failed=retry_failed)
-    finished = store.finished_units()
-    pending = [number for number in range(listed.units) if number not in finished]
-    to_do = sum(map(listed.count, pending))
-    if check_space and pending:
-        refuse_full_disk(store.path, images=to_do, detector=detector, work=work)
-    tally, start = Tally(), time.monotonic()
-    actor = ray.remote(**{f"num_{resource.lower()}s": 1})(UnitWorker)
-    shared_work, settings = ray.put(work), json.loads((store.path / "settings.json").read_bytes())
     machines = sum(bool(node["Alive"]) for node in ray.nodes())
     log.info("%g %ss on %d machines of the Ray cluster", ray.cluster_resources().get(resource, 0), resource, machines)
-    with progress_report(listed.images, done=listed.images - to_do, tally=tally, shown=show_progress) as report:
-        crew = Crew(ray, hire=lambda: actor.remote(build, shared_work, settings, out, workers, str(Path.cwd())), resource=resource)
-        crew.work_off(pending, listed=listed, store=store, tally=tally, report=report, stop=stop or threading.Event())
-    seconds = time.monotonic() - start
-    if stop is not None and stop.is_set():
-        raise Stopped(f"stopped after {tally.done:,} images of this run; {out} is kept and the same command continues it")
-    return finish(store, listed, detector, work, tally, seconds=seconds)
+    remote = ray.remote(**{f"num_{resource.lower()}s": 1}, max_restarts=RESTARTS, max_task_retries=RESTARTS)
+    actor, folder = remote(UnitWorker), str(Path.cwd())
+    crew = Crew(ray, hire=lambda: actor.remote(build, folder), resource=resource)
+    try:
+        return extract_listed(listed, Path(out).resolve(), options, detector=crew.describe(), work_off=crew.work_off, **more)
+    finally:
+        crew.dismiss()
 
 
 class Crew:
@@ -152,52 +172,44 @@ class Crew:
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[Any, int]] = {}
 
-    def work_off(
-        self,
-        units: Sequence[int],
-        *,
-        listed: ImageList,
-        store: UnitStore,
-        tally: Tally,
-        report: Callable[[int], None] | None,
-        stop: threading.Event,
-    ) -> None:
-        """Give every unit to an actor until all are done; the units of lost actors go back into the queue.
+    def describe(self) -> DescribedDetector:
+        """The detector, asked of the first actor: only there is the device that it computes on."""
+        self._idle.append(self._hire())
+        described: DescribedDetector = self._answer(self._idle[0].describe.remote(), "the detector")
+        return described
+
+    def work_off(self, job: Job) -> None:
+        """Give every unit to an actor until all are done.
 
         Raises:
-            UniterError: what the unit function raised in an actor, or a unit took its worker down again and again.
+            UniterError: what was raised in an actor, or a unit took its worker down again and again.
         """
-        queue, tries = deque(units), dict.fromkeys(units, 0)
-        try:
-            while (queue or self._running) and not stop.is_set():
-                self._fit(len(queue))
-                while queue and self._idle:
-                    number, worker = queue.popleft(), self._idle.pop()
-                    self._running[worker.run.remote(number, listed.unit(number))] = (worker, number)
-                ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=1) if self._running else ([], [])
-                for future in ready:
-                    worker, number = self._running.pop(future)
-                    tries[number] += 1
-                    done = self._answer(future, worker, number, last=tries[number] >= TRIES_PER_UNIT)
-                    if done is None:
-                        queue.append(number)
-                        continue
-                    tally.extracted += done.extracted
-                    tally.failed += done.failed
-                    tally.regions += done.regions
-                    if done.finished:
-                        if report is not None:
-                            report(listed.count(number))
-                    elif tries[number] < TRIES_PER_UNIT:
-                        # Another process has its lock: a worker that was cut off may keep it for a moment.
-                        time.sleep(1)
-                        queue.append(number)
-                    else:
-                        log.warning("unit %d is left to another process, which has it", number)
-        finally:
-            # Where the run was asked to stop, the batches at hand are lost and will be done again.
-            for worker in [*self._idle, *(worker for worker, _ in self._running.values())]:
-                self._ray.kill(worker)
+        queue = deque(job.pending)
+        settings = read_json_object(job.store.path / "settings.json")
+        task = self._ray.put(Task(str(job.store.path), settings, job.work, job.workers, list(job.samples())))
+        # Where the run is asked to stop, the batches at hand are lost and will be done again.
+        while (queue or self._running) and not job.stop.is_set():
+            self._fit(len(queue))
+            while queue and self._idle:
+                number, worker = queue.popleft(), self._idle.pop()
+                self._running[worker.run.remote(number, job.images.unit(number), task)] = (worker, number)
+            ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=1) if self._running else ([], [])
+            for future in ready:
+                worker, number = self._running.pop(future)
+                done: UnitReport = self._answer(future, f"unit {number}")
+                self._idle.append(worker)
+                job.tally.add(done.tally)
+                if done.restarted:
+                    log.warning("a worker was lost; unit %d was gone on with by another", number)
+                if not done.finished:
+                    log.warning("unit %d is left to another process, which has it", number)
+                elif job.report is not None:
+                    job.report(job.images.count(number))
+
+    def dismiss(self) -> None:
+        """End all actors."""
+        for worker in [*self._idle, *(worker for worker, _ in self._running.values())]:
+            self._ray.kill(worker)
 
     def _fit(self, waiting: int) -> None:
         """Hire where there is work and room; let go who has nothing to do, lest an actor that waits for a place waits for ever."""
@@ -212,23 +224,16 @@ class Crew:
             wanted = max(wanted, 1)
         self._idle += [self._hire() for _ in range(wanted)]
 
-    def _answer(self, future: Any, worker: Any, number: int, *, last: bool) -> UnitReport | None:
-        """What became of a unit; None where its worker was lost."""
+    def _answer(self, future: Any, what: str) -> Any:
         try:
-            done: UnitReport = self._ray.get(future)
+            return self._ray.get(future)
         except self._ray.exceptions.RayTaskError as error:
-            # The unit function itself raised: a full disk, other settings, a detector that fails on everything.
+            # The function itself raised: a full disk, other settings, a detector that fails on everything.
             cause = error.cause
-            raise UniterError(str(cause) if isinstance(cause, UniterError) else f"unit {number}: {in_words(cause)}") from error
+            raise UniterError(str(cause) if isinstance(cause, UniterError) else f"{what}: {in_words(cause)}") from error
         except self._ray.exceptions.RayError as error:
-            log.warning("a worker was lost (%s); unit %d is given to another", type(error).__name__, number)
-            self._ray.kill(worker)
-            if last:
-                reason = next(reversed(str(error).strip().splitlines()), type(error).__name__)  # what a worker raised stands there
-                raise UniterError(f"unit {number} took {TRIES_PER_UNIT} workers down, lastly: {reason}") from error
-            return None
-        self._idle.append(worker)
-        return done
+            reason = next(reversed(str(error).strip().splitlines()), type(error).__name__)  # what a worker raised stands there
+            raise UniterError(f"{what} took {RESTARTS + 1} workers down, lastly: {reason}") from error
 
 
 def _connected(address: str) -> Any:

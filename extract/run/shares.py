@@ -1,21 +1,10 @@
 """Which part of the work is this process's: `--shard`, torchrun or Slurm."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from uniter.datasets.errors import BadInput
-
-
-def check_share(shard: tuple[int, int], *, overwrite: bool, retry_failed: bool) -> None:
-    """BadInput for a share that does not exist or that would undo what others do."""
-    index, shards = shard
-    if not 0 <= index < shards:
-        raise BadInput(f"--shard {index}/{shards}: expected I/N with 0 <= I < N")
-    if shards > 1 and (overwrite or retry_failed):
-        raise BadInput("--overwrite and --retry-failed undo what other processes do; run them with one process, or delete the folder first")
-
-
-# --- shares ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -28,15 +17,23 @@ class Share:
     source: str = ""
 
 
+def local_index(environment: Mapping[str, str]) -> int:
+    """This process's number on its machine, as torchrun or Slurm says it; 0 where neither does."""
+    return _number(environment, "LOCAL_RANK") or _number(environment, "SLURM_LOCALID") or 0
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int | None:
+    text = environment.get(name, "")
+    return int(text) if text.lstrip("-").isdigit() else default
+
+
 def share_from_environment(environment: Mapping[str, str]) -> Share:
     """What torchrun or Slurm says about this process.
 
     torchrun: RANK of WORLD_SIZE. Slurm: tasks that `srun` started (a batch script's own shell is none of them), times array jobs.
     """
 
-    def number(name: str, default: int | None = None) -> int | None:
-        text = environment.get(name, "")
-        return int(text) if text.lstrip("-").isdigit() else default
+    number = functools.partial(_number, environment)
 
     world, rank = number("WORLD_SIZE"), number("RANK")
     if world is not None and rank is not None:
@@ -47,7 +44,10 @@ def share_from_environment(environment: Mapping[str, str]) -> Share:
         first, step = number("SLURM_ARRAY_TASK_MIN", 0) or 0, number("SLURM_ARRAY_TASK_STEP", 1) or 1
         index, count = (job - first) // step, jobs
         if not 0 <= index < count or (job - first) % step:
-            raise BadInput(f"SLURM_ARRAY_TASK_ID {job} does not fit an evenly numbered array of {jobs} jobs; pass --shard I/N")
+            raise BadInput(
+                f"SLURM_ARRAY_TASK_ID {job} does not fit an evenly numbered array of {jobs} jobs; pass --shard I/N, "
+                "for instance --shard 0/1 to do everything here"
+            )
         sources.append("SLURM_ARRAY_TASK_ID")
     tasks, task = number("SLURM_STEP_NUM_TASKS", 1) or 1, number("SLURM_PROCID", 0) or 0
     if tasks > 1:

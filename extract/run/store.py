@@ -1,60 +1,50 @@
 """The database of a run: claimed, settled, headed."""
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
-from uniter.datasets.image_db.writing.side_files import BOX_IDS
+from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.image_db.writing.side_files import BOX_IDS, read_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.progress import human_bytes
+from uniter.datasets.storage.files import read_json_object
 from uniter.extract.detector.protocol import Detector
 from uniter.extract.images.given_boxes import GivenBoxes
 from uniter.extract.images.items import ImageList
-from uniter.extract.run.options import Work, selection_settings
+from uniter.extract.run.growth import GrownImages, as_asked, described
+from uniter.extract.run.options import Options, Work
+from uniter.extract.run.photographs import note_photographs, refuse_replaced
 
 log = logging.getLogger(__name__)
 
 
 def open_store(
-    out: str | os.PathLike[str], listed: ImageList, detector: Detector, work: Work, *, key: str | None, overwrite: bool, retry_failed: bool
-) -> UnitStore:
+    out: str | os.PathLike[str], listed: ImageList, detector: Detector, work: Work, options: Options
+) -> tuple[UnitStore, ImageList]:
     """Begin or continue the database.
 
+    Returns:
+        Its write side, and the images that it is for: the list or, where that is not the one it was begun for, what is new in it.
+
     Raises:
-        SettingsDiffer: it was begun with other settings, or for other images.
+        SettingsDiffer: it was begun with other settings, or for other images altogether, or a photograph was replaced.
         BadInput: `out` is a folder of other things, for instance the photographs themselves.
     """
-    if not overwrite:
-        _refuse_foreign_folder(Path(out))
-    settings = run_settings(listed, detector, work, key=key)
-    try:
-        store = UnitStore(Path(out), settings=settings, overwrite=overwrite)
-    except SettingsDiffer:
-        if (begun := other_images(Path(out), settings)) is None:
-            raise
-        raise SettingsDiffer(
-            f"{out} was begun for other images ({begun:,} then, {listed.images:,} now): extract those that were "
-            "added into another OUT (a .txt list can name them) and join the two with `uniter-db merge`; or --overwrite to begin anew"
-        ) from None
-    if retry_failed:
-        log.info("%d units hold images that failed and are tried again", len(store.forget_failures()))
-    return store
-
-
-def _refuse_foreign_folder(out: Path) -> None:
-    """A database among somebody's photographs is a mistake; what lies there of a run that begins at this moment is none."""
-    if not out.is_dir():
-        return
-    ours = ("settings.json", "header.json", "data.mdb", "overwriting", "units", "README.md", ".")
-    foreign = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(ours))
-    if foreign and not any((out / name).exists() for name in ours[:4]):
-        raise BadInput(f"{out} holds files that are no region database (such as {foreign[0]}); choose another OUT, or pass --overwrite")
+    settings = run_settings(listed, detector, work, key=options.key)
+    store = UnitStore(Path(out), settings=settings, overwrite=options.overwrite, may_differ=("images",))
+    if store.is_complete():
+        refuse_replaced(store.path, listed)
+    images = as_asked(store, listed, retry_failed=options.retry_failed)
+    if options.retry_failed and images is listed:
+        numbers = store.forget_failures(lambda row: row.get("retry") is not False)
+        log.info("%d units hold images that failed and are tried again", len(numbers))
+    return store, images
 
 
 def run_settings(listed: ImageList, detector: Detector, work: Work, *, key: str | None) -> dict[str, Any]:
@@ -65,21 +55,42 @@ def run_settings(listed: ImageList, detector: Detector, work: Work, *, key: str 
     return {
         "kind": "regions",
         "detector": detector.settings(),
-        "selection": selection_settings(work),
+        "selection": work.selection(),
         "key": key or ("path" if listed.unit_images is None else "stem"),
-        "images": {"count": listed.images, "units": listed.units, "unit_images": listed.unit_images, "keys_sha256": listed.keys_sha256},
+        "images": described(listed),
         "batch_size": work.batch_size,
     }
 
 
-def other_images(out: Path, settings: Mapping[str, Any]) -> int | None:
-    """How many images `out` was begun for, if that list is all in which its settings differ."""
-    stored = json.loads((out / "settings.json").read_bytes())
-    asked = json.loads(json.dumps(settings))
-    was, now = stored.pop("images", {}), asked.pop("images")
-    if stored != asked or not isinstance(was, dict) or was.get("unit_images") != now["unit_images"]:
+def complete(store: UnitStore, listed: ImageList, detector: Detector, work: Work) -> dict[str, Any] | None:
+    """Complete the database if all units are there.
+
+    Returns:
+        Its header; None where units are still to do, here or by other processes.
+
+    Raises:
+        UniterError: not one image could be used; nothing is kept then.
+    """
+    if not store.is_complete() and len(store.finished_units()) == listed.units:
+        if not isinstance(listed, GrownImages):
+            _refuse_nothing(store, listed)
+        if work.given is not None:
+            with contextlib.suppress(FileNotFoundError):  # another process has completed the database meanwhile, ids and all
+                write_box_ids(store.path, listed, work.given)
+        with contextlib.suppress(BadInput, FileNotFoundError):  # the same
+            note_photographs(store, listed)
+    if not store.finish(units=listed.units, header=run_header(detector, work)):
         return None
-    return int(was.get("count", 0))
+    return read_json_object(store.path / "header.json")
+
+
+def _refuse_nothing(store: UnitStore, listed: ImageList) -> None:
+    failed = store.failures()
+    if len(failed) >= listed.images:
+        first = "; ".join(f"{row['path']}: {row['error']}" for row in failed[:3])
+        more = f"; and {len(failed) - 3:,} more" if len(failed) > 3 else ""
+        store.claim.abandon()
+        raise UniterError(f"none of {listed.images:,} images could be used ({first}{more}); nothing was extracted")
 
 
 def run_header(detector: Detector, work: Work) -> dict[str, Any]:
@@ -94,7 +105,7 @@ def run_header(detector: Detector, work: Work) -> dict[str, Any]:
         "weights": weights,
         "weights_sha256": weights.get("sha256"),
         "box_kind": "given" if work.given is not None else settings.get("box_kind", "proposal"),
-        "selection": selection_settings(work),
+        "selection": work.selection(),
         "batch_size": work.batch_size,
         "software": f"uniter-toolkit {importlib.metadata.version('uniter-toolkit')}",
         "class_names": list(detector.class_names),
@@ -107,6 +118,10 @@ def write_box_ids(out: Path, listed: ImageList, given: GivenBoxes) -> None:
     temporary = out / "units" / f"box_ids.{os.getpid()}.tmp"  # a folder that goes when the database is complete
     wrote = False
     with temporary.open("w", encoding="utf-8") as lines:
+        if isinstance(listed, GrownImages):  # which gives the new ones only
+            for key, ids in read_box_ids(out).items():
+                lines.write(json.dumps({"key": key, "ids": ids}, ensure_ascii=False) + "\n")
+                wrote = True
         for number in range(listed.units):
             for item in listed.unit(number):
                 regions = given.of(item)

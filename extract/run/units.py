@@ -1,55 +1,90 @@
-"""Images of a unit through the detector: threads prepare, one batch is on the device, failures are rows."""
+"""Images of a unit through the detector: threads prepare, one batch is on the device, failures are rows.
+
+Three stages overlap: worker threads read, decode and resize (cv2 and NumPy release the interpreter's lock there); the calling thread runs
+the detector; workers select regions and encode them, and one writing thread commits a batch at a time.
+"""
 
 import contextlib
 import logging
+import random
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
+import numpy as np
 
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.units import UnitStore, UnitWriter
 from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions, is_out_of_memory, release_memory
-from uniter.extract.images.decoding import decode_image
-from uniter.extract.images.items import ImageItem, read_bytes
-from uniter.extract.run.options import Work, device_of, fitting_workers
+from uniter.extract.images.decoding import DECODING, decode_image
+from uniter.extract.images.items import CutTar, ImageItem, NeverReadable, read_bytes
+from uniter.extract.run.faults import Doubts
+from uniter.extract.run.options import Work, fitting_workers
 from uniter.extract.select import keep_given, select_regions
 
 log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
+"""Batches that are read and prepared while one is in the detector, and that may wait to be written; a photograph takes about 7 MB."""
 
+PREPARING_BYTES = 12  # a pixel, as float32, while an image is brought to the detector's size
 
-LARGE_IMAGE_BYTES = 256 << 20
+REASONS_KEPT = 3
 
-
-_LARGE_IMAGES = threading.Lock()
-
-
-UNEXPECTED_IN_A_ROW = 5
+SAMPLES = 12  # images that are tried where so far none went well
 
 
 @dataclass
 class Tally:
-    """What happened so far in this run."""
+    """What happened so far in this run.
+
+    Attributes:
+        extracted, failed: images.
+        regions: of the images extracted.
+        fillers: images of which no region is above the threshold: what they keep are fillers.
+        reasons: the first failures, as "path: why".
+    """
 
     extracted: int = 0
     failed: int = 0
     regions: int = 0
-    left_to_others: int = 0
-    unexpected_in_a_row: int = field(default=0, repr=False)
+    fillers: int = 0
+    reasons: list[str] = field(default_factory=list)
 
     @property
     def done(self) -> int:
         return self.extracted + self.failed
 
+    def count_failure(self, path: str, reason: str) -> None:
+        """One more image failed."""
+        self.failed += 1
+        if len(self.reasons) < REASONS_KEPT:
+            self.reasons.append(f"{path}: {reason}")
 
-# --- the work --------------------------------------------------------------------------------------------------------------------
+    def add(self, other: "Tally") -> None:
+        """What another process did."""
+        self.extracted += other.extracted
+        self.failed += other.failed
+        self.regions += other.regions
+        self.fillers += other.fillers
+        self.reasons += other.reasons[: REASONS_KEPT - len(self.reasons)]
+
+
+class Encoded(NamedTuple):
+    """An image's record, its number of regions, and whether one of them is above the threshold."""
+
+    value: bytes
+    regions: int
+    sure: bool
+
+
+Outcome = Future[Encoded] | Exception
 
 
 @dataclass(slots=True)
@@ -61,168 +96,231 @@ class _Batch:
     prepared: list[Future[PreparedImage]]
 
 
-_Outcome = Future[tuple[bytes, int]] | Exception
+# --- the work --------------------------------------------------------------------------------------------------------------------
 
 
-def extract_units(
-    units: Iterable[tuple[int, Sequence[ImageItem]]],
-    *,
-    store: UnitStore,
-    detector: Detector,
-    work: Work,
-    tally: Tally,
-    workers: int | None = None,
-    report: Callable[[int], None] | None = None,
-    stop: threading.Event | None = None,
-) -> None:
-    """Do some units: the function that a process, a shard and a Ray actor share.
+class UnitRun:
+    """Does units: what a process, a shard and a Ray actor share. For one call of `work_off`.
 
     Args:
-        units: numbers and images; a unit that is finished, or that another living process has, is left out.
+        store: where the units are written.
+        tally: counted up in it.
+        workers: threads that read and decode; None: fitted to the machine.
+        samples: images of the whole run that tell whether the machine is at fault, see `Doubts`.
         report: called with the number of images after each commit, from the writing thread.
-        stop: when it is set, the batch at hand is finished and the function returns.
+        stop: when it is set, the batch at hand is finished and `work_off` returns.
     """
-    halt, broken = stop or threading.Event(), threading.Event()
-    device = device_of(detector)
-    threads = workers or fitting_workers(device)
-    open_writers: list[UnitWriter] = []
-    cv2_threads, cv2_loudness = cv2.getNumThreads(), cv2.utils.logging.getLogLevel()
-    cv2.setNumThreads(1)  # images run side by side already
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong with a file stands in failures.jsonl
-    reading = ThreadPoolExecutor(threads, thread_name_prefix="read")
-    writing = ThreadPoolExecutor(1, thread_name_prefix="write")
-    ahead: deque[_Batch] = deque()
-    written: deque[Future[None]] = deque()
 
-    def prepare(item: ImageItem) -> PreparedImage:
-        return prepare_item(item, detector=detector, work=work, device=device)
+    def __init__(
+        self,
+        store: UnitStore,
+        detector: Detector,
+        work: Work,
+        tally: Tally,
+        *,
+        workers: int | None = None,
+        samples: Callable[[], Iterable[ImageItem]] = lambda: (),
+        report: Callable[[int], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self._store, self._detector, self._work, self._tally = store, detector, work, tally
+        self._report = report or (lambda count: None)
+        self._halt, self._broken = stop or threading.Event(), threading.Event()
+        self._samples, self._unit_items = samples, list[ImageItem]()
+        self._doubts = Doubts(
+            read=lambda item: read_bytes(item, max_pixels=work.max_pixels), detect=self._detect_alone, samples=self._everywhere
+        )
+        self._open_writers: list[UnitWriter] = []
+        self._reading = ThreadPoolExecutor(workers or fitting_workers(detector.device), thread_name_prefix="read")
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._ahead: deque[_Batch] = deque()
+        self._held: list[tuple[_Batch, list[Outcome]]] = []
+        self._written: deque[Future[None]] = deque()
 
-    def batches() -> Iterator[_Batch]:
+    def work_off(self, units: Iterable[tuple[int, Sequence[ImageItem]]]) -> None:
+        """Do some units; one that is finished, or that another living process has, is left out.
+
+        Args:
+            units: numbers and images.
+
+        Raises:
+            MachineFault: images fail for what is hardly their fault.
+            UniterError: the disk is full.
+        """
+        source = self._batches(units)
+        try:
+            with quiet_libraries():
+                while True:
+                    while len(self._ahead) <= BATCHES_AHEAD and (following := next(source, None)) is not None:
+                        self._ahead.append(following)
+                    if not self._ahead or self._halt.is_set():
+                        break
+                    self._do(self._ahead.popleft())
+                if not self._halt.is_set():  # what is in doubt when the run is asked to stop will be done again
+                    self._doubts.settle()
+                    self._write_held()
+                while self._written:
+                    self._written.popleft().result()
+        finally:
+            self._close()
+
+    def _batches(self, units: Iterable[tuple[int, Sequence[ImageItem]]]) -> Iterator[_Batch]:
         for number, items in units:
-            if halt.is_set():
+            if self._halt.is_set():
                 return
-            writer = store.unit(number)
+            writer = self._store.unit(number)
             if writer is None:
-                tally.left_to_others += 1
                 continue
-            open_writers.append(writer)
-            for first in range(0, len(items), work.batch_size):
-                chunk = list(items[first : first + work.batch_size])
+            self._open_writers.append(writer)
+            self._unit_items = list(items)
+            for first in range(0, len(items), self._work.batch_size):
+                chunk = list(items[first : first + self._work.batch_size])
                 if all(item.key in writer.done for item in chunk):
-                    if report is not None:
-                        report(len(chunk))
+                    self._report(len(chunk))
                     continue
-                yield _Batch(writer, chunk, [reading.submit(prepare, item) for item in chunk])
+                yield _Batch(writer, chunk, [self._reading.submit(self._prepare, item) for item in chunk])
             yield _Batch(writer, [], [])
 
-    def write(batch: _Batch, outcomes: Sequence[_Outcome]) -> None:
-        if broken.is_set():
+    def _prepare(self, item: ImageItem) -> PreparedImage:
+        return prepare_item(item, detector=self._detector, work=self._work)
+
+    def _do(self, batch: _Batch) -> None:
+        """Detect in a batch; it is written at once unless a failure is in doubt, and then when it no longer is."""
+        outcomes = run_batch(batch.items, batch.prepared, detector=self._detector, work=self._work, pool=self._reading)
+        for item, prepared, outcome in zip(batch.items, batch.prepared, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                self._doubts.failed(item, outcome)
+            else:
+                self._doubts.went_well(item, prepared.result())
+        self._held.append((batch, outcomes))
+        if not self._doubts:
+            self._write_held()
+
+    def _write_held(self) -> None:
+        for batch, outcomes in self._held:
+            self._written.append(self._writing.submit(self._write, batch, outcomes))
+        self._held.clear()
+        while self._written and (len(self._written) > BATCHES_AHEAD or self._written[0].done()):
+            self._written.popleft().result()
+
+    def _write(self, batch: _Batch, outcomes: Sequence[Outcome]) -> None:
+        if self._broken.is_set():
             return  # what follows a batch that could not be written must not complete its unit
         try:
-            write_batch(batch, outcomes)
+            if batch.items:
+                self._commit(batch, outcomes)
+            else:
+                batch.writer.complete()
+                self._open_writers.remove(batch.writer)
         except BaseException:
-            broken.set()
+            self._broken.set()
             raise
 
-    def write_batch(batch: _Batch, outcomes: Sequence[_Outcome]) -> None:
-        if not batch.items:
-            batch.writer.complete()
-            open_writers.remove(batch.writer)
-            return
+    def _commit(self, batch: _Batch, outcomes: Sequence[Outcome]) -> None:
         for item, outcome in zip(batch.items, outcomes, strict=True):
             error = outcome if isinstance(outcome, Exception) else outcome.exception()
             if item.key in batch.writer.done:
                 continue  # done in an earlier run; computed again because the batch is
             if error is None and isinstance(outcome, Future):
-                value, regions = outcome.result()
+                value, regions, sure = outcome.result()
                 batch.writer.put(item.key, value, regions=regions)
-                tally.extracted += 1
-                tally.regions += regions
+                self._tally.extracted += 1
+                self._tally.regions += regions
+                self._tally.fillers += not sure
             else:
-                batch.writer.fail(item.key, item.path, in_words(error))
-                tally.failed += 1
+                retry = True if isinstance(error, CutTar) else False if isinstance(error, NeverReadable) else None
+                batch.writer.fail(item.key, item.path, in_words(error), retry=retry)
+                self._tally.count_failure(item.path, in_words(error))
         batch.writer.commit()
-        if report is not None:
-            report(len(batch.items))
+        self._report(len(batch.items))
 
-    source = batches()
-    try:
-        while True:
-            while len(ahead) <= BATCHES_AHEAD and (following := next(source, None)) is not None:
-                ahead.append(following)
-            if not ahead or halt.is_set():
-                break
-            batch = ahead.popleft()
-            outcomes = run_batch(batch.items, batch.prepared, detector=detector, work=work, pool=reading, tally=tally)
-            written.append(writing.submit(write, batch, outcomes))
-            while written and (len(written) > BATCHES_AHEAD or written[0].done()):
-                written.popleft().result()
-        while written:
-            written.popleft().result()
-    finally:
-        for batch in ahead:
+    def _detect_alone(self, item: ImageItem, prepared: PreparedImage | None) -> None:
+        """All of an image up to its regions; raises what goes wrong."""
+        image = prepared if prepared is not None else self._prepare(item)
+        boxes = _given_boxes(self._work, item, image)
+        try:
+            self._detector.detect([image], boxes=None if boxes is None else [boxes])
+        finally:
+            release_memory()
+
+    def _everywhere(self) -> Iterator[ImageItem]:
+        """Some images of the unit at hand and of the run."""
+        yield from random.Random(0).sample(self._unit_items, min(SAMPLES, len(self._unit_items)))
+        yield from self._samples()
+
+    def _close(self) -> None:
+        for batch in self._ahead:
             for future in batch.prepared:
                 future.cancel()
-        reading.shutdown(wait=True, cancel_futures=True)
-        writing.shutdown(wait=True, cancel_futures=True)
-        for writer in open_writers:
+        self._reading.shutdown(wait=True, cancel_futures=True)
+        self._writing.shutdown(wait=True, cancel_futures=True)
+        for writer in self._open_writers:
             writer.__exit__(None, None, None)
-        cv2.setNumThreads(cv2_threads)
-        cv2.utils.logging.setLogLevel(cv2_loudness)
 
 
-def prepare_item(item: ImageItem, *, detector: Detector, work: Work, device: str = "cpu") -> PreparedImage:
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """OpenCV on one thread, since images run side by side already, and no library's words on stderr: failures.jsonl says what is wrong."""
+    threads, loudness = cv2.getNumThreads(), cv2.utils.logging.getLogLevel()
+    cv2.setNumThreads(1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    finally:
+        cv2.setNumThreads(threads)
+        cv2.utils.logging.setLogLevel(loudness)
+
+
+# --- one image and one batch -----------------------------------------------------------------------------------------------------
+
+
+def prepare_item(item: ImageItem, *, detector: Detector, work: Work) -> PreparedImage:
     """Read, decode and bring one image to the detector's size; on pinned memory for a GPU, so that copies do not wait."""
-    if work.given is not None and item.fault is None and work.given.of(item) is None:
-        raise BadInput(f"there are no boxes for it in {work.given.path}")
+    if work.given is not None and work.given.of(item) is None:
+        raise BadInput(work.given.why_not(item))
     image = decode_image(read_bytes(item, max_pixels=work.max_pixels), max_pixels=work.max_pixels)
-    with _LARGE_IMAGES if image.nbytes > LARGE_IMAGE_BYTES else contextlib.nullcontext():
+    with DECODING.taking(PREPARING_BYTES * image.shape[0] * image.shape[1]):
         prepared = detector.prepare(image)
-    if device.startswith("cuda"):
+    if detector.device.startswith("cuda"):
         import torch
 
-        return replace(prepared, pixels=torch.from_numpy(prepared.pixels).pin_memory().numpy())
+        if torch.cuda.is_available():
+            return replace(prepared, pixels=torch.from_numpy(prepared.pixels).pin_memory().numpy())
     return prepared
 
 
 def run_batch(
-    items: Sequence[ImageItem],
-    prepared: Sequence[Future[PreparedImage]],
-    *,
-    detector: Detector,
-    work: Work,
-    pool: ThreadPoolExecutor,
-    tally: Tally,
-) -> list[_Outcome]:
+    items: Sequence[ImageItem], prepared: Sequence[Future[PreparedImage]], *, detector: Detector, work: Work, pool: ThreadPoolExecutor
+) -> list[Outcome]:
     """Detect in those images of a batch that could be read; the encoded records come as futures, failures as exceptions."""
-    outcomes: list[_Outcome | None] = [None] * len(items)
+    outcomes: list[Outcome | None] = [None] * len(items)
     rows, images, boxes = [], [], []
     for row, (item, future) in enumerate(zip(items, prepared, strict=True)):
         try:
             image = future.result()
-            if work.given is not None:
-                regions = work.given.of(item)
-                assert regions is not None  # prepare_item refuses
-                boxes.append(regions.inside(image.size))
+            given = _given_boxes(work, item, image)
         except Exception as error:  # whatever one file provokes in a decoder costs that image alone; in failures.jsonl it is named
             outcomes[row] = error.with_traceback(None)
         else:
             rows.append(row)
             images.append(image)
+            boxes.append(given)
     for row, image, found in zip(rows, images, _detect(detector, images, boxes if work.given is not None else None), strict=True):
         if isinstance(found, RawRegions):
-            tally.unexpected_in_a_row = 0
             outcomes[row] = pool.submit(encode_regions, found, image.size, work, items[row].key)
         else:
             outcomes[row] = found
-            if not (is_out_of_memory(found) or isinstance(found, UniterError)):
-                tally.unexpected_in_a_row += 1
-                if tally.unexpected_in_a_row >= UNEXPECTED_IN_A_ROW:
-                    raise UniterError(
-                        f"the detector failed on {UNEXPECTED_IN_A_ROW} images in a row, last on {items[row].path} ({in_words(found)}); "
-                        "this is hardly the images' fault, so the run ends; once it is mended, continue with --retry-failed"
-                    ) from found
     return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _given_boxes(work: Work, item: ImageItem, image: PreparedImage) -> Any:
+    if work.given is None:
+        return None
+    regions = work.given.of(item)
+    assert regions is not None  # prepare_item refuses
+    return regions.inside(image.size)
 
 
 def _detect(detector: Detector, images: Sequence[PreparedImage], boxes: Sequence[Any] | None) -> list[RawRegions | Exception]:
@@ -232,7 +330,7 @@ def _detect(detector: Detector, images: Sequence[PreparedImage], boxes: Sequence
     failure: Exception
     try:
         return list(detector.detect(images, boxes=boxes))
-    except Exception as error:  # memory or whatever one image provokes; `run_batch` ends the run where it is every image
+    except Exception as error:  # memory or whatever one image provokes; `Doubts` ends the run where it is every image
         # Without its traceback, which would keep the batch's tensors alive.
         failure = error.with_traceback(None)
         failure.__cause__ = failure.__context__ = None
@@ -247,16 +345,18 @@ def _detect(detector: Detector, images: Sequence[PreparedImage], boxes: Sequence
     return alone
 
 
-def encode_regions(raw: RawRegions, size: tuple[int, int], work: Work, key: str) -> tuple[bytes, int]:
-    """Select and encode; the record and its number of regions. BadInput where a feature does not fit float16."""
+def encode_regions(raw: RawRegions, size: tuple[int, int], work: Work, key: str) -> Encoded:
+    """Select and encode. BadInput where a feature does not fit float16."""
     if work.given is not None:
         regions = keep_given(raw, size=size)
+        sure = True
     else:
         regions = select_regions(
             raw, size=size, min_boxes=work.min_boxes, max_boxes=work.max_boxes, conf_threshold=work.conf_threshold,
             nms_threshold=work.nms_threshold,
         )  # fmt: skip
-    return encode_record(regions, key=key), len(regions)
+        sure = bool((np.asarray(regions.conf).astype(np.float16) > np.float16(work.conf_threshold)).any())
+    return Encoded(encode_record(regions, key=key), len(regions), sure)
 
 
 def in_words(error: BaseException | None) -> str:

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.runs.run_log import LOG_FILE
+from uniter.datasets.runs.step_folders import CHECKPOINTS, checkpoint_path, checkpoint_steps, write_step
 from uniter.datasets.storage.claims import Claim, Maker, claim, refuse_source_inside
 from uniter.datasets.storage.files import read_json_object, sha256_of, write_json
 from uniter.datasets.storage.locks import only_writer
-from uniter.datasets.storage.run_log import LOG_FILE
-from uniter.datasets.storage.step_folders import CHECKPOINTS, checkpoint_path, checkpoint_steps, write_step
 from uniter.datasets.storage.tensors import write_tensors
 from uniter.extract.training.labelled_images import LabelledImage, LabelledImages
 from uniter.extract.training.plan import FORMAT_VERSION

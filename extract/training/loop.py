@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 from uniter.datasets.devices import usable_device
 from uniter.datasets.errors import UniterError
 from uniter.datasets.progress import Progress, duration
+from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.stopping import Stopped, leave_signals, told_to_stop
-from uniter.datasets.storage.run_log import RunLog
 from uniter.extract.detector.protocol import is_out_of_memory
 from uniter.extract.training.batches import CACHE_BYTES, Batches, Item, input_bytes
 from uniter.extract.training.beginnings import is_local_file

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from uniter.datasets.image_db.origin import RegionOrigin
-from uniter.datasets.storage.run_log import read_log
-from uniter.datasets.storage.step_folders import checkpoint_steps
+from uniter.datasets.runs.run_log import read_log
+from uniter.datasets.runs.step_folders import checkpoint_steps
 from uniter.model.checkpoints.beside import DETECTOR
 from uniter.model.checkpoints.read import find_weights
 from uniter.model.checkpoints.write import Weights, as_weights

@@ -77,6 +77,7 @@ def in_slices(
         kept: list[Scores] = processes.gather(_kept(path, (end - first, pictures)))[0]
         if kept:
             everything[first:end] = kept[0]
+            logger.info("%s of %s texts were scored already: %s", f"{end:,}", f"{texts:,}", path)
             continue
         everything[first:end] = np.stack(processes.gather(score(first, end))).sum(axis=0, dtype=np.float32)
         if path is not None:

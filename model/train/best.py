@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from uniter.datasets.batches.plans import Part
-from uniter.datasets.storage.run_log import LOG_FILE, read_log
-from uniter.datasets.storage.step_folders import BEST, CHECKPOINTS, checkpoint_path, checkpoint_steps, point
+from uniter.datasets.runs.run_log import LOG_FILE, read_log
+from uniter.datasets.runs.step_folders import BEST, CHECKPOINTS, checkpoint_path, checkpoint_steps, point
 from uniter.model.tasks.task import Task
 from uniter.model.train.distributed import Processes
 from uniter.model.train.state import Progressed

@@ -23,8 +23,8 @@ from uniter.datasets.batches.order import generator
 from uniter.datasets.batches.plans import Mixture, Part, Plan
 from uniter.datasets.errors import UniterError
 from uniter.datasets.progress import Progress
+from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.stopping import Stopped, told_to_stop
-from uniter.datasets.storage.run_log import RunLog
 from uniter.model import losses
 from uniter.model.tasks.task import Task
 from uniter.model.train import state
@@ -172,6 +172,8 @@ def train(
     remember_validations(run, progressed, learner.validation, processes)
     progress = Progress(recipe.steps, unit="updates", label="training", done=progressed.step) if processes.writes else None
     shown: dict[str, float] = {}
+    if progressed.step >= last and processes.writes:
+        logger.info("%s is already trained, to update %s of %s: nothing is left to do", run, f"{progressed.step:,}", f"{recipe.steps:,}")
     with told_to_stop() as told:
         while progressed.step < last:
             update = _update(learner, recipe, batches, progressed=progressed, told=told, processes=processes)

@@ -18,10 +18,10 @@ from torch import nn
 from uniter.datasets.batches.example import Masking
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.origin import RegionOrigin
+from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.storage.contents import content_of
 from uniter.datasets.storage.index_file import INDEX
 from uniter.datasets.storage.locks import only_writer
-from uniter.datasets.storage.run_log import RunLog
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.model.attention import AttentionKernel
 from uniter.model.checkpoints.beside import DETECTOR

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps, write_step
+from uniter.datasets.runs.step_folders import checkpoint_path, checkpoint_steps, write_step
 from uniter.datasets.storage.tensors import write_tensors
 
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"

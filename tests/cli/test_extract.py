@@ -30,6 +30,7 @@ class FlatDetector:
     name, feature_width, min_boxes, max_boxes = "flat", 4, 1, 5
     class_names: tuple[str, ...] = ("cat", "dog")
     attribute_names: tuple[str, ...] = ()
+    device = "cpu"
     preparation = CaffePreparation(shortest=16, longest=64)
 
     def __init__(self, built: dict[str, Any]) -> None:

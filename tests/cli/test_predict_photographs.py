@@ -26,7 +26,9 @@ class QuarterDetector:
     """Finds the four quarters of every photograph; a feature is a quarter's mean colour."""
 
     name, feature_width, class_names, attribute_names, min_boxes, max_boxes = "quarters", 3, ("quarter",), (), 4, 4
+    device = "cpu"
     preparation = CaffePreparation(shortest=24, longest=40)
+    device = "cpu"
     shown = 0
 
     def settings(self) -> dict[str, Any]:
@@ -162,3 +164,17 @@ def test_other_words_are_tasks(runs: dict[str, Path]) -> None:
         assert "Missing option '--out'" in CliRunner().invoke(main, ["predict", *words]).stderr
     unknown = CliRunner().invoke(main, ["predict", "vqaa", "--from", "run/", "--out", "x.json", "--text", "t", "--images", "i"])
     assert unknown.exit_code == 1 and "did you mean 'vqa'" in unknown.stderr
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_page_is_not_drawn_over_a_photograph(several: bool, tmp_path: Path) -> None:
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for name in ("000.jpg", "001.jpg") if several else ("000.jpg",):
+        Image.new("RGB", (40, 30), "red").save(photographs / name)
+    before = {path.name: path.read_bytes() for path in photographs.iterdir()}
+    image, out = (photographs, photographs) if several else (photographs / "000.jpg", photographs / ".." / "photographs" / "000.jpg")
+    words = ["--from", tmp_path, "--image", image, "--text", "a red square", "--out", out]
+    result = CliRunner().invoke(main, ["predict", "match", *map(str, words)])
+    assert result.exit_code == 1 and "would be written over" in result.stderr, result.output
+    assert {path.name: path.read_bytes() for path in photographs.iterdir()} == before

@@ -29,10 +29,11 @@ from uniter.cli.db import main as db
 from uniter.cli.extract import main as extract
 from uniter.cli.scenes import main as scenes
 from uniter.cli.train import main as train
+from uniter.cli.view import main as view
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.text_db import TextDB
 
-COMMANDS: dict[str, click.Command] = {"build-db": build_db, "db": db, "extract": extract, "scenes": scenes, "train": train}
+COMMANDS: dict[str, click.Command] = {"build-db": build_db, "db": db, "extract": extract, "scenes": scenes, "train": train, "view": view}
 CPU = ("--device", "cpu")
 SIZES = ("hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=16")
 TINY = (*(word for size in SIZES for word in ("--set", f"model.{size}")), "--set", "tensorboard=false", "--set", "batch_tokens=100", *CPU)

@@ -82,7 +82,6 @@ def accounted(out: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("form", ["folder", "list", "tars"])
-@not_yet(36, "refused: begun for other images")
 def test_what_is_new_is_added(form: str, trained: Any, tmp_path: Path) -> None:
     """Before, between and behind what was there, whose records stay; then nothing is left to do."""
     photos, out = Photographs(form, tmp_path), tmp_path / "out.lmdb"
@@ -100,7 +99,6 @@ def test_what_is_new_is_added(form: str, trained: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "tars"])
-@not_yet(36, "refused: begun for other images")
 def test_what_went_is_kept_and_said(form: str, trained: Any, tmp_path: Path) -> None:
     photos, out = Photographs(form, tmp_path), tmp_path / "out.lmdb"
     photos.hold("b", "d", "f")
@@ -112,7 +110,6 @@ def test_what_went_is_kept_and_said(form: str, trained: Any, tmp_path: Path) -> 
     assert set(after) == set("bdef") and {key: after[key] for key in before} == before
 
 
-@not_yet(36, "refused: begun for other images")
 def test_a_new_photograph_that_fails_is_accounted_for(trained: Any, tmp_path: Path) -> None:
     photos, out = Photographs("folder", tmp_path), tmp_path / "out.lmdb"
     photos.hold("b", "d")
@@ -126,7 +123,6 @@ def test_a_new_photograph_that_fails_is_accounted_for(trained: Any, tmp_path: Pa
     assert set(records(out)) == set("bcd") and accounted(out) == (3, 2)
 
 
-@not_yet(36, "refused: begun for other images")
 def test_other_settings_do_not_extend(trained: Any, tmp_path: Path) -> None:
     """New photographs by another rule or detector would make two databases of one."""
     photos, out = Photographs("folder", tmp_path), tmp_path / "out.lmdb"
@@ -141,7 +137,6 @@ def test_other_settings_do_not_extend(trained: Any, tmp_path: Path) -> None:
     accepted(run(*words))
 
 
-@not_yet(36, "refused: begun for other images")
 def test_a_grown_database_is_one_like_any_other(trained: Any, tmp_path: Path) -> None:
     """Checked, merged, split and converted."""
     photos, out = Photographs("folder", tmp_path), tmp_path / "out.lmdb"
@@ -157,7 +152,6 @@ def test_a_grown_database_is_one_like_any_other(trained: Any, tmp_path: Path) ->
         assert {key: record for part in parts for key, record in records(part).items()} == grown, way
 
 
-@not_yet(36, "refused: begun for other images")
 def test_killed_while_it_grows_equals_unbroken(trained: Any, tmp_path: Path) -> None:
     photos, out, unbroken = Photographs("folder", tmp_path), tmp_path / "out.lmdb", tmp_path / "unbroken.lmdb"
     photos.hold("b", "d", "f")
@@ -171,7 +165,6 @@ def test_killed_while_it_grows_equals_unbroken(trained: Any, tmp_path: Path) -> 
     assert records(out) == records(unbroken) and accounted(out) == accounted(unbroken) == (7, 0)
 
 
-@not_yet("1, 36", "the old regions, exit 0, not a word")
 def test_a_replaced_photograph_is_not_passed_over(trained: Any, tmp_path: Path) -> None:
     """It is refused, which leaves the database alone, or it is done again, which is said."""
     photos, out = Photographs("folder", tmp_path), tmp_path / "out.lmdb"
@@ -191,7 +184,6 @@ def test_a_replaced_photograph_is_not_passed_over(trained: Any, tmp_path: Path) 
 # ------------------------------------------------------------------------------------------------------------ 36: repaired tars
 
 
-@not_yet("14, 36", "refused: begun for other images")
 def test_a_repaired_tar_is_done_again_alone(trained: Any, tmp_path: Path) -> None:
     """Its line in failures.jsonl says that a retry can mend it; the other tars are left alone."""
     photos, out, tars = Photographs("folder", tmp_path), tmp_path / "out.lmdb", tmp_path / "tars"

@@ -215,7 +215,7 @@ def test_other_contents_of_the_same_names_are_refused(case: Case, tmp_path: Path
         merge_of_other_databases,
         texts_of_another_file,
         texts_for_regions_of_other_keys,
-        pytest.param(regions_of_other_boxes, marks=not_yet(1, "nothing says so")),
+        regions_of_other_boxes,
     ],
 )
 def test_the_same_contents_are_already_complete(case: Case, tmp_path: Path, trained: Any) -> None:
@@ -299,7 +299,6 @@ def test_names_of_one_folder_that_share_a_key_are_counted(tmp_path: Path) -> Non
     accepted(run("build-db", captions, tmp_path / "out.db"), "shar|same key|same_key|one key|equal key")
 
 
-@not_yet(6, "VG_100K_2/7.jpg gets the boxes of VG_100K/7.jpg")
 def test_boxes_are_of_the_image_that_they_name(tmp_path: Path, trained: Any) -> None:
     images, out = world.photographs(tmp_path / "vg", ["VG_100K/7", "VG_100K_2/7"]), tmp_path / "out.lmdb"
     (tmp_path / "boxes.jsonl").write_text('{"image": "VG_100K/7.jpg", "boxes": [[1, 1, 50, 50]]}')

@@ -177,7 +177,7 @@ def detector_from_no_weights(folder: Path, trained: Any) -> tuple[Path, Words]:
         conversion_of_nothing_good,
         split_by_a_list_of_others,
         repair_of_nothing_good,
-        pytest.param(extraction_of_nothing_good, marks=not_yet("9, 12", "an empty database in its place, exit 0")),
+        extraction_of_nothing_good,
         detector_from_no_weights,
     ],
 )
@@ -329,8 +329,8 @@ def export_among_others(folder: Path, trained: Any) -> tuple[Path, Words]:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(scenes_among_others, marks=not_yet(10, "images/scene_* is deleted")),
-        pytest.param(another_world_among_others, marks=not_yet(10, "images/scene_* is deleted")),
+        scenes_among_others,
+        another_world_among_others,
         run_among_others,
         export_among_others,
     ],

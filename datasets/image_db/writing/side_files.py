@@ -9,33 +9,28 @@ import orjson
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.files import write_bytes
+from uniter.datasets.storage.streams import json_lines
 
 BOX_IDS = "box_ids.jsonl"
 
 
 def read_failures(path: Path) -> list[dict[str, Any]]:
     """The rows of a `failures.jsonl`, none if the file is absent."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+    if not path.is_file():
         return []
-    try:
-        rows = [orjson.loads(line) for line in lines if line.strip()]
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"{path} is damaged ({error})") from None
-    if not all(isinstance(row, dict) and isinstance(row.get("key"), str) for row in rows):
+    rows = [row for _, row in json_lines(path)]
+    if not all(isinstance(row.get("key"), str) for row in rows):
         raise BadInput(f'{path} is damaged: expected {{"key", "path", "error"}} in each line')
     return rows
 
 
 def read_box_ids(folder: Path) -> dict[str, list[Any]]:
     """The caller's ids of given boxes by image key, from `box_ids.jsonl`; none if the file is absent."""
-    try:
-        rows = [orjson.loads(line) for line in (folder / BOX_IDS).read_bytes().splitlines() if line.strip()]
-        return {str(row["key"]): list(row["ids"]) for row in rows}
-    except FileNotFoundError:
+    if not (folder / BOX_IDS).is_file():
         return {}
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+    try:
+        return {str(row["key"]): list(row["ids"]) for _, row in json_lines(folder / BOX_IDS)}
+    except (BadInput, KeyError, TypeError) as error:
         raise BadInput(f"{folder / BOX_IDS} is damaged ({error!r}); remove it if the ids are not needed") from None
 
 

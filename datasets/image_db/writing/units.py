@@ -9,6 +9,7 @@ common writer, and the final file is a function of the records alone, however of
     OUT/units/           while unfinished
     OUT/data.mdb         LMDB format version 1, key -> record
     OUT/index.safetensors, OUT/failures.jsonl, OUT/box_ids.jsonl where boxes were given with ids
+    OUT/photographs.safetensors   sizes of the photographs, where they were extracted here
     OUT/README.md        the dataset card
     OUT/header.json      last: complete
 """
@@ -36,7 +37,7 @@ from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, key_
 from uniter.datasets.storage.lmdb_files import FIRST_MAP_BYTES, full_disk_said, open_writer
 from uniter.datasets.storage.locks import file_lock
 
-__all__ = ["ADDED", "REGIONS", "UnitStore", "UnitWriter"]
+__all__ = ["ADDED", "PHOTOGRAPHS", "REGIONS", "UnitStore", "UnitWriter"]
 
 FORMAT_VERSION = 1
 
@@ -45,10 +46,11 @@ _OLD_MARK = "overwriting"  # a file of older versions, which cleared the folder 
 
 
 ADDED = "added.json"  # while a database grows: what is to be added
+PHOTOGRAPHS = "photographs.safetensors"  # how long they were: written and compared by extraction
 REGIONS = Maker(
     "regions",
     "header.json",
-    ("data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS, CARD_FILE, "units", "units.tmp", ADDED, _OLD_MARK),
+    ("data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS, CARD_FILE, "units", "units.tmp", ADDED, PHOTOGRAPHS, _OLD_MARK),
 )
 
 

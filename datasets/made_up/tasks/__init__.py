@@ -1,1 +1,1 @@
-"""The down-stream tasks' annotation files of a made-up world; mirrors `text_db/annotations`."""
+"""The down-stream tasks over a made-up world, a file for each of the authors' formats; `table.py` has them all."""

@@ -1,4 +1,8 @@
-"""Statements about two made-up scenes, as NLVR2 publishes them."""
+"""Statements about two made-up scenes, as NLVR2 publishes them.
+
+What a reader would get wrong: NLVR2 names a picture by its pair ("train-0-1-img0"), so a scene's picture stands in `images/` under such a
+name (a link), and its regions are extracted from there.
+"""
 
 import itertools
 import os
@@ -9,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from uniter.datasets.made_up.scenes import Scene
-from uniter.datasets.made_up.tasks.telling import Parts, lines, random_of
+from uniter.datasets.made_up.tasks.telling import Parts, chance, write_lines
 from uniter.datasets.made_up.world import World
-
-# ----------------------------------------------------------------------------------------------------------------------- NLVR2
-
 
 Holds = Callable[[Scene, Scene], bool]
 
@@ -52,7 +53,7 @@ def write_nlvr2(folder: Path, world: World, scenes: Parts, suffix: str, images: 
         rows: list[dict[str, Any]] = []
         # A set: two pairs of pictures, and statements that hold for one of them only (where one is found).
         for number, four in enumerate(members[start : start + 4] for start in range(0, len(members) - 3, 4)):
-            rng = random_of(seed, "nlvr2", four[0].number)
+            rng = chance(seed, "nlvr2", four[0].number)
             pairs = [(four[0], four[1]), (four[2], four[3])]
             for place, pair in enumerate(pairs):
                 for side, scene in enumerate(pair):
@@ -72,7 +73,7 @@ def write_nlvr2(folder: Path, world: World, scenes: Parts, suffix: str, images: 
                             "query": "scenes",
                         }
                     )
-        lines(folder / f"{name}.json", rows)
+        write_lines(folder / f"{name}.json", rows)
         total += len(rows)
     return total
 

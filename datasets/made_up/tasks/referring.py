@@ -1,4 +1,7 @@
-"""Phrases that single out one thing, as RefCOCO publishes them."""
+"""Phrases that single out one thing, as RefCOCO, RefCOCO+ and RefCOCOg publish them.
+
+What a reader would get wrong: `refs(...).p` is a pickle, as its authors' is; it is written here and read without executing anything.
+"""
 
 import pickle
 from collections.abc import Callable
@@ -7,24 +10,22 @@ from typing import Any
 
 from uniter.datasets.made_up.files import coco_instances
 from uniter.datasets.made_up.scenes import Scene, Thing
-from uniter.datasets.made_up.tasks.telling import PARTS, Parts, phrase_for, phrase_with_size, random_of, unique
+from uniter.datasets.made_up.tasks.telling import PARTS, Parts, chance, told_apart, whole_phrase
 from uniter.datasets.made_up.world import World
 from uniter.datasets.storage.files import write_json
-
-# --------------------------------------------------------------------------------------------------------------------- RefCOCO
 
 
 def phrases_by_looks(scene: Scene, thing: Thing) -> list[str]:
     """What names this thing and no other of the picture by what it looks like, shortest first: RefCOCO+ allows nothing else."""
     things = scene.things
     phrases = []
-    if thing in unique(things, lambda one: one.shape):
+    if thing in told_apart(things, lambda one: one.shape):
         phrases.append(thing.shape)
-    if thing in unique(things, lambda one: one.colour):
+    if thing in told_apart(things, lambda one: one.colour):
         phrases.append(f"{thing.colour} thing")
-    if thing in unique(things, phrase_for):
+    if thing in told_apart(things, Thing.phrase):
         phrases.append(thing.phrase())
-    if thing in unique(things, phrase_with_size):
+    if thing in told_apart(things, whole_phrase):
         phrases.append(thing.phrase(with_size=True))
     return phrases
 
@@ -36,9 +37,9 @@ def _phrases_by_place(scene: Scene, thing: Thing) -> list[str]:
     half = scene.size[1] / 2
     for side, is_there in (("left", thing.centre[0] < half), ("right", thing.centre[0] > half)):
         beside = [one for one in things if (one.centre[0] <= half if side == "left" else one.centre[0] >= half)]
-        if is_there and thing in unique(beside, lambda one: one.shape):
+        if is_there and thing in told_apart(beside, lambda one: one.shape):
             phrases.append(f"{side} {thing.shape}")
-        if is_there and thing in unique(beside, lambda one: one.colour):
+        if is_there and thing in told_apart(beside, lambda one: one.colour):
             phrases.append(f"{thing.colour} thing on the {side}")
     place = things.index(thing)
     for relation in scene.relations:
@@ -46,7 +47,7 @@ def _phrases_by_place(scene: Scene, thing: Thing) -> list[str]:
         rivals = [r for r in scene.relations if r.object == relation.object and r.name == relation.name and r.subject != place]
         if (
             relation.subject == place
-            and other in unique(things, phrase_for)
+            and other in told_apart(things, Thing.phrase)
             and all(things[r.subject].shape != thing.shape for r in rivals)
         ):
             phrases.append(f"{thing.shape} {relation.name} the {other.phrase()}")
@@ -65,9 +66,9 @@ def long_phrases(scene: Scene, thing: Thing) -> list[str]:
     for relation in scene.relations:
         other = things[relation.object]
         rivals = [r for r in scene.relations if r.object == relation.object and r.name == relation.name and r.subject != place]
-        alone = other in unique(things, phrase_with_size)
-        if relation.subject == place and alone and all(phrase_with_size(things[r.subject]) != phrase_with_size(thing) for r in rivals):
-            phrases.append(f"the {phrase_with_size(thing)} that is {relation.name} the {phrase_with_size(other)}")
+        alone = other in told_apart(things, whole_phrase)
+        if relation.subject == place and alone and all(whole_phrase(things[r.subject]) != whole_phrase(thing) for r in rivals):
+            phrases.append(f"the {whole_phrase(thing)} that is {relation.name} the {whole_phrase(other)}")
     return phrases
 
 
@@ -93,7 +94,7 @@ def write_referring(
     categories = {annotation["id"]: annotation["category_id"] for annotation in instances["annotations"]}
     for part in PARTS:
         for place, scene in enumerate(scenes[part]):
-            rng = random_of(seed, folder.name, scene.number)
+            rng = chance(seed, folder.name, scene.number)
             for number, thing in enumerate(scene.things):
                 phrases = describe(scene, thing)
                 if not phrases:

@@ -1,4 +1,7 @@
-"""Captions of made-up scenes, as Karpathy's splits publish them."""
+"""Captions of made-up scenes, as Karpathy's splits publish them.
+
+What a reader would get wrong: the held-out scenes become both "val" and "test", every second one each.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +9,6 @@ from typing import Any
 from uniter.datasets.made_up.tasks.telling import Parts
 from uniter.datasets.made_up.world import World
 from uniter.datasets.storage.files import write_json
-
-# ------------------------------------------------------------------------------------------------------------------- retrieval
 
 
 def write_retrieval(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:

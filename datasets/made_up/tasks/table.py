@@ -13,14 +13,13 @@ What a reader would get wrong: VQA names a picture by its number only, as COCO's
 `--key 'scene_{id:06d}'`; NLVR2 names pictures by statement, so its region database is made from nlvr2/images.
 """
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.made_up.scenes import Relation, Scene, Thing
+from uniter.datasets.made_up.files import IMAGES, WORLD, read_scenes, read_world
 from uniter.datasets.made_up.tasks.entailment import write_entailment
 from uniter.datasets.made_up.tasks.nlvr2 import write_nlvr2
 from uniter.datasets.made_up.tasks.referring import long_phrases, phrases_by_looks, short_phrases, write_referring
@@ -29,58 +28,63 @@ from uniter.datasets.made_up.tasks.telling import PARTS, Parts
 from uniter.datasets.made_up.tasks.vcr import write_vcr
 from uniter.datasets.made_up.tasks.vqa import write_vqa
 from uniter.datasets.made_up.world import World
-from uniter.datasets.storage.files import read_json
+from uniter.datasets.storage.claims import SETTINGS, Maker, claim
+from uniter.datasets.storage.files import keep_others, read_json_object, remove, write_json
 
 
-def write_tasks(world_folder: str | Path, out: str | Path | None = None, *, seed: int = 0) -> dict[str, int]:
+def write_tasks(world_folder: str | Path, out: str | Path | None = None, *, seed: int = 0, overwrite: bool = False) -> dict[str, int]:
     """Write all tasks' annotation files for a world that `write_world` wrote.
 
     Args:
         world_folder: the world; its scenes_train.json and scenes_val.json are read.
-        out: the folder of the tasks; `tasks/` in the world by default. What an earlier call left there is replaced.
+        out: the folder of the tasks; `tasks/` in the world by default.
         seed: another seed asks other questions about the same pictures.
+        overwrite: write them anew where they are about another world, or asked with another seed.
 
     Returns:
         How many examples each task has.
 
     Raises:
+        SettingsDiffer: they are there, and about another world or of another seed.
         BadInput: the folder holds no world.
     """
     folder = Path(world_folder)
     target = Path(out) if out is not None else folder / "tasks"
-    world, suffix, scenes = _read_world(folder)
-    counts = {}
-    for name, write in _WRITERS.items():
-        shutil.rmtree(target / name, ignore_errors=True)
-        (target / name).mkdir(parents=True)
-        counts[name] = write(target / name, world, scenes, suffix, folder / "images", seed)
-    return counts
-
-
-def _read_world(folder: Path) -> tuple[World, str, Parts]:
     scenes: Parts = {}
+    world, suffix = read_world(folder)
     for part in PARTS:
         path = folder / f"scenes_{part}.json"
-        if not path.is_file() or not (folder / "world.json").is_file():
-            raise BadInput(f"{folder} holds no made-up world ({path.name} and world.json are wanted); make one with uniter-scenes")
-        scenes[part] = [_scene(entry) for entry in read_json(path)["scenes"]]
-    settings = read_json(folder / "world.json")
-    given = settings["world"]
-    world = World(
-        shapes=given["shapes"],
-        colours={word: tuple(colour) for word, colour in given["colours"].items()},
-        sizes={word: tuple(sides) for word, sides in given["sizes"].items()},
-        size=tuple(given["size"]),
-        things=tuple(given["things"]),
-        attributes=given["attributes"],
-    )
-    return world, {"jpeg": ".jpg", "png": ".png"}[settings["image_format"]], scenes
+        if not path.is_file():
+            raise BadInput(f"{folder} holds no made-up world ({path.name} is missing); make one with uniter-scenes")
+        scenes[part] = read_scenes(path)
+    if older := _of_an_older_version(target):
+        write_json(target / SETTINGS, {"kind": TASKS.kind})
+    claimed = claim(target, {"seed": seed}, maker=TASKS, sources={"world": folder / WORLD.complete}, overwrite=overwrite or older)
+    with claimed.alone("writing"):
+        if not claimed.complete:
+            claimed.clear_half_written()
+            counts = {}
+            for name, write in _WRITERS.items():
+                remove(claimed.folder / name)  # what a killed command began
+                (claimed.folder / name).mkdir(parents=True)
+                counts[name] = write(claimed.folder / name, world, scenes, suffix, folder / IMAGES, seed)
+            write_json(claimed.folder / TASKS.complete, {"examples": counts})
+            if claimed.folder != target:
+                for name in _WRITERS:
+                    keep_others(target / name, claimed.folder / name, ours=_names(claimed.folder / name).__contains__)
+        claimed.publish()
+    examples: dict[str, int] = read_json_object(target / TASKS.complete)["examples"]
+    return examples
 
 
-def _scene(entry: dict[str, Any]) -> Scene:
-    things = tuple(Thing(thing["shape"], thing["colour"], thing["size"], tuple(thing["box"])) for thing in entry["things"])
-    relations = tuple(Relation(relation["subject"], relation["name"], relation["object"]) for relation in entry["relations"])
-    return Scene(entry["key"], entry["number"], tuple(entry["size"]), things, relations, tuple(entry["captions"]))
+def _of_an_older_version(folder: Path) -> bool:
+    """Whether an earlier version wrote these tasks, which did not say so."""
+    return SETTINGS not in _names(folder) and set(_WRITERS) <= _names(folder)
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies in a folder; nothing where there is none."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 _WRITERS: Final[dict[str, Callable[[Path, World, Parts, str, Path, int], int]]] = {
@@ -93,3 +97,5 @@ _WRITERS: Final[dict[str, Callable[[Path, World, Parts, str, Path, int], int]]] 
     "refcocog": partial(write_referring, describe=long_phrases, by="umd", held_out=("val", "test")),
     "vcr": write_vcr,
 }
+
+TASKS: Final = Maker("tasks of a made-up world", complete="tasks.json", writes=tuple(_WRITERS))

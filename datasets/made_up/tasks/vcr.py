@@ -1,15 +1,17 @@
-"""Questions with four answers and four reasons, as VCR publishes them."""
+"""Questions with four answers and four reasons, as VCR publishes them.
+
+What a reader would get wrong: a list of numbers among the words (`[2]`) points at objects of the picture, counted from 0 in the order of
+its metadata file.
+"""
 
 import json
 import random
 from pathlib import Path
 from typing import Any
 
-from uniter.datasets.made_up.scenes import Scene
-from uniter.datasets.made_up.tasks.telling import OPPOSITE, Parts, absent, lines, phrase_for, random_of, unique
+from uniter.datasets.made_up.scenes import Scene, Thing
+from uniter.datasets.made_up.tasks.telling import OPPOSITE, Parts, absent_phrase, chance, told_apart, write_lines
 from uniter.datasets.made_up.world import World
-
-# ------------------------------------------------------------------------------------------------------------------------- VCR
 
 
 def write_vcr(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
@@ -25,7 +27,7 @@ def write_vcr(folder: Path, world: World, scenes: Parts, suffix: str, images: Pa
             segments: list[Any] = [[] for _ in boxes]
             document = {"boxes": boxes, "segms": segments, "names": names, "width": width, "height": height}
             (metadata / f"{scene.key}.json").write_text(json.dumps(document), encoding="utf-8")
-            asked = _multiple_choice(world, scene, random_of(seed, "vcr", scene.number))
+            asked = _multiple_choice(world, scene, chance(seed, "vcr", scene.number))
             if asked is None:
                 continue
             question, answers, answer, rationales, rationale = asked
@@ -55,7 +57,7 @@ def write_vcr(folder: Path, world: World, scenes: Parts, suffix: str, images: Pa
                     "match_index": 0,
                 }
             )
-        lines(folder / f"{part}.jsonl", rows)
+        write_lines(folder / f"{part}.jsonl", rows)
         total += len(rows)
     return total
 
@@ -69,7 +71,7 @@ def _multiple_choice(world: World, scene: Scene, rng: random.Random) -> tuple[_T
     The right answer is a thing of the picture, the wrong ones are mostly not; the wrong reasons name another side or another thing.
     """
     things = scene.things
-    alone = set(unique(things, phrase_for))
+    alone = set(told_apart(things, Thing.phrase))
     fit = [
         relation
         for relation in scene.relations
@@ -83,7 +85,7 @@ def _multiple_choice(world: World, scene: Scene, rng: random.Random) -> tuple[_T
     question: _Tokens = ["What", "is", *relation.name.split(), "the", *other.phrase().split(), [relation.object], "?"]
     wrong_phrases: list[str] = []
     while len(wrong_phrases) < 3:
-        phrase = absent(world, things, rng)
+        phrase = absent_phrase(world, things, rng)
         if phrase not in wrong_phrases or phrase == "invisible thing":
             wrong_phrases.append(phrase)
 

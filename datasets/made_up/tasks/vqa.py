@@ -1,32 +1,33 @@
-"""Questions and answers about made-up scenes, as VQA publishes them."""
+"""Questions and answers about made-up scenes, as VQA publishes them.
+
+What a reader would get wrong: ten people answer each question, and in some of them one to three say something else: scores are soft.
+"""
 
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from uniter.datasets.made_up.scenes import Scene
-from uniter.datasets.made_up.tasks.telling import Parts, absent, phrase_for, random_of, unique, with_article
+from uniter.datasets.made_up.scenes import Scene, Thing, with_article
+from uniter.datasets.made_up.tasks.telling import Parts, absent_phrase, chance, told_apart
 from uniter.datasets.made_up.world import World
 from uniter.datasets.storage.files import write_json
-
-# ------------------------------------------------------------------------------------------------------------------------- VQA
 
 
 def _questions(world: World, scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str, list[str]]]:
     """(question, answer, type of the answer, what somebody might say instead)."""
     things = scene.things
-    for thing in unique(things, lambda one: one.shape):
+    for thing in told_apart(things, lambda one: one.shape):
         yield f"What colour is the {thing.shape}?", thing.colour, "other", [c for c in world.colours if c != thing.colour]
-    for thing in unique(things, lambda one: one.colour):
+    for thing in told_apart(things, lambda one: one.colour):
         yield f"What is the {thing.colour} thing?", thing.shape, "other", [s for s in world.shapes if s != thing.shape]
     yield "How many things are there?", str(len(things)), "number", [str(len(things) + 1)]
     if things:
         yield f"Is there {with_article(rng.choice(things).phrase())}?", "yes", "yes/no", ["no"]
-    yield f"Is there {with_article(absent(world, things, rng))}?", "no", "yes/no", ["yes"]
+    yield f"Is there {with_article(absent_phrase(world, things, rng))}?", "no", "yes/no", ["yes"]
     for relation in scene.relations:
         subject, other = things[relation.subject], things[relation.object]
         alone = sum(r.object == relation.object and r.name == relation.name for r in scene.relations) == 1
-        if alone and other in unique(things, phrase_for):
+        if alone and other in told_apart(things, Thing.phrase):
             yield f"What is {relation.name} the {other.phrase()}?", subject.shape, "other", [s for s in world.shapes if s != subject.shape]
 
 
@@ -35,7 +36,7 @@ def write_vqa(folder: Path, world: World, scenes: Parts, suffix: str, images: Pa
     for part, members in scenes.items():
         questions, annotations = [], []
         for scene in members:
-            rng = random_of(seed, "vqa", scene.number)
+            rng = chance(seed, "vqa", scene.number)
             asked = list(_questions(world, scene, rng))
             for place, (question, answer, kind, others) in enumerate(rng.sample(asked, min(4, len(asked)))):
                 number = scene.number * 1000 + place

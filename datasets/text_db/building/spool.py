@@ -14,6 +14,7 @@ import orjson
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.index_file import hash_key
+from uniter.datasets.storage.lmdb_pages import MAX_KEY_BYTES
 from uniter.datasets.text_db.building.image_names import ImageNames, whole_text
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.records import compress_record
@@ -21,7 +22,7 @@ from uniter.datasets.text_db.tokenizer import Tokenizer
 
 BATCH = 4096  # captions tokenised at once
 RUN_BYTES = 48 << 20  # of records held before they are sorted and written out
-LONGEST_ID: Final = 511  # bytes; LMDB's limit of keys
+LONGEST_ID: Final = MAX_KEY_BYTES
 LONG, TOO_LONG = 60, 512  # word pieces: UNITER's max_txt_len, and BERT's positions
 
 Length = Callable[[Mapping[str, Any]], int]

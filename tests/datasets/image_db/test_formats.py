@@ -32,6 +32,7 @@ from uniter.datasets.maintenance import copying
 from uniter.datasets.maintenance.convert import Encoded, convert
 from uniter.datasets.maintenance.copying import write_regions
 from uniter.datasets.storage.array_codec import find_arrays
+from uniter.datasets.storage.claims import note_of
 
 KEYS = ["COCO_train2014_000000000009", "42", "vg ü 7"]
 # What each format keeps of a record, beside features and boxes.
@@ -681,3 +682,35 @@ def test_arrays_of_which_only_the_size_is_stored_are_refused(written: dict[str, 
         file.create_dataset("pos_boxes", shape=(1 << 40, 2), dtype="<i8", chunks=(1024, 2))
     with pytest.raises(BadInput, match="but only 0 are stored"):
         list(read_items(path))
+
+
+@pytest.mark.parametrize("to", ["uniter", "uniter-compressed", "npz", "butd-tsv", "hdf5", "hdf5-volta"])
+def test_what_others_made_is_not_replaced_and_what_we_made_is_known(written: dict[str, Path], tmp_path: Path, to: str) -> None:
+    out = tmp_path / "out"
+    report = convert(written["lmdb"], out, to=to)
+    place = FORMATS[to].place(out, Selection())
+    note = note_of(place)
+    assert json.loads(note.read_text())["made_by"] == "uniter-db convert"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert convert(written["lmdb"], out, to=to) == replace(report, already_complete=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if to.startswith("uniter"):
+        with lmdb.open(str(place), readonly=True, lock=False) as environment:  # as its own readers open it
+            assert environment.stat()["entries"] == report.images + 1
+    note.unlink()
+    for overwrite in (False, True):
+        with pytest.raises(BadInput, match="is not known to be made by this command"):
+            convert(written["lmdb"], out, to=to, overwrite=overwrite)
+    assert {path: content for path, content in before.items() if path != note} == {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    }
+
+
+def test_a_failing_overwrite_leaves_the_file_and_what_is_known_of_it(written: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.tsv"
+    convert(written["lmdb"], out, to="butd-tsv")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    source = ours(tmp_path / "other", [("tab\there", record_of("a"))])
+    with pytest.raises(BadInput, match="no image could be written"):
+        convert(source, out, to="butd-tsv", overwrite=True)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

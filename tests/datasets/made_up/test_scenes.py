@@ -17,6 +17,7 @@ from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.made_up.files import read_scenes, write_world
 from uniter.datasets.made_up.outlines import OUTLINES
 from uniter.datasets.made_up.scenes import Scene, Thing, make_scene, relations_between
+from uniter.datasets.made_up.tasks.table import write_tasks
 from uniter.datasets.made_up.world import WORLDS, World, load_world
 
 
@@ -162,7 +163,7 @@ def test_outlines_differ() -> None:
 
 def test_other_settings_are_refused_in_words(small_world: Path, tmp_path: Path) -> None:
     write_world(tmp_path, images=3, held_out=1, image_format="png")
-    with pytest.raises(SettingsDiffer, match=r"\(seed, images differ\).*--overwrite"):
+    with pytest.raises(SettingsDiffer, match=r"\(seed was 0, now 1; images was 3, now 2\).*--overwrite"):
         write_world(tmp_path, images=2, held_out=1, seed=1, image_format="png")
     write_world(tmp_path, images=2, held_out=1, seed=1, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["scene_000001.jpg", "scene_000002.jpg"]
@@ -227,3 +228,39 @@ def test_a_crowded_world_gives_what_fits() -> None:
     scene, _ = make_scene(world, seed=0, number=1)
     assert len(scene.things) == 1
     assert scene.captions[0] == "there is a red disc" or scene.captions[0] == "there is a huge red disc"
+
+
+def test_a_world_and_tasks_of_an_older_version_are_known_again(tmp_path: Path) -> None:
+    """Its settings stood in world.json, which was written first."""
+    out = tmp_path / "world"
+    write_world(out, images=6, held_out=2)
+    write_tasks(out)
+    whole = contents(out)
+    for name in ("settings.json", "tasks/settings.json", "tasks/tasks.json"):
+        (out / name).unlink()
+    assert write_world(out, images=6, held_out=2)["already_complete"]
+    with pytest.raises(SettingsDiffer, match="images was 6, now 7"):
+        write_world(out, images=7, held_out=2)
+    assert write_tasks(out) == write_tasks(out)
+    assert contents(out) == whole
+    (out / "settings.json").unlink()
+    (out / "scenes_val.json").unlink()  # it was stopped
+    assert not write_world(out, images=6, held_out=2)["already_complete"]
+    assert contents(out) == whole
+
+
+def test_tasks_about_other_pictures_are_refused_or_made_anew(tmp_path: Path) -> None:
+    write_world(tmp_path / "world", images=6, held_out=2)
+    write_tasks(tmp_path / "world")
+    (tmp_path / "world/tasks/vqa/mine.txt").write_text("my notes")
+    write_world(tmp_path / "world", images=8, held_out=2, overwrite=True)
+    with pytest.raises(SettingsDiffer, match="world"):
+        write_tasks(tmp_path / "world")
+    write_tasks(tmp_path / "world", overwrite=True)
+    write_world(tmp_path / "fresh", images=8, held_out=2)
+    write_tasks(tmp_path / "fresh")
+    made, fresh = contents(tmp_path / "world/tasks"), contents(tmp_path / "fresh/tasks")
+    assert made.pop("vqa/mine.txt") == b"my notes"
+    assert {name: content for name, content in made.items() if name != "settings.json"} == {
+        name: content for name, content in fresh.items() if name != "settings.json"
+    }

@@ -9,7 +9,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.formats.table import read_items
 from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
-from uniter.datasets.view.drawing import draw_regions, draw_weights, place_labels
+from uniter.datasets.view.drawing import _places, draw_regions, draw_weights
 from uniter.datasets.view.labels import RegionLabel, class_colour, label_regions
 from uniter.datasets.view.pictures import empty_canvas, read_photograph
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
@@ -77,7 +77,7 @@ def test_labels_do_not_hide_each_other_and_stay_inside(count):
     boxes = np.concatenate([corners, corners + spread.integers(10, 300, (count, 2))], axis=1)
     boxes[: count // 2] = [20, 20, 300, 200]  # the worst case: many equal boxes
     texts = [RegionLabel(k, "long class name", 0.5).shortened() for k in range(count)]
-    places = [found for found in place_labels(texts, boxes, (480, 640)) if found is not None]
+    places = [found for found in _places(texts, boxes, (480, 640), 13) if found is not None]
     assert len(places) >= min(count, 60)
     for index, (_, one) in enumerate(places):
         assert one[0] >= 0 and one[1] >= 0 and one[2] <= 640 and one[3] <= 480
@@ -85,7 +85,7 @@ def test_labels_do_not_hide_each_other_and_stay_inside(count):
 
 
 def test_a_picture_too_small_for_a_label_gets_none():
-    assert place_labels([("0 cat 0.90", "0")], np.array([[0, 0, 4, 4]]), (5, 5)) == [None]
+    assert _places([("0 cat 0.90", "0")], np.array([[0, 0, 4, 4]]), (5, 5), 13) == [None]
 
 
 def test_the_box_is_drawn_where_it_is_in_the_colour_of_its_class():

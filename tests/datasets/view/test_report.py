@@ -84,8 +84,8 @@ def test_hostile_names_stay_text_and_files_stay_inside(tmp_path, photos):
     assert shown.count(f"a caption {HOSTILE}") == 4
     assert "not an image <b>" in shown and f"photos/{HOSTILE}.jpg" in shown
     assert all(source.startswith("pictures/") and ".." not in source.split("/") for source in page.sources)
-    made = [path for path in (tmp_path / "report").rglob("*") if path.is_file()]
-    assert len(made) == 1 + 2 * 4
+    made = {path.name for path in (tmp_path / "report").rglob("*") if path.is_file()}
+    assert len(made) == 2 + 2 * 4 and {"index.html", "settings.json"} < made
     assert not (tmp_path / "outside").exists()
     assert all((tmp_path / "report" / source).is_file() for source in page.sources)
 
@@ -173,6 +173,53 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     with pytest.raises(BadInput, match="holds files that are no report of uniter-view"):
         write_region_report([make_database(tmp_path / "a.lmdb")], tmp_path / "thesis")
     assert (tmp_path / "thesis/index.html").read_text() == "<h1>mine</h1>"
+
+
+def test_photographs_of_which_none_is_there_are_another_folder(tmp_path, photos):
+    database = make_database(tmp_path / "a.lmdb", keys=("other", "another"))
+    with pytest.raises(BadInput, match=r"photos holds 1 images, but none of the 2 pictures to draw \(such as 'another'\)"):
+        write_region_report([database], tmp_path / "report", photographs=photos)
+    assert not (tmp_path / "report").exists()
+
+
+def test_what_fails_or_is_somebody_elses_leaves_the_earlier_report_whole(tmp_path, monkeypatch):
+    database = make_database(tmp_path / "a.lmdb")
+    page = write_region_report([database], tmp_path / "report").page
+    (tmp_path / "report/pictures/mine").mkdir()
+    for name in ("notes.txt", "pictures/holiday.jpg", "pictures/mine/000000-my.jpg"):
+        (tmp_path / "report" / name).write_text("somebody's own")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "report").rglob("*")) if path.is_file()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("uniter.datasets.view.region_report.write_picture", full)
+        with pytest.raises(OSError):
+            write_region_report([database], tmp_path / "report")
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "report").rglob("*")) if path.is_file()} == before
+    assert write_region_report([database], tmp_path / "report", limit=1).page == page
+    left = sorted(str(path.relative_to(tmp_path / "report")) for path in (tmp_path / "report").rglob("*") if path.is_file())
+    assert {"notes.txt", "pictures/holiday.jpg", "pictures/mine/000000-my.jpg"} < set(left)
+    assert len([name for name in left if name.endswith(".jpg")]) == 2 + 2, "the earlier pictures went"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.lmdb", "report"]
+
+
+def test_a_report_of_an_older_version_and_one_that_was_killed_are_drawn_again(tmp_path):
+    database = make_database(tmp_path / "a.lmdb")
+    write_region_report([database], tmp_path / "report")
+    (tmp_path / "report/settings.json").unlink()
+    assert write_region_report([database], tmp_path / "report", limit=1).pictures == 1
+    (tmp_path / "report/index.html").unlink()
+    assert write_region_report([database], tmp_path / "report", limit=2).pictures == 2
+
+
+def test_a_report_does_not_take_the_place_of_what_it_is_about(tmp_path):
+    write_region_report([make_database(tmp_path / "a.lmdb")], tmp_path / "report")
+    inside = make_database(tmp_path / "report/pictures/b.lmdb")
+    with pytest.raises(BadInput, match="the source"):
+        write_region_report([inside], tmp_path / "report")
+    assert len(ImageDB(inside)) == 4
 
 
 def test_published_databases_have_no_sizes_and_are_shown_all_the_same(tmp_path, uniter_data_golden):

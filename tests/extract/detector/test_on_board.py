@@ -139,6 +139,6 @@ def test_an_unknown_name_is_answered_with_it() -> None:
 def test_what_is_on_scikit_images_photographs_comes_first(detector: Detectron2Detector, name: str, what: str) -> None:
     prepared = detector.prepare(photograph(name))
     (raw,) = detector.detect([prepared])
-    regions = select_regions(raw, size=prepared.size, nms_threshold=detector.nms_threshold)
+    regions = select_regions(raw, size=prepared.size, nms_threshold=detector.settings()["nms_threshold"])
     assert regions.soft_labels is not None
     assert detector.class_names[int(regions.soft_labels[0, 1:].argmax())] == what

@@ -307,9 +307,11 @@ def test_pictures_that_are_not_read_are_counted_aloud(tmp_path: Path, caplog: py
         (tmp_path / name).touch()
     assert keys(tmp_path) == ["a"]
     assert "kinds that are not read: 2 .heic, 1 .jxl; convert them" in caplog.text
-    (item,) = list_images(tmp_path / "b.jxl").unit(0)  # asked for by name it is a row of failures.jsonl, an empty one here
-    with pytest.raises(BadInput, match="the file is empty"):
-        read_bytes(item)
+    with pytest.raises(BadInput, match=r"b\.jxl: the file is empty"):
+        list_images(tmp_path / "b.jxl")
+    (tmp_path / "b.jxl").write_bytes(b"\xff\x0a" + bytes(50))
+    with pytest.raises(BadInput, match=r"b\.jxl: pictures of the kind JXL are not read"):
+        list_images(tmp_path / "b.jxl")
     with pytest.raises(BadInput, match="no image of a known kind"):
         decode_image(b"\0\0\0\x18ftypheic" + b"\0" * 50)
 
@@ -434,12 +436,13 @@ def test_reading_refuses_pipes_and_oversized_files(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no ordinary file"):
         read_bytes(item)
     with open(tmp_path / "huge.jpg", "wb") as huge:
+        huge.write(b"\xff\xd8\xff")
         huge.truncate(1 << 40)
     (item,) = list_images(tmp_path / "huge.jpg").unit(0)
     with pytest.raises(BadInput, match="--max-pixels"):
         read_bytes(item)
     (tmp_path / "empty.jpg").touch()
-    (item,) = list_images(tmp_path / "empty.jpg").unit(0)
+    item = list_images([tmp_path / "empty.jpg", tmp_path / "huge.jpg"]).unit(0)[0]
     with pytest.raises(BadInput, match="the file is empty"):
         read_bytes(item)
 

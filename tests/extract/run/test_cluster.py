@@ -13,7 +13,7 @@ import pytest
 
 from uniter.datasets.errors import UniterError
 from uniter.extract.images.listing import list_images
-from uniter.extract.run.store import open_store
+from uniter.extract.run.options import Options
 
 ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'uniter-toolkit[ray]'")
 
@@ -40,7 +40,8 @@ def cluster(fake: ModuleType) -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         # Actors import the fake detector by its name.
-        patch.setenv("PYTHONPATH", os.path.dirname(str(fake.__file__)))  # noqa: PTH120
+        folders = [str(Path(str(fake.__file__)).parent), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
         nodes = patiently(lambda: Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False}))
         try:
             ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
@@ -75,7 +76,7 @@ def test_a_machine_is_lost_in_mid_run(
     thread = threading.Thread(target=lose_a_machine)
     thread.start()
     build = functools.partial(fake.build_fake, seconds=0.05)
-    summary = extract_on_ray(listed, out, build=build, batch_size=2)
+    summary = extract_on_ray(listed, out, Options(batch_size=2), build=build)
     thread.join()
     assert lost and lost[0] >= 4, "the machine was lost before the work began"
     assert "a worker was lost" in caplog.text, "the machine had nothing to do when it was lost"
@@ -89,12 +90,12 @@ def test_what_an_actor_says_reaches_the_user(cluster: Any, make_photos: Photos, 
 
     listed = list_images(make_photos(6))
     with pytest.raises(UniterError, match="failed on 5 images in a row"):
-        extract_on_ray(listed, tmp_path / "out", build=fake.build_failing, batch_size=1)
+        extract_on_ray(listed, tmp_path / "out", Options(batch_size=1), build=fake.build_failing)
     stop = threading.Event()
     stop.set()
     with pytest.raises(UniterError, match="stopped after 0 images"):
-        extract_on_ray(listed, tmp_path / "stopped", build=fake.build_fake, stop=stop)
-    summary = extract_on_ray(listed, tmp_path / "stopped", build=fake.build_fake)
+        extract_on_ray(listed, tmp_path / "stopped", Options(), build=fake.build_fake, stop=stop)
+    summary = extract_on_ray(listed, tmp_path / "stopped", Options(), build=fake.build_fake)
     assert summary.complete and summary.images == 6
 
 
@@ -108,19 +109,10 @@ def test_relative_paths_hold_on_the_workers(
     monkeypatch.chdir(tmp_path)
     Path("weights.pkl").write_text("")
     build = functools.partial(fake.build_with, weights="weights.pkl")
-    assert extract_on_ray(list_images("photos"), "out", build=build, batch_size=2).complete
+    assert extract_on_ray(list_images("photos"), "out", Options(batch_size=2), build=build).complete
     fake.extract_images(photos, tmp_path / "one", detector=fake.FakeDetector(), batch_size=2)
     assert content(tmp_path / "out") == content(tmp_path / "one")
-    monkeypatch.setattr("uniter.extract.run.cluster.open_store", removing(open_store, tmp_path / "weights.pkl"))
+    Path("weights.pkl").unlink()
     with pytest.raises(UniterError, match=r"weights\.pkl does not exist in .*test_relative_paths"):
-        extract_on_ray(list_images("photos"), "again", build=build, batch_size=2)
-
-
-def removing(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
-    """The function, after which a file is gone: there for the command and not for the workers."""
-
-    def changed(*arguments: Any, **named: Any) -> Any:
-        path.unlink()
-        return function(*arguments, **named)
-
-    return changed
+        extract_on_ray(list_images("photos"), "again", Options(batch_size=2), build=build)
+    assert not Path("again").exists()

@@ -18,7 +18,6 @@ import pytest
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.extract.run.extraction import Stopped
 
 Content = Callable[[Path], dict[str, Any]]
@@ -235,44 +234,49 @@ def test_disks_of_many_sizes(small_disk: Any, make_photos: Photos, fake: ModuleT
     assert codes == sorted(codes, reverse=True) and {*codes} == {0, 1}
 
 
-def test_killed_while_it_throws_an_old_database_away(
+def test_killed_while_it_overwrites(
     make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--overwrite`, killed before each of its deletions: never a database that opens, and the repetition begins anew."""
+    """Before any of its deletions and renames: the old database is there or the new one, and the repetition ends with the new one."""
     photos, out = make_photos(10), tmp_path / "out"
-    summary_of(begin(fake, photos, tmp_path / "whole"))
-    whole, settings = content(tmp_path / "whole"), json.loads((tmp_path / "whole" / "settings.json").read_text())
-    unlink = Path.unlink
+    old, new = {**OPTIONS, "max_boxes": 5}, {**OPTIONS, "overwrite": True}
+    wholes = []
+    for name, options in (("old", old), ("new", OPTIONS)):
+        fake.extract_images(photos, tmp_path / name, detector=fake.FakeDetector(), **options)
+        wholes.append(content(tmp_path / name))
+    changes = {name: getattr(Path, name) for name in ("unlink", "rename")}
 
     class Died(BaseException):
         pass
 
-    survived = False
-    for survivors in range(20):
-        if not (out / "header.json").exists():
-            fake.extract_images(photos, out, detector=fake.FakeDetector(), **OPTIONS)
+    for survivors in range(0, 200, 3):
+        fake.extract_images(photos, out, detector=fake.FakeDetector(), **{**old, "overwrite": (out / "header.json").exists()})
         left = survivors
 
-        def dying(path: Path, missing_ok: bool = False) -> None:
-            nonlocal left
-            if path.parent == out and (left := left - 1) < 0:
-                raise Died
-            unlink(path, missing_ok)
+        def dying(name: str) -> Callable[..., Any]:
+            def change(path: Path, *arguments: Any, **named: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Died
+                return changes[name](path, *arguments, **named)
+
+            return change
 
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", dying)
+            for name in changes:
+                patch.setattr(Path, name, dying(name))
             try:
-                UnitStore(out, settings=settings, overwrite=True)
-                survived = True
+                fake.extract_images(photos, out, detector=fake.FakeDetector(), **new)
             except Died:
-                if not (out / "header.json").exists():
-                    with pytest.raises(BadInput, match=r"unfinished|no region database"):
-                        ImageDB(out)
-        fake.extract_images(photos, out, detector=fake.FakeDetector(), **OPTIONS)
-        assert content(out) == whole
-        if survived:
-            assert survivors > 5
-            return
+                pass
+            else:
+                assert survivors > 5 and content(out) == wholes[1]
+                return
+        if out.exists():
+            assert content(out) in wholes
+        fake.extract_images(photos, out, detector=fake.FakeDetector(), **new)
+        assert content(out) == wholes[1]
     pytest.fail("it never came to its end")
 
 

@@ -28,6 +28,7 @@ from uniter.datasets.maintenance.split import split
 from uniter.extract import extract_images
 from uniter.extract.detector.preparation import CaffePreparation
 from uniter.extract.detector.protocol import RawRegions
+from uniter.extract.images.decoding import DECODING
 from uniter.extract.run.extraction import Stopped
 from uniter.extract.run.shares import share_from_environment
 
@@ -109,25 +110,27 @@ def test_other_settings_are_refused_in_words(
     assert summary.extracted == 3
 
 
-def test_other_images_are_refused(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
+def test_other_images_altogether_are_refused(make_photos: Photos, fake: ModuleType, content: Content, tmp_path: Path) -> None:
     photos = make_photos(3)
     extract_images(photos, tmp_path / "out", detector=fake.FakeDetector())
-    (photos / "photo0001.jpg").rename(photos / "renamed.jpg")
-    (photos / "photo0002.jpg").unlink()
-    with pytest.raises(SettingsDiffer, match=r"for other images \(3 then, 2 now\): .*`uniter-db merge`.*--overwrite"):
+    before = content(tmp_path / "out")
+    for path in photos.iterdir():
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    said = r"for other images \(3 \(photo0000, photo0001, photo0002\) then; 3 \(renamed-photo0000, .*`uniter-db merge`.*--overwrite"
+    with pytest.raises(SettingsDiffer, match=said):
         extract_images(photos, tmp_path / "out", detector=fake.FakeDetector())
-    with pytest.raises(SettingsDiffer, match=r"images\.keys_sha256 was .*selection\.max_boxes was|selection\.max_boxes was .*images\.keys"):
+    with pytest.raises(SettingsDiffer, match=r"selection\.max_boxes was 7, now 5"):
         extract_images(photos, tmp_path / "out", detector=fake.FakeDetector(), max_boxes=5)
+    assert content(tmp_path / "out") == before
 
 
 def test_a_folder_of_other_things_is_no_place_for_a_database(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
     photos = make_photos(2)
     before = sorted(photos.iterdir())
-    with pytest.raises(BadInput, match=r"holds files that are no region database \(such as .*choose another OUT, or pass --overwrite"):
-        extract_images(photos, photos, detector=fake.FakeDetector())
+    for overwrite in (False, True):
+        with pytest.raises(BadInput, match=r"holds files that this command did not make \(such as .*choose another OUT"):
+            extract_images(photos, photos, detector=fake.FakeDetector(), overwrite=overwrite)
     assert sorted(photos.iterdir()) == before
-    assert extract_images(photos, photos, detector=fake.FakeDetector(), overwrite=True).images == 2
-    assert set(before) < set(photos.iterdir())
 
 
 def test_added_images_are_extracted_aside_and_merged(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_large_images_are_prepared_one_at_a_time(
                 at_once -= 1
             return prepared
 
-    monkeypatch.setattr("uniter.extract.run.units.LARGE_IMAGE_BYTES", 1000 if large else 1 << 30)
+    monkeypatch.setattr(DECODING, "total", 1000 if large else 1 << 30)
     assert extract_images(make_photos(12), tmp_path / "out", detector=Watched(), batch_size=4, workers=4).complete
     assert (most == 1) == large
 
@@ -350,6 +353,30 @@ def test_given_boxes_keep_their_order_and_ids(make_photos: Photos, fake: ModuleT
     assert summary.box_kind == "given" and database.header is not None and database.header["box_kind"] == "given"
     rows = [json.loads(line) for line in (tmp_path / "out" / "box_ids.jsonl").read_text().splitlines()]
     assert rows == [{"key": "photo0000", "ids": ["c", "a", 7]}]
+
+
+def test_folders_in_the_names_of_given_boxes_count_where_they_are_those_of_the_images(
+    make_photos: Photos, fake: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = make_photos(3)
+    (photos / "VG_100K").mkdir()
+    (photos / "photo0000.jpg").rename(photos / "VG_100K" / "photo0000.jpg")
+    boxes = tmp_path / "boxes.jsonl"
+
+    def extracted(out: str, *names: str) -> set[str]:
+        boxes.write_text("\n".join(json.dumps({"image": name, "boxes": [[1, 1, 9, 9]]}) for name in names))
+        extract_images(photos, tmp_path / out, detector=fake.FakeDetector(), boxes=boxes)
+        return set(ImageDB(tmp_path / out).keys_list)
+
+    assert extracted("some", "VG_100K/photo0000.jpg", "VG_100K/photo0001.jpg", "photo0002") == {"photo0000", "photo0002"}
+    assert "VG_100K/photo0001.jpg' lies in another folder" in failures(tmp_path / "some")["photo0001"]
+    assert "names count alone" not in caplog.text
+    assert extracted("none", "scenes/photo0000.jpg", "scenes/photo0001.jpg") == {"photo0000", "photo0001"}
+    assert "names count alone" in caplog.text
+    (photos / "VG_100K" / "photo0001.jpg").write_bytes((photos / "photo0001.jpg").read_bytes())
+    boxes.write_text('{"image": "photo0001.jpg", "boxes": [[1, 1, 9, 9]]}')
+    with pytest.raises(BadInput, match=r"'photo0001\.jpg' is .* as well as .*; write more of the path"):
+        extract_images(photos, tmp_path / "two", detector=fake.FakeDetector(), boxes=boxes, key="path")
 
 
 def test_ids_of_given_boxes_survive_merging_splitting_converting_and_repair(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:

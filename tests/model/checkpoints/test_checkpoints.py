@@ -329,7 +329,7 @@ def test_a_fine_tuned_model_is_exported_with_its_head_and_its_answers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [*{extras(row).model for row in DOWNSTREAM.values()}, UniterForPretraining], ids=lambda kind: kind.__name__
+    "kind", [*dict.fromkeys(extras(row).model for row in DOWNSTREAM.values()), UniterForPretraining], ids=lambda kind: kind.__name__
 )
 def test_a_checkpoint_says_what_it_is(kind, tmp_path, caplog):
     model = kind(SMALL)

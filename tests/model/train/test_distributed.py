@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.run_log import read_log
-from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps
+from uniter.datasets.runs.run_log import read_log
+from uniter.datasets.runs.step_folders import checkpoint_path, checkpoint_steps
 from uniter.model.settings.files import write_config
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train import state

@@ -23,8 +23,8 @@ from uniter.datasets.batches.example import Example, Masking
 from uniter.datasets.batches.pretraining import matched_pair
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.storage.run_log import read_log
-from uniter.datasets.storage.step_folders import checkpoint_steps
+from uniter.datasets.runs.run_log import read_log
+from uniter.datasets.runs.step_folders import checkpoint_steps
 from uniter.datasets.text_db import TextDB
 from uniter.model import UniterConfig, load_uniter, losses
 from uniter.model.checkpoints.export import export_published

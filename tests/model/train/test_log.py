@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.run_log import RunLog, read_log
+from uniter.datasets.runs.run_log import RunLog, read_log
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train.pretraining import pretrain
 

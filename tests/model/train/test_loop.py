@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from uniter.datasets.batches.corpus import Corpus
 from uniter.datasets.batches.loader import Assembler
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.datasets.storage.run_log import read_log
-from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps
+from uniter.datasets.runs.run_log import read_log
+from uniter.datasets.runs.step_folders import checkpoint_path, checkpoint_steps
 from uniter.model import losses
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train.loop import NotFinite

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from uniter.datasets.errors import BadInput, SettingsDiffer
-from uniter.datasets.storage.run_log import read_log
-from uniter.datasets.storage.step_folders import checkpoint_path, checkpoint_steps, point, remove_old
+from uniter.datasets.runs.run_log import read_log
+from uniter.datasets.runs.step_folders import checkpoint_path, checkpoint_steps, point, remove_old
 from uniter.model import losses
 from uniter.model.settings.files import CONFIG_FILE, write_config
 from uniter.model.settings.settings import TrainSettings

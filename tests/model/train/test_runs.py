@@ -9,7 +9,7 @@ import pytest
 
 from uniter.datasets.batches.corpus import open_corpus
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.run_log import read_log
+from uniter.datasets.runs.run_log import read_log
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.model import UniterConfig, UniterForPretraining
 from uniter.model.checkpoints.beside import tokenizer_beside

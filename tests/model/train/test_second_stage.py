@@ -15,7 +15,7 @@ from uniter.cli.train import main
 from uniter.datasets.batches.corpus import open_corpus, vocabulary_of
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.storage.run_log import read_log
+from uniter.datasets.runs.run_log import read_log
 from uniter.model.checkpoints.export import export_published
 from uniter.model.checkpoints.load import load_uniter
 from uniter.model.checkpoints.read import find_weights, read_state

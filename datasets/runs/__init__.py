@@ -1,0 +1,1 @@
+"""What both trainers write: the log of a run, and its checkpoints by step."""

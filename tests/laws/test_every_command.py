@@ -1,0 +1,311 @@
+"""Every command by every law of the folders it writes: a table, of which other files hold the cells that are marked so.
+
+    same       the same command again, of the same contents: nothing is done, and it is said
+    other      the same command again, of other contents or settings: refused in words, nothing is touched
+    killed     killed at any change of a file and given again: what an unbroken command makes, and nothing beside it
+    fails      under --overwrite, or over an earlier result, a command that fails leaves what was there
+    inside     a source inside OUT: refused, and the source is whole
+    foreign    somebody else's folder or file at OUT: refused, or written beside; what was there stays
+
+Commands and files only. Training and extraction are killed in `test_sigkill.py`, and in the tests beside their code.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def _beside(name: str) -> ModuleType:
+    if name not in sys.modules:
+        description = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert description is not None and description.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(description)
+        description.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+world = _beside("identity_world")
+accepted, done, not_yet, refused, run, tree = world.accepted, world.done, world.not_yet, world.refused, world.run, world.tree
+Words = tuple[object, ...]
+Row = Callable[[Path, Path, int, Any], Words]
+LAWS = ("same", "other", "killed", "fails", "inside", "foreign")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return world.trained(tmp_path_factory.getbasetemp())
+
+
+# ------------------------------------------------------------------------------------------------------------------- the commands
+
+# A row makes its sources in `folder` and gives the command that writes `out`. Version 1 differs from version 0 in the contents of the
+# sources, where there are any, and not in their names; else in a setting.
+
+
+def convert(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    return ("db", "convert", world.npz_folder(folder / "npz", "abcdef", seed=version), out)
+
+
+def convert_to_npz(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    source = world.region_database(folder / "in.lmdb", "abcd", seed=version, again=version > 0)
+    return ("db", "convert", source, out, "--to", "npz")
+
+
+def merge(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    both = [world.region_database(folder / name, keys, seed=version, again=version > 0) for name, keys in (("x", "abc"), ("y", "de"))]
+    return ("db", "merge", *both, out)
+
+
+def split(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    return ("db", "split", world.region_database(folder / "in.lmdb", "abcd", seed=version, again=version > 0), out, "--by", 2)
+
+
+def repair(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    return ("db", "check", world.region_database(folder / "in.lmdb", "abcd", seed=version, again=version > 0), "--repair", out)
+
+
+def build_db(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    captions = world.captions_file(folder / "captions.jsonl", ["a.jpg", "b.jpg"], text=world.WORDS[1 + version])
+    return ("build-db", captions, out, "--tokenizer", world.vocabulary_file(folder / "vocab.txt"))
+
+
+def scenes(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    return ("scenes", out, "--images", 3, "--held-out", 1, "--seed", version)
+
+
+def tasks(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    return (*scenes(folder, out, version, trained), "--tasks")
+
+
+def view(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    return ("view", world.region_database(folder / "in.lmdb", "ab", seed=version, again=version > 0), "--out", out)
+
+
+def detector(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    words = ("--images", trained.images, "--annotations", trained.instances, "--out", out, "--seed", version)
+    return ("train", "detector", *words, "--steps", 1, "--batch-size", 1, "--no-attributes", *world.CPU)
+
+
+def extract(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    words = ("--detector", trained.detectors[version], *world.DETECT)
+    return ("extract", world.photographs(folder / "photos", "ab"), out, *words)
+
+
+def pretrain(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    data = ("--text", trained.texts, "--images", trained.regions[0], "--seed", version)
+    return ("train", "pretrain", *data, "--out", out, "--steps", 1, *world.TINY)
+
+
+def finetune(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    data = ("--text", trained.texts, "--images", trained.regions[0], "--seed", version)
+    small = ("--steps", 1, "--set", "tensorboard=false", "--set", "batch_tokens=200", *world.CPU)
+    return ("train", "finetune", "retrieval", "--from", trained.run, *data, "--out", out, *small)
+
+
+def export(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    source = folder / "run"
+    if version:
+        shutil.rmtree(source)
+        world.pretrain(source, "--seed", 1, text=trained.texts, images=trained.regions[0])
+    elif not source.exists():
+        shutil.copytree(trained.run, source, symlinks=True)
+    return ("train", "export", "--from", source, "--to", "hub", out)
+
+
+def scores(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    data = ("--text", trained.texts, "--images", trained.regions[0])
+    return ("train", "evaluate", "retrieval", "--from", trained.run, *data, "--scores", out, *world.CPU)
+
+
+ROWS: dict[str, Row] = {
+    "convert": convert,
+    "convert --to npz": convert_to_npz,
+    "merge": merge,
+    "split": split,
+    "check --repair": repair,
+    "build-db": build_db,
+    "scenes": scenes,
+    "scenes --tasks": tasks,
+    "view": view,
+    "detector": detector,
+    "extract": extract,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "export": export,
+    "evaluate --scores": scores,
+}
+
+ELSEWHERE = {
+    **{(name, "same"): "test_identity" for name in ("convert", "merge", "split", "build-db")},
+    **{(name, "other"): "test_identity" for name in ("convert", "merge", "split", "build-db", "evaluate --scores")},
+    **{(name, "fails"): "test_nothing_destroyed" for name in ("convert", "merge", "split", "check --repair", "build-db")},
+    **{(name, "fails"): "test_nothing_destroyed" for name in ("extract", "detector")},
+    **{(name, "inside"): "test_nothing_destroyed" for name in ("convert", "merge", "split", "check --repair")},
+    **{(name, "foreign"): "test_nothing_destroyed" for name in ("convert", "merge", "split", "check --repair", "build-db")},
+    **{(name, "foreign"): "test_nothing_destroyed" for name in ("extract", "detector", "scenes", "pretrain", "export")},
+    **{(name, "killed"): "test_sigkill" for name in ("convert", "merge", "build-db", "extract", "detector", "pretrain", "finetune")},
+}
+"""Cells that other files hold."""
+
+MEANINGLESS = {
+    ("view", "same"): "a report is drawn again, whatever it shows",
+    ("view", "other"): "a report is drawn again, whatever it shows",
+    ("scenes", "fails"): "nothing of it can fail but the disk",
+    ("scenes --tasks", "fails"): "nothing of it can fail but the disk",
+    ("scenes", "inside"): "it has no source",
+    ("scenes --tasks", "inside"): "it has no source",
+    ("scenes --tasks", "foreign"): "as of scenes",
+    ("evaluate --scores", "killed"): "it scores again, in a second",
+    ("evaluate --scores", "inside"): "its two files lie beside others, which stay: see foreign",
+    ("export", "fails"): "there is no --overwrite, and what is there is refused",
+    ("pretrain", "fails"): "there is no --overwrite",
+    ("finetune", "fails"): "there is no --overwrite",
+    ("evaluate --scores", "fails"): "there is no --overwrite",
+    ("convert --to npz", "killed"): "as of convert",
+}
+NOT_YET: dict[tuple[str, str], tuple[str, str]] = {
+    ("export", "same"): ("1", "refused: it exists already"),
+    ("export", "killed"): ("1", "the one that was whole is refused: it exists already"),
+}
+"""Cells that do not hold: the point of the order, and what happens."""
+
+
+def cells(law: str) -> list[Any]:
+    """The rows for which this file holds the law."""
+    found = []
+    for name in ROWS:
+        cell = (name, law)
+        if cell not in ELSEWHERE and cell not in MEANINGLESS:
+            found.append(pytest.param(name, marks=[not_yet(*NOT_YET[cell])] if cell in NOT_YET else []))
+    return found
+
+
+def test_every_cell_is_held_somewhere() -> None:
+    named = {*ELSEWHERE, *MEANINGLESS, *NOT_YET}
+    assert {name for name, _ in named} <= set(ROWS) and {law for _, law in named} <= set(LAWS)
+    assert not set(ELSEWHERE) & set(MEANINGLESS)
+    for cell, file in ELSEWHERE.items():
+        assert (Path(__file__).with_name(f"{file}.py")).is_file(), cell
+
+
+def held(out: Path) -> Mapping[str, Any]:
+    """What a folder holds for whoever uses it; times and places of the sources, which settings.json remembers, are no part of it."""
+    found = {name: content for name, content in tree(out).items() if not name.endswith("lock.mdb")}
+    place = str(out.parent).encode()
+    found = {name: content.replace(place, b"...") if isinstance(content, bytes) else content for name, content in found.items()}
+    for name, content in found.items():
+        if name.endswith(("settings.json", "header.json")) and isinstance(content, bytes):
+            settings = json.loads(content)
+            for source in (settings.get("made_from") or {}).values():
+                source.pop("modified", None)
+            settings.pop("begun", None)
+            found[name] = json.dumps(settings)
+        elif name.endswith("data.mdb"):  # LMDB's pages depend on how often it was begun
+            folder = out / Path(name).parent
+            found[name] = repr(sorted((world.texts if (folder / "txt2img.json").is_file() else world.records)(folder).items()))
+        elif name.endswith("index.safetensors"):  # where the records lie in data.mdb
+            found[name] = "an index"
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the laws
+
+
+@pytest.mark.parametrize("name", cells("same"))
+def test_the_same_command_again_does_nothing_and_says_so(name: str, tmp_path: Path, trained: Any) -> None:
+    out = tmp_path / "out"
+    words = ROWS[name](tmp_path, out, 0, trained)
+    done(*words)
+    before = tree(out)
+    accepted(run(*words), "already|nothing|kept")
+    assert not world.differences(before, tree(out))
+
+
+@pytest.mark.parametrize("name", cells("other"))
+def test_other_contents_or_settings_are_refused(name: str, tmp_path: Path, trained: Any) -> None:
+    out = tmp_path / "out"
+    done(*ROWS[name](tmp_path, out, 0, trained))
+    before = tree(out)
+    refused(run(*ROWS[name](tmp_path, out, 1, trained)), "differ|other|chang|was |exists", "overwrite|another|remove|new|--out")
+    assert not world.differences(before, tree(out))
+
+
+@pytest.mark.parametrize("name", cells("killed"))
+def test_what_was_killed_ends_as_unbroken(name: str, tmp_path: Path, trained: Any) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    done(*ROWS[name](whole, whole / "out", 0, trained))
+    broken.mkdir()
+    words = ROWS[name](broken, broken / "out", 0, trained)
+    beside = set(broken.iterdir())
+    for instant in (2, 12):
+        world.killed(broken, instant, *words)
+    accepted(run(*words))
+    assert set(broken.iterdir()) == {*beside, broken / "out"}, "what was begun is left behind"
+    assert held(broken / "out") == held(whole / "out")
+
+
+def view_of_a_damaged_database(folder: Path, out: Path, trained: Any) -> Words:
+    (folder / "in.lmdb" / "data.mdb").write_bytes(b"damaged")
+    return ("view", folder / "in.lmdb", "--out", out)
+
+
+def conversion_of_nothing(folder: Path, out: Path, trained: Any) -> Words:
+    (folder / "in.lmdb" / "data.mdb").write_bytes(b"damaged")
+    return ("db", "convert", folder / "in.lmdb", out, "--to", "npz", "--overwrite")
+
+
+FAILING: dict[str, Callable[[Path, Path, Any], Words]] = {"view": view_of_a_damaged_database, "convert --to npz": conversion_of_nothing}
+
+
+@pytest.mark.parametrize("name", cells("fails"))
+def test_what_fails_leaves_what_was_there(name: str, tmp_path: Path, trained: Any) -> None:
+    out = tmp_path / "out"
+    done(*ROWS[name](tmp_path, out, 0, trained))
+    before, beside = tree(out), set(tmp_path.iterdir())
+    refused(run(*FAILING[name](tmp_path, out, trained)))
+    assert not world.differences(before, tree(out))
+    assert set(tmp_path.iterdir()) == beside
+
+
+def inside(name: str, folder: Path, trained: Any) -> tuple[Path, Words]:
+    """A folder that holds the source of a command, and the command that would write to that folder."""
+    if name in ("convert --to npz", "build-db", "view", "export"):
+        (folder / "sources").mkdir()
+        return folder / "sources", ROWS[name](folder / "sources", folder / "sources", 0, trained)
+    if name == "extract":
+        return folder / "photos", extract(folder, folder / "photos", 0, trained)
+    made, copied = trained.images.parent.parent, folder / "world"
+    shutil.copytree(made, copied, symlinks=True)
+    words = ROWS[name](folder, copied, 0, trained)
+    return copied, tuple(copied / Path(str(word)).relative_to(made) if Path(str(word)).is_relative_to(made) else word for word in words)
+
+
+@pytest.mark.parametrize("name", cells("inside"))
+def test_a_source_inside_out_is_refused(name: str, tmp_path: Path, trained: Any) -> None:
+    folder, words = inside(name, tmp_path, trained)
+    before = tree(folder)
+    for more in ((), ("--overwrite",)) if name in ("convert --to npz", "build-db", "extract", "detector") else ((),):
+        result = run(*words, *more)
+        assert not world.differences(before, tree(folder))
+        refused(result)
+
+
+@pytest.mark.parametrize("name", cells("foreign"))
+def test_what_somebody_else_made_stays(name: str, tmp_path: Path, trained: Any) -> None:
+    out = tmp_path / "out"
+    for file in ("config.yaml", "log.jsonl", "index.html", "pictures/mine.jpg", "checkpoints/mine.pt", "a.npz", "scores.npy"):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text("somebody's work\n")
+    before = tree(out)
+    result = run(*ROWS[name](tmp_path, out, 0, trained))
+    assert result.exit_code in (0, 1) and "Traceback" not in result.output
+    after = tree(out)
+    assert {file: after.get(file) for file in before} == before

@@ -1,0 +1,344 @@
+"""SIGKILL at random instants: the same command given again ends as an unbroken one, and nothing of others is touched.
+
+    UNITER_KILLS=100 pytest -m slow tests/laws/test_sigkill.py
+
+kills each cheap command so many times, and each one that needs a network three tenths of that. Every second round begins anew in the place
+of an earlier result (`--overwrite`, where the command has it): then what stands at OUT is the old result or the new one, whole, at any
+instant. Commands and files only, each command in a process group of its own.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "before_second_storey"
+KILLS = int(os.environ.get("UNITER_KILLS", "4"))
+FEW = max(1, round(0.3 * KILLS))  # of what needs a network
+
+
+def _beside(name: str) -> ModuleType:
+    if name not in sys.modules:
+        description = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert description is not None and description.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(description)
+        description.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+world = _beside("identity_world")
+Words = tuple[object, ...]
+Held = Callable[[Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A command that is killed.
+
+    Attributes:
+        sources: makes what the command reads, in a folder, of a version (0 or 1) that decides the contents.
+        words: the command, from that folder and OUT.
+        held: all that OUT holds.
+        complete: the file that is written last, from OUT; None where a command (as pre-training) is complete by what it says.
+        overwrite: whether it has --overwrite.
+    """
+
+    sources: Callable[[Path, int, float], None]
+    words: Callable[[Path, Path], Words]
+    held: Held
+    complete: str | None = "header.json"
+    overwrite: bool = True
+
+
+# ------------------------------------------------------------------------------------------------------------- what a folder holds
+
+
+def regions(out: Path) -> Mapping[str, Any]:
+    header = json.loads((out / "header.json").read_text())
+    counted = {name: header[name] for name in ("images", "failures")}
+    return {**world.records(out), "failures": world.failures(out), "header": counted}
+
+
+def parts(out: Path) -> Mapping[str, Any]:
+    return {path.name: regions(path) for path in sorted(out.iterdir()) if path.is_dir()}
+
+
+def texts(out: Path) -> Mapping[str, Any]:
+    sides = {name: (out / name).read_bytes() for name in ("id2len.json", "img2txts.json", "txt2img.json", "vocab.txt")}
+    return {**world.texts(out), **sides}
+
+
+def tensors(file: Path) -> dict[str, bytes]:
+    return {name: np.asarray(array).tobytes() for name, array in load_file(file).items()}
+
+
+def detector(out: Path) -> Mapping[str, Any]:
+    return {**tensors(out / "model.safetensors"), "log": losses(out)}
+
+
+def trained_run(out: Path) -> Mapping[str, Any]:
+    latest = out / "checkpoints" / "latest"
+    return {**tensors(latest / "model.safetensors"), "log": losses(out), "step": latest.resolve().name}
+
+
+def losses(run: Path) -> list[tuple[Any, ...]]:
+    """Of each update in the log its number and its loss, the last word on each."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return sorted({(line["step"], line["loss"]) for line in lines if line["kind"] == "train"})
+
+
+# ----------------------------------------------------------------------------------------------------------------- the commands
+
+
+def npz(folder: Path, version: int, size: float) -> None:
+    world.npz_folder(folder / "npz", [f"{place:05d}" for place in range(round(600 * size))], seed=version, regions=2, width=16)
+
+
+def databases(folder: Path, version: int, size: float) -> None:
+    for place, name in enumerate(("x.lmdb", "y.lmdb")):
+        keys = [f"{place}-{number:05d}" for number in range(round(400 * size))]
+        world.region_database(folder / name, keys, seed=version, regions=2, width=16)
+
+
+def damaged(folder: Path, version: int, size: float) -> None:
+    """A database some of whose records were overwritten."""
+    databases(folder, version, size)
+    data = folder / "x.lmdb" / "data.mdb"
+    content = bytearray(data.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = bytes(2000)
+    data.write_bytes(content)
+
+
+def captions(folder: Path, version: int, size: float) -> None:
+    rng, words = random.Random(version), world.WORDS
+    lines = [{"image": f"{n // 3:06d}.jpg", "caption": " ".join(rng.choices(words, k=9))} for n in range(round(12_000 * size))]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    world.vocabulary_file(folder / "vocab.txt")
+
+
+def photographs(folder: Path, version: int, size: float) -> None:
+    world.photographs(folder / "photos", [f"{place:03d}" for place in range(24)], first=100 * version)
+
+
+def pictures(folder: Path, version: int, size: float) -> None:
+    words = ("--images", 6, "--held-out", 0, "--shapes", "circle,square", "--colours", "red,blue", "--seed", version)
+    world.done("scenes", folder / "world", *words)
+
+
+def learnt_from(folder: Path, version: int, size: float) -> None:
+    """The texts, the regions and the run that were kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("regions.lmdb", "texts.db", "run"):
+        shutil.copytree(GOLDEN / name, folder / name, symlinks=True)
+
+
+NARROW = ("model.hidden_size=16", "model.num_hidden_layers=1", "model.num_attention_heads=2", "model.intermediate_size=32")
+RUN = ("--steps", 24, "--seed", 7, "--device", "cpu", "--set", "checkpoint_every=4", "--set", "validate_every=12", "--set", "workers=0")
+RUN = (*RUN, "--set", "batch_tokens=120", "--set", "tensorboard=false")
+DETECTOR = (
+    "MODEL.RESNETS.WIDTH_PER_GROUP=2", "MODEL.RESNETS.RES2_OUT_CHANNELS=8", "MODEL.RESNETS.STEM_OUT_CHANNELS=4",
+    "MODEL.FPN.OUT_CHANNELS=8", "MODEL.ROI_BOX_HEAD.NUM_FC=1", "MODEL.ROI_BOX_HEAD.FC_DIM=16", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION=3",
+    "checkpoint_every=3",
+)  # fmt: skip
+
+
+def sets(assignments: tuple[str, ...]) -> Words:
+    return tuple(word for assignment in assignments for word in ("--set", assignment))
+
+
+def learns(given: Path, out: Path, task: Words, *more: object) -> Words:
+    return ("train", *task, "--text", given / "texts.db", "--images", given / "regions.lmdb", "--out", out, *RUN, *more)
+
+
+CHEAP: dict[str, Killed] = {
+    "convert": Killed(npz, lambda given, out: ("db", "convert", given / "npz", out), regions),
+    "merge": Killed(databases, lambda given, out: ("db", "merge", given / "x.lmdb", given / "y.lmdb", out), regions),
+    "split": Killed(databases, lambda given, out: ("db", "split", given / "x.lmdb", out, "--by", 3), parts, complete="part-2/header.json"),
+    "repair": Killed(damaged, lambda given, out: ("db", "check", given / "x.lmdb", "--repair", out), regions),
+    "build-db": Killed(captions, lambda given, out: ("build-db", given / "captions.jsonl", out, "--tokenizer", given / "vocab.txt"), texts),
+}
+NEEDING_A_NETWORK: dict[str, Killed] = {
+    "extract": Killed(
+        photographs,
+        lambda given, out: ("extract", given / "photos", out, "--detector", GOLDEN / "detector", *world.DETECT, "--batch-size", 2),
+        regions,
+    ),
+    "detector": Killed(
+        pictures,
+        lambda given, out: (
+            "train", "detector", "--images", given / "world/images", "--annotations", given / "world/instances_train.json", "--out", out,
+            "--steps", 15, "--batch-size", 2, "--no-attributes", "--held-out", 0.3, "--workers", 0, *world.CPU, *sets(DETECTOR),
+        ),
+        detector,
+        complete="detector.json",
+    ),
+    "pretrain": Killed(
+        learnt_from, lambda given, out: learns(given, out, ("pretrain",), *sets(NARROW)), trained_run, complete=None, overwrite=False,
+    ),
+    "finetune": Killed(
+        learnt_from,
+        lambda given, out: learns(given, out, ("finetune", "retrieval"), "--from", given / "run"),
+        trained_run,
+        complete=None,
+        overwrite=False,
+    ),
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------- the killing
+
+
+def begun(words: Words) -> subprocess.Popen[str]:
+    module = f"uniter.cli.{str(words[0]).replace('-', '_')}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, words[1:])],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
+    )  # fmt: skip
+
+
+def wait_for_work(process: subprocess.Popen[str], folder: Path, known: set[Path]) -> None:
+    """Until the command has written something, or has ended; imports take their time on a busy machine."""
+    while process.poll() is None and set(folder.iterdir()) <= known and not any((folder / "out").glob("*")):
+        time.sleep(0.002)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """What is to stay as it is: sources, and somebody else's files."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "lock.mdb":  # LMDB's readers are entered there
+            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+class Killing:
+    """One command, killed again and again.
+
+    Args:
+        folder: where all of it lies: sources of both versions, and OUT.
+        size: of the sources, 1 for a second's work.
+    """
+
+    def __init__(self, row: Killed, folder: Path, *, size: float, seed: int) -> None:
+        self.row, self.rng = row, random.Random(seed)
+        self.given = folder / "given"
+        row.sources(self.given, 0, size)
+        self.place = folder / "there"
+        self.place.mkdir()
+        (self.place / "somebody.txt").write_text("somebody's work\n")
+        (self.place / "out.notes").mkdir()
+        (self.place / "out.notes" / "notes.txt").write_text("beside OUT, and of a name like it\n")
+        self.out = self.place / "out"
+        self.beside = set(self.place.iterdir())
+        self.others = {**digest(self.given), **digest(self.place)}
+        self.words = row.words(self.given, self.out)
+        began = time.monotonic()
+        process = begun(self.words)
+        wait_for_work(process, self.place, self.beside)
+        self.start = time.monotonic() - began
+        _, said = process.communicate(timeout=600)
+        assert process.returncode in (0, 1) and "Traceback" not in said, said
+        self.ends_with = process.returncode  # `check --repair` says by 1 that there was something to repair
+        self.work = time.monotonic() - began - self.start
+        self.whole = row.held(self.out)
+        self.old: Mapping[str, Any] | None = None
+        self.kept = folder / "old"
+        if row.overwrite:
+            row.sources(folder / "given-1", 1, size)
+            world.run(*row.words(folder / "given-1", self.kept))
+            self.old = row.held(self.kept)
+            assert self.old != self.whole
+
+    def times(self, kills: int) -> None:
+        """Kill it so many times, and let it end now and then."""
+        done, rounds = 0, 0
+        while done < kills:
+            shutil.rmtree(self.out)
+            over = self.old is not None and rounds % 2 == 1
+            if over:
+                shutil.copytree(self.kept, self.out, symlinks=True)
+            most = min(kills - done, self.rng.randint(1, 3))
+            for _ in range(most):
+                done += self.once(over)
+            self.to_the_end(over)
+            rounds += 1
+            assert rounds < 20 * kills, "it ends before it is killed"
+
+    def command(self, over: bool) -> Words:
+        return (*self.words, "--overwrite") if over else self.words
+
+    def once(self, over: bool) -> bool:
+        """Whether the kill hit it."""
+        process = begun(self.command(over))
+        if over:
+            time.sleep(self.start * self.rng.uniform(0.8, 1.0))
+        else:
+            wait_for_work(process, self.place, self.beside)
+        time.sleep(self.rng.uniform(0, self.work))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        _, said = process.communicate(timeout=600)
+        assert "Traceback" not in said, said
+        assert {**digest(self.given), **self.of_others()} == self.others, "a file of somebody else's was touched"
+        self.is_never_half(over)
+        return process.returncode == -signal.SIGKILL
+
+    def of_others(self) -> dict[str, str]:
+        ours = ("out/", "out.overwriting/", "out.replaced/", ".out")
+        return {name: value for name, value in digest(self.place).items() if not name.startswith(ours)}
+
+    def is_never_half(self, over: bool) -> None:
+        """What says that it is complete is so."""
+        if self.row.complete is None:
+            return
+        if self.row.held is parts:  # each takes its place by itself
+            for part in (path for path in self.out.glob("part-?") if (path / "header.json").is_file()):
+                assert regions(part) in [whole[part.name] for whole in (self.whole, self.old) if whole is not None]
+        elif (self.out / self.row.complete).is_file():
+            assert self.row.held(self.out) in (self.whole, self.old)
+        elif over:  # the instant between two renames
+            assert not self.out.exists() and self.row.held(self.out.with_name("out.replaced")) == self.old
+
+    def to_the_end(self, over: bool) -> None:
+        process = begun(self.command(over))
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == self.ends_with and "Traceback" not in said, said
+        assert self.row.held(self.out) == self.whole, "it differs from an unbroken command's"
+        assert set(self.place.iterdir()) == {*self.beside, self.out}, "what was begun is left behind"
+        assert {**digest(self.given), **self.of_others()} == self.others
+
+
+@pytest.mark.parametrize("name", ["convert", "merge", "build-db"])
+def test_a_few_kills(name: str, tmp_path: Path) -> None:
+    Killing(CHEAP[name], tmp_path, size=0.4, seed=1).times(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHEAP)
+def test_many_kills(name: str, tmp_path: Path) -> None:
+    Killing(CHEAP[name], tmp_path, size=1, seed=KILLS).times(KILLS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEEDING_A_NETWORK)
+def test_many_kills_of_what_needs_a_network(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("detectron2", reason="Detectron2 is brought by `uniter-extract --install-detectron2`")
+    Killing(NEEDING_A_NETWORK[name], tmp_path, size=1, seed=KILLS).times(FEW)
