@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from uniter.cli.common import FAILED, SKIPPED_UNDER_STRICT, common_options, print_summary, version
 from uniter.datasets.errors import BadInput, UniterError
@@ -78,6 +79,8 @@ def check(databases: Sequence[Path], repaired: Path | None, overwrite: bool, as_
     """
     if repaired is not None and len(databases) != 1:
         raise click.UsageError("--repair takes one database")
+    if overwrite and repaired is None:
+        raise click.UsageError("--overwrite is about the OUT of --repair, which was not given")
     summary: dict[str, Any] = {}
     reports: list[CheckReport] = []
     if repaired is not None:
@@ -169,6 +172,12 @@ def convert_command(
       uniter-db convert img_db/coco_train2014 coco.lmdb
       uniter-db convert out.lmdb out.tsv --to lxmert-tsv
     """
+    given = click.get_current_context().get_parameter_source
+    named = {name: given(name) is ParameterSource.COMMANDLINE for name in ("conf_threshold", "min_boxes", "max_boxes", "num_boxes")}
+    idle = ["num_boxes"] if conf_threshold != -1 else ["min_boxes", "max_boxes"]
+    if pointless := [name for name in (named if keep_all else idle) if named[name]]:
+        reason = "--keep-all keeps all" if keep_all else f"--conf-threshold is {conf_threshold:g}"
+        raise click.UsageError(f"--{pointless[0].replace('_', '-')} has no meaning here, since {reason}")
     threshold = -1 if conf_threshold == -1 else conf_threshold
     selection = Selection(threshold, min_boxes, max_boxes, num_boxes, keep_all)
     report = convert(source, out, to=to, source_format=source_format, selection=selection, images=images, overwrite=overwrite)
