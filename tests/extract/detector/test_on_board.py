@@ -135,10 +135,33 @@ def test_an_unknown_name_is_answered_with_it() -> None:
         find_recipe("onboard")
 
 
-@pytest.mark.parametrize(("name", "what"), PHOTOGRAPHS.items())
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.xfail(strict=True, reason="order 14, point 2: it is taken for a bowl")] * (pair[1] == "cup"))
+        for pair in PHOTOGRAPHS.items()
+    ],
+)
 def test_what_is_on_scikit_images_photographs_comes_first(detector: Detectron2Detector, name: str, what: str) -> None:
     prepared = detector.prepare(photograph(name))
     (raw,) = detector.detect([prepared])
     regions = select_regions(raw, size=prepared.size, nms_threshold=detector.settings()["nms_threshold"])
     assert regions.soft_labels is not None
     assert detector.class_names[int(regions.soft_labels[0, 1:].argmax())] == what
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("astronaut.png", {"person"}),
+        ("chelsea.png", {"cat"}),
+        ("coffee.png", {"cup", "bowl", "spoon", "dining table"}),
+        ("rocket.jpg", set()),
+        ("motorcycle_left.png", {"motorcycle"}),
+        ("motorcycle_right.png", {"motorcycle"}),
+    ],
+)
+def test_it_is_sure_of_nothing_that_is_not_there(detector: Detectron2Detector, name: str, there: set[str]) -> None:
+    (raw,) = detector.detect([detector.prepare(photograph(name))])
+    sure = {detector.class_names[number] for row, number in np.argwhere(raw.probabilities[:, 1:] > 0.5)}
+    assert sure <= there
