@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from uniter.cli.common import common_options, print_summary
 from uniter.datasets.errors import BadInput
@@ -66,6 +67,7 @@ def main(
     """
     runs = [source for source in sources if (Path(source) / "log.jsonl").is_file()]
     others = [source for source in sources if source not in runs]
+    _refuse_idle_options("looks" if runs and others else "runs" if runs else "regions")
     if runs:
         from uniter.datasets.runs.run_log import read_log
 
@@ -92,6 +94,23 @@ def main(
             allow_partial=allow_partial,
         ).as_dict()
     print_summary(summary, as_json=as_json, title=f"open {summary['page']}")
+
+
+# What is drawn -> the options that make no difference to it.
+_IDLE = {
+    "regions": ("pairs",),
+    "runs": ("photographs", "texts", "limit", "keys", "most_boxes", "pairs", "allow_partial"),
+    "looks": ("limit", "most_boxes"),
+}
+_MEANS = {"regions": "the page of region databases", "runs": "a page of runs alone", "looks": "the page of what a run looks at"}
+
+
+def _refuse_idle_options(what: str) -> None:
+    """An option that would change nothing is an error: it was given for something else."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in _IDLE[what] and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option.opts[0]} makes no difference to {_MEANS[what]}; leave it out")
 
 
 def _short_names(runs: Sequence[str]) -> list[str]:

@@ -4,8 +4,10 @@ The main process plans (cheap: numbers only), the workers read and assemble. A p
 any number of workers gives the same batches, and any process can make any batch.
 """
 
+import atexit
 import random
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -107,20 +109,43 @@ def _made(assembler: Assembler, plans: Iterator[Plan], *, workers: int, pin_memo
 
 
 def _unless_failed(batches: Iterator["MicroBatch | _Failed"]) -> Iterator[MicroBatch]:
-    while True:
-        try:
-            made = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UniterError(
-                f"a process that loads batches has died ({str(error).splitlines()[0]}); most often memory was short: use fewer workers"
-            ) from error
-        if isinstance(made, _Failed):
-            raise made.error from RuntimeError(f"in a process that loads batches:\n{made.where}")
-        yield made
+    _at_work.add(batches)
+    try:
+        while True:
+            try:
+                made = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UniterError(
+                    f"a process that loads batches has died ({str(error).splitlines()[0]}); most often memory was short: use fewer workers"
+                ) from error
+            if isinstance(made, _Failed):
+                raise made.error from RuntimeError(f"in a process that loads batches:\n{made.where}")
+            yield made
+    finally:
+        _dismiss(batches)
+
+
+# Workers ignore SIGTERM (`leave_signals`), with which multiprocessing would end them when Python exits: it would wait for them for ever
+# where a traceback still holds their iterator. So they are told to go by name, before multiprocessing waits (the last to register is the
+# first to be called).
+_at_work: "weakref.WeakSet[Iterator[MicroBatch | _Failed]]" = weakref.WeakSet()
+
+
+def _dismiss(batches: Iterator["MicroBatch | _Failed"]) -> None:
+    """Let the workers of a data loader's iterator end; PyTorch has no public way to."""
+    shut_down = getattr(batches, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+
+
+@atexit.register
+def _dismiss_all() -> None:
+    for batches in list(_at_work):
+        _dismiss(batches)
 
 
 @dataclass(frozen=True, slots=True)

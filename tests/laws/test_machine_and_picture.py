@@ -296,7 +296,6 @@ def test_a_pickle_takes_no_more_memory_than_it_holds(tmp_path: Path) -> None:
     assert most < 200_000_000
 
 
-@pytest.mark.xfail(strict=True, reason="order 13, point 16: a 300 kB .json.gz takes twice what it unpacks to")
 def test_a_packed_json_takes_no_gigabyte(tmp_path: Path) -> None:
     packer = zlib.compressobj(1, zlib.DEFLATED, 31)
     questions, missing = tmp_path / "questions.jsonl", tmp_path / "missing.json.gz"

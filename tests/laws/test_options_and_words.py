@@ -188,13 +188,8 @@ def test_torchrun_trains_one_detector_or_is_refused(things: Things, annotations:
         "db convert {regions} {out} --to npz --num-boxes 3",
         "db check {regions} --overwrite",
         "train predict nlvr2 --from nowhere --text a --images b --out {out} --answers {captions}",
-        *(
-            pytest.param(case, marks=pytest.mark.xfail(strict=True, reason="order 13, point 24 (a brother): accepted and ignored"))
-            for case in (
-                "view {regions} --out {out} --pairs 3",
-                "view {run} --out {out} --limit 3",
-            )
-        ),
+        "view {regions} --out {out} --pairs 3",
+        "view {run} --out {out} --limit 3",
     ],
 )
 def test_an_option_without_meaning_beside_the_others_is_refused(case: str, things: Things, tmp_path: Path) -> None:
@@ -222,7 +217,6 @@ def no_size(key: str, record: dict[bytes, Any]) -> None:
     record[b"size"][b"data"] = bytes(len(record[b"size"][b"data"]))
 
 
-@pytest.mark.xfail(strict=True, reason="order 13, point 25: what a loading process finds is one line with its squashed traceback")
 def test_what_a_loading_process_finds_is_said_as_without_one(things: Things, tmp_path: Path) -> None:
     damaged = shutil.copytree(things.regions, tmp_path / "damaged")
     with lmdb.open(str(damaged), map_size=1 << 26, lock=False) as environment, environment.begin(write=True) as transaction:
@@ -396,17 +390,7 @@ def test_an_lmdb_of_pickles_is_called_what_it_is(tmp_path: Path) -> None:
     assert "(uniter)" not in result.output
 
 
-@pytest.mark.parametrize(
-    "shipped",
-    [
-        pytest.param(False, id="a run's own"),
-        pytest.param(
-            True,
-            id="shipped",
-            marks=pytest.mark.xfail(strict=True, reason="order 13, point 26: shipped settings of pre-training are not said to be that"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("shipped", [False, True], ids=["a run's own", "shipped"])
 def test_settings_of_pretraining_are_said_to_be_that_by_finetune(shipped: bool, things: Things, tmp_path: Path) -> None:
     config = "pretrain-in-domain-base" if shipped else str(shutil.copy(things.run / "config.yaml", tmp_path / "settings.yaml"))
     data = ["--text", things.texts, "--images", things.regions]

@@ -188,7 +188,6 @@ def test_swapped_databases_are_called_swapped(world: Any, command: str, tmp_path
     assert "--text" in sentence and "--images" in sentence and "None" not in sentence
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="order 13, point 34: another list is '(1 then, 1 now)'")
 def test_another_list_is_answered_with_what_differs(world: Any, tmp_path: Path) -> None:
     results = []
     for number in (1, 2):
