@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 EXAMPLES = """\b
 Examples:
   uniter-extract photos/ out.lmdb
+  uniter-extract photos/ out.lmdb --detector on-board
   uniter-extract photos/ out.lmdb --weights faster_rcnn_from_caffe_attr_original.pkl
   uniter-extract 'cc3m/{00000..00331}.tar' cc3m.lmdb
   uniter-extract train2014/ coco.lmdb --key 'coco_train2014_{id:012d}.npz'
@@ -59,8 +60,8 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.argument("images", nargs=1)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--detector", "detector_name", default="butd", show_default=True, metavar="NAME",
-              help="butd (Visual Genome, 1600 classes), butd-36, a Detectron2 model-zoo name, a Detectron2 YAML, or the folder that "
-                   "`uniter-train detector` made.")  # fmt: skip
+              help="butd (Visual Genome, 1600 classes), butd-36, on-board (COCO's 80 classes; needs no download), a Detectron2 model-zoo "
+                   "name, a Detectron2 YAML, or the folder that `uniter-train detector` made.")  # fmt: skip
 @click.option("--weights", metavar="FILE|URL|random:SEED",
               help="The detector's weights: a file of any known layout, a URL, or random:SEED for trying things out.  "
                    "[default: the detector's known sources, in order]")  # fmt: skip

@@ -66,8 +66,8 @@ def photograph_options(function: Command) -> Command:
             click.option("--from", "checkpoints", required=True, multiple=True, metavar="RUN|FILE|ID", help="The run to ask."),
             click.option("--image", "images", required=True, multiple=True, metavar="FILE|FOLDER", help="A photograph, or a folder."),
             click.option("--text", "texts", required=True, multiple=True, metavar="TEXT", help="What is asked; of each photograph."),
-            click.option("--detector", default="butd", show_default=True, metavar="NAME", help="As for uniter-extract: the one whose "
-                         "regions the model was trained on."),
+            click.option("--detector", default="butd", show_default=True, metavar="NAME", help="As for uniter-extract (butd, on-board, "
+                         "a folder ...): the one whose regions the model was trained on."),
             click.option("--weights", metavar="FILE|URL", help="The detector's weights.  [default: its known sources, in order]"),
             click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where regions are kept; each detector has a "
                          "folder of its own there.  [default: regions/ in the toolkit's cache folder]"),

@@ -1,8 +1,8 @@
 """The main job on a bare machine, both halves, with nothing but what a package registry ships.
 
-First half: real photographs through the full Bottom-Up-Attention network (with random weights: the published ones are no
-registry package). Second half: a made-up captioned world, in which learning can be seen: a detector trained on it, regions, text
-database, a pre-trained tiny UNITER, and what it understands on held-out pairs.
+First half: real photographs through the detector on board, whose weights ship with the package. Second half: a made-up captioned
+world, in which learning can be seen: a detector trained on it, regions, text database, a pre-trained tiny UNITER, and what it
+understands on held-out pairs.
 
 Every step is a command that a user would type; it is printed before it runs. The whole script may be repeated: finished steps are
 recognised by the commands themselves.
@@ -19,10 +19,10 @@ from typing import Any
 
 BIN = Path(sys.executable).parent
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png")
-RANDOM_WEIGHTS = """\
-These regions mean nothing yet: the detector ran with random weights, because no package registry ships the published ones.
-With a file of the published weights (any of the five layouts in the README) the same command gives the published features:
-    uniter-extract photographs/ photographs.lmdb --weights faster_rcnn_from_caffe_attr.pkl"""
+ON_BOARD = """\
+These regions are what the detector on board sees: COCO's 80 classes, small and quick, and wrong at times. UNITER's published models read
+other features, Bottom-Up-Attention's, whose weights no package registry ships. With a file of them the same command gives those:
+    uniter-extract photographs/ photographs-butd.lmdb --weights faster_rcnn_from_caffe_attr.pkl"""
 
 
 def run(*words: str | Path) -> None:
@@ -55,17 +55,17 @@ def photographs(out: Path) -> None:
         target = folder / name
         if not target.exists():
             target.write_bytes((source / name).read_bytes())
-    run("uniter-extract", folder, out / "photographs.lmdb", "--weights", "random:1")
+    run("uniter-extract", folder, out / "photographs.lmdb", "--detector", "on-board")
     run("uniter-db", "info", out / "photographs.lmdb")
     run("uniter-view", out / "photographs.lmdb", "--images", folder, "--out", out / "photographs-report")
-    print(f"\n{RANDOM_WEIGHTS}\nLook at {out / 'photographs-report' / 'index.html'}", flush=True)
+    print(f"\n{ON_BOARD}\nLook at {out / 'photographs-report' / 'index.html'}", flush=True)
 
 
 def world(out: Path) -> dict[str, Any]:
     """Second half: the made-up world from pictures and captions to what a pre-trained UNITER understands of held-out pairs."""
     scenes = out / "world"
     run("uniter-scenes", scenes)
-    run("uniter-train", "detector", "--images", scenes / "images", "--annotations", scenes / "instances_train.json",
+    run("uniter-train", "detector", "--model", "tiny", "--images", scenes / "images", "--annotations", scenes / "instances_train.json",
         "--val-annotations", scenes / "instances_val.json", "--out", out / "detector")  # fmt: skip
     run("uniter-extract", scenes / "images", out / "world.lmdb", "--detector", out / "detector")
     for part in ("train", "val"):

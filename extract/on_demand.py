@@ -46,8 +46,8 @@ class RegionExtractor:
     """From photographs to their regions, one call after the other.
 
     Args:
-        detector: `butd`, `butd-36`, a Detectron2 model-zoo name or YAML, the folder that `uniter-train detector` made, or a detector
-            that was built already.
+        detector: `butd`, `butd-36`, `on-board`, a Detectron2 model-zoo name or YAML, the folder that `uniter-train detector` made, or
+            a detector that was built already.
         weights: as for `build_detector`; only for a detector that is named.
         cache: a folder where regions are kept between calls and processes, in a folder of its own for each combination of detector,
             weights and selection; None keeps nothing.

@@ -13,14 +13,20 @@ from uniter.extract.detector.protocol import Float32Array, RawRegions
 CLASS_NMS_THRESHOLD = 0.3
 
 
-SELECTION_RULE = "caffe: class-wise NMS at 0.3 with +1 areas; by confidence, counted after the float16 cast, strictly above the threshold"
+SELECTION_RULE = "caffe: class-wise NMS at {nms} with +1 areas; by confidence, counted after the float16 cast, strictly above the threshold"
 
 
 GIVEN_RULE = "given: all, in the caller's order; the confidence is the best class probability"
 
 
 def select_regions(
-    raw: RawRegions, *, size: tuple[int, int], min_boxes: int = 10, max_boxes: int = 100, conf_threshold: float = 0.2
+    raw: RawRegions,
+    *,
+    size: tuple[int, int],
+    min_boxes: int = 10,
+    max_boxes: int = 100,
+    conf_threshold: float = 0.2,
+    nms_threshold: float = CLASS_NMS_THRESHOLD,
 ) -> RegionFeatures:
     """Keep the most confident regions, between `min_boxes` and `max_boxes` of them where the detector proposed so many.
 
@@ -28,6 +34,7 @@ def select_regions(
         raw: the detector's answer for one image.
         size: (height, width) of the upright image in pixels.
         min_boxes, max_boxes: how many regions stay at least and at most.
+        nms_threshold: of the class-wise non-maximum suppression; 0.3 as Caffe's, unless the detector asks for another.
         conf_threshold: regions above it stay; compared in float16, strictly, as UNITER's converter does.
 
     Returns:
@@ -41,7 +48,7 @@ def select_regions(
     if not 0 <= min_boxes <= max_boxes:
         raise ValueError(f"min_boxes {min_boxes} and max_boxes {max_boxes}: expected 0 <= min_boxes <= max_boxes")
     foreground = raw.probabilities[:, 1:]
-    confidence = _confidences_of_the_best(raw.boxes, foreground, wanted=min_boxes, threshold=conf_threshold)
+    confidence = _confidences_of_the_best(raw.boxes, foreground, wanted=min_boxes, threshold=conf_threshold, nms_threshold=nms_threshold)
     order = np.argsort(-confidence, kind="stable")
     passing = int(np.count_nonzero(confidence.astype(np.float16) > np.float16(conf_threshold)))
     return _record(raw, order[: min(max(passing, min_boxes), max_boxes)], confidence, size)
@@ -67,7 +74,9 @@ def _record(raw: RawRegions, kept: NDArray[np.integer], confidence: Float32Array
     )
 
 
-def _confidences_of_the_best(boxes: Float32Array, foreground: Float32Array, *, wanted: int, threshold: float) -> Float32Array:
+def _confidences_of_the_best(
+    boxes: Float32Array, foreground: Float32Array, *, wanted: int, threshold: float, nms_threshold: float
+) -> Float32Array:
     """Confidences, exact wherever they decide: all above the threshold and at least the `wanted` highest.
 
     A class whose best probability is below a floor cannot give a confidence above it, nor can a lower probability suppress a higher
@@ -75,7 +84,7 @@ def _confidences_of_the_best(boxes: Float32Array, foreground: Float32Array, *, w
     """
     if not foreground.size:
         return np.zeros(len(boxes), dtype=np.float32)
-    overlaps = overlapping(boxes)
+    overlaps = overlapping(boxes, nms_threshold)
     # A half-precision step below the threshold, since confidences are compared after rounding to half precision.
     floor = float(np.nextafter(np.float16(threshold), np.float16(-1)))
     best_first = np.sort(foreground.max(axis=1))[::-1]

@@ -43,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done(scenes, out / "world", "--images", 16, "--held-out", 6, "--captions", 1, "--tasks")
     instances = out / "world" / "instances_train.json"
     done(train, "detector", "--images", out / "world/images", "--annotations", instances, "--out", out / "detector",
-         "--steps", 3, "--batch-size", 2, "--device", "cpu")  # fmt: skip
+         "--model", "tiny", "--steps", 3, "--batch-size", 2, "--device", "cpu")  # fmt: skip
     tasks, images = out / "world/tasks", (out / "world/images", "--detector", out / "detector", "--device", "cpu")
     done(extract, images[0], out / "gt.lmdb", *images[1:], "--boxes", tasks / "refcoco/instances.json")
     done(extract, images[0], out / "det.lmdb", *images[1:], "--max-boxes", 12)

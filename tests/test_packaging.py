@@ -97,6 +97,10 @@ def test_wheel_from_an_sdist_holds_every_module_and_data_file(tmp_path: Path) ->
     inside = set(zipfile.ZipFile(wheel).namelist())
     for room in ROOMS:
         for path in (ROOT / room).rglob("*"):
-            if path.is_file() and path.suffix in {".py", ".txt", ".yaml", ".json", ".html"} and "__pycache__" not in path.parts:
+            if (
+                path.is_file()
+                and path.suffix in {".py", ".txt", ".yaml", ".json", ".html", ".safetensors"}
+                and "__pycache__" not in path.parts
+            ):
                 assert f"uniter/{path.relative_to(ROOT).as_posix()}" in inside
     assert not [name for name in inside if name.startswith(("datasets/", "model/", "tests/"))]

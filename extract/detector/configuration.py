@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from uniter.datasets.errors import BadInput
 
-ROI_HEADS = ("Res5ROIHeads", "StandardROIHeads", "UniterDilatedRes5ROIHeads")
+ROI_HEADS = ("Res5ROIHeads", "StandardROIHeads", "UniterDilatedRes5ROIHeads", "UniterSecondLookROIHeads")
 
 
 PROPOSAL_GENERATORS = ("RPN", "UniterCaffeRPN")

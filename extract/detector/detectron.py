@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BOX_KIND = "proposal"
-
-
-"""The region that the feature was pooled from, un-regressed; goes into the header."""
+PROPOSAL, REGRESSED = "proposal", "regressed"
+"""Which boxes features are pooled from: as they were proposed, or, by detectors that look twice, regressed; goes into the header."""
 
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -34,7 +32,8 @@ class Detectron2Detector:
     """A Faster R-CNN on Detectron2.
 
     Args:
-        name: `butd`, `butd-36`, a model-zoo name, a Detectron2 YAML, a folder made by `uniter-train detector`, or a recipe of one's own.
+        name: `butd`, `butd-36`, `on-board`, a model-zoo name, a Detectron2 YAML, a folder made by `uniter-train detector`, or a recipe of
+            one's own.
         weights: a file, a URL, a hub id or `random:SEED`; None takes the detector's own or its known sources, in order.
         device: "cpu", "cuda", "cuda:1" ...
         precision: "fp32" reproduces the reference; "bf16" and "fp16" (GPU only) run the RoI head in half precision.
@@ -59,6 +58,7 @@ class Detectron2Detector:
         require_detectron2()
         placed = _checked_device(device, precision)
         from uniter.extract.detector.assembly import assemble
+        from uniter.extract.detector.network import SECOND_LOOK_NMS
         from uniter.extract.detector.recipes import find_recipe
 
         recipe = find_recipe(name) if isinstance(name, str) else name
@@ -79,7 +79,9 @@ class Detectron2Detector:
             "preparation": recipe.preparation.settings(),
             "precision": precision,
             "attributes": attributes,
-            "box_kind": BOX_KIND,
+            "box_kind": REGRESSED if network.looks_twice else PROPOSAL,
+            # Regressed boxes lie where the things are: of two that overlap by a third, both may be people.
+            **({"nms_threshold": SECOND_LOOK_NMS} if network.looks_twice else {}),
             "feature_width": network.feature_width,
             **recipe.facts,
         }
@@ -163,7 +165,7 @@ def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
 def build_detector(
     name: str = "butd", *, weights: str | None = None, device: str = "cpu", precision: str = "fp32", attributes: bool = False
 ) -> Detector:
-    """A detector by name: `butd`, `butd-36`, a Detectron2 model-zoo name or YAML, or a folder made by `uniter-train detector`.
+    """A detector by name: `butd`, `butd-36`, `on-board`, a Detectron2 model-zoo name or YAML, or a folder of `uniter-train detector`.
 
     See `Detectron2Detector` for arguments and errors.
     """

@@ -23,17 +23,21 @@ POINTWISE = ("FrozenBatchNorm2d", "BatchNorm2d", "NaiveSyncBatchNorm", "SyncBatc
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What decides the size of a convolution's or pool's output: (height, width) of each, and whether it is rounded up."""
+    """What decides the size of a convolution's or pool's output: (height, width) of each, and whether it is rounded up.
+
+    `beyond`: zeros at the end alone, besides the padding.
+    """
 
     kernel: Size
     stride: Size
     padding: Size
     dilation: Size = (1, 1)
     ceil: bool = False
+    beyond: int = 0
 
     def size(self, before: int, axis: int) -> int:
         """The output's size along an axis."""
-        reach = before + 2 * self.padding[axis] - self.dilation[axis] * (self.kernel[axis] - 1) - 1
+        reach = before + 2 * self.padding[axis] + self.beyond - self.dilation[axis] * (self.kernel[axis] - 1) - 1
         return (-(-reach // self.stride[axis]) if self.ceil else reach // self.stride[axis]) + 1
 
 
@@ -111,7 +115,7 @@ class PaddingGuard:
         assert isinstance(layer, nn.Conv2d)
         if self._extents is not None:
             kernel, stride, padding, dilation = (_pair(getattr(layer, name)) for name in ("kernel_size", "stride", "padding", "dilation"))
-            self._extents.record(inputs[0], output, Arithmetic(kernel, stride, padding, dilation))
+            self._extents.record(inputs[0], output, Arithmetic(kernel, stride, padding, dilation, beyond=getattr(layer, "beyond", 0)))
 
     def _before_stem_pool(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # The pool follows a ReLU: a zero never wins against what is inside, just as the border that the image alone would have.

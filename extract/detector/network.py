@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from detectron2.structures import Boxes
 from torch import Tensor, nn
-from torchvision.ops import RoIPool
+from torchvision.ops import RoIPool, batched_nms
 
 from uniter.extract.detector.cpu import keep_freed_memory, max_pooled
 from uniter.extract.detector.extents import PaddingGuard, Size, pad_together, supports_padding
+from uniter.extract.detector.lite import UniterSecondLookROIHeads
 
 FeatureMaps = dict[str, Tensor]
 
@@ -28,6 +29,10 @@ ROIS_AT_ONCE = {"cpu": 20, "cuda": 512}
 
 
 """RoIs that go through the head together: on a CPU few enough for its caches, on a GPU enough to fill it."""
+
+
+SECOND_LOOK_NMS = 0.5
+"""Regressed boxes of one class with a higher intersection over union are one region: it is looked at again once, and kept once."""
 
 
 HEAD_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +53,7 @@ class RegionNetwork:
         self.rpn: Any = self.model.proposal_generator
         self.heads: Any = self.model.roi_heads
         self.is_c4 = hasattr(self.heads, "res5")
+        self.looks_twice = isinstance(self.heads, UniterSecondLookROIHeads)
         self.head: Any = self.heads.res5 if self.is_c4 else self.heads.box_head
         self.pooler: Any = self.heads.pooler if self.is_c4 else self.heads.box_pooler
         self.predictor: Any = self.heads.box_predictor
@@ -108,6 +114,8 @@ class RegionNetwork:
             if boxes is None:
                 height, width, _ = images[index].shape
                 in_network, _ = self.proposals(maps, answers, (height, width), scales[index][0])
+                if self.looks_twice:
+                    in_network = self.regressed(maps, in_network, (height, width))
                 found.append((in_network, in_network / factors[index]))
             else:
                 found.append((boxes[index] * factors[index], boxes[index]))
@@ -167,6 +175,28 @@ class RegionNetwork:
         arguments: dict[str, Any] = {"scales": [scale]} if self._takes_scales else {}
         found = self.rpn.predict_proposals(anchors, logits, deltas, [size], **arguments)[0]
         return found.proposal_boxes.tensor, found.objectness_logits
+
+    def regressed(self, maps: FeatureMaps, boxes: Tensor, size: Size) -> Tensor:
+        """Where a first look moves boxes to, each for its best class; of those that then lie on each other in a class, the best.
+
+        Args:
+            maps: of one image.
+            boxes: (P, 4) in network pixels.
+            size: (height, width) of the network's input, without padding.
+
+        Returns:
+            At most P boxes inside the image, in network pixels, best first.
+        """
+        features = self.region_features(maps, boxes)
+        best, classes = self.class_logits(features).softmax(dim=1)[:, :-1].max(dim=1)
+        deltas = self.predictor.bbox_pred(features).view(len(boxes), -1, 4)
+        for_class = classes if deltas.shape[1] > 1 else torch.zeros_like(classes)
+        chosen = deltas[torch.arange(len(boxes), device=boxes.device), for_class]
+        moved = Boxes(self.predictor.box2box_transform.apply_deltas(chosen, boxes))
+        moved.clip(size)
+        # A box that was moved out of the image stays where it was proposed.
+        found = torch.where(moved.nonempty(threshold=1.0)[:, None], moved.tensor, boxes)
+        return found[batched_nms(found, best, classes, SECOND_LOOK_NMS)]
 
     def pooled(self, maps: FeatureMaps, boxes: Tensor) -> Tensor:
         """What the pooler cuts out for each box, (P, C, h, w); boxes (P, 4) in network pixels."""

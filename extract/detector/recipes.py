@@ -21,8 +21,11 @@ from uniter.datasets.storage.files import read_json_object, sha256_of
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
 from uniter.extract.detector.butd import butd_config
 from uniter.extract.detector.configuration import merged_config, read_config
+from uniter.extract.detector.lite import ON_BOARD_WEIGHTS, lite_config
 from uniter.extract.detector.preparation import CaffePreparation, Preparation, ShortestEdgePreparation
 from uniter.extract.weights.sources import BUTD_36_SOURCES, BUTD_SOURCES, is_url
+
+ON_BOARD = "on-board"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Recipe:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of `butd`, `butd-36`, a model-zoo name, a YAML file, or a folder made by `uniter-train detector`.
+    """The recipe of `butd`, `butd-36`, `on-board`, a model-zoo name, a YAML file, or a folder made by `uniter-train detector`.
 
     Raises:
         BadInput: the configuration or folder cannot be used.
@@ -63,6 +66,9 @@ def find_recipe(name: str) -> Recipe:
     """
     if name in ("butd", "butd-36"):
         return _butd(name)
+    if name == ON_BOARD:
+        config = lite_config()
+        return Recipe(ON_BOARD, config, _preparation(config, Path(name)), _class_names(config), weights=str(ON_BOARD_WEIGHTS))
     path = Path(name).expanduser()
     if path.is_dir():
         return _trained(path)
@@ -91,7 +97,7 @@ def _from_zoo(name: str) -> Recipe:
     try:
         path = Path(model_zoo.get_config_file(f"{short}.yaml"))
     except RuntimeError:
-        raise UniterError(unknown_name("detector", name, ["butd", "butd-36", *_zoo_names()])) from None
+        raise UniterError(unknown_name("detector", name, ["butd", "butd-36", ON_BOARD, *_zoo_names()])) from None
     recipe = _from_yaml(path, short)
     try:
         weights = str(model_zoo.get_checkpoint_url(f"{short}.yaml"))

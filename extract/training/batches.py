@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.extract.detector.preparation import ShortestEdgePreparation
 from uniter.extract.images.decoding import decode_image
+from uniter.extract.training.crops import jittered, random_crop
 from uniter.extract.training.labelled_images import LabelledImage
 from uniter.extract.training.predictor import THUMBNAIL
 
@@ -43,7 +44,12 @@ class Batches(Dataset[list[Item] | UniterError]):
         attributes: int,
         seed: int,
         cache: bool,
+        crop: int | None = None,
     ) -> None:
+        self.crop = crop
+        """Pixels a side of random crops; None: whole photographs."""
+        self.soft = next((image.soft.shape[1] for image in images if image.soft is not None), 0)
+        """How many classes boxes have distributions over; 0 where none has one."""
         self.images, self.preparation, self.batch_size, self.attributes, self.seed = images, preparation, batch_size, attributes, seed
         self._cache: dict[int, tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]] | None = {} if cache else None
         self._orders: dict[int, NDArray[np.int64]] = {}
@@ -57,7 +63,8 @@ class Batches(Dataset[list[Item] | UniterError]):
     def batch(self, step: int) -> list[Item]:
         """The batch of that update, counted from 0."""
         flips = np.random.default_rng([self.seed, 1, step]).random(self.batch_size) < 0.5
-        return [self._item(self._number(step * self.batch_size + place), bool(flips[place])) for place in range(self.batch_size)]
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._item(self._number(position), bool(flip), position) for position, flip in zip(positions, flips, strict=True)]
 
     def _number(self, position: int) -> int:
         """Which image stands at this place of the endless sequence of shuffled epochs."""
@@ -66,7 +73,7 @@ class Batches(Dataset[list[Item] | UniterError]):
             self._orders = {epoch: np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.images))}
         return int(self._orders[epoch][place])
 
-    def _item(self, number: int, flip: bool) -> Item:
+    def _item(self, number: int, flip: bool, position: int = 0) -> Item:
         broken = []
         for attempt in range(len(self.images)):
             tried = (number + attempt) % len(self.images)
@@ -78,21 +85,30 @@ class Batches(Dataset[list[Item] | UniterError]):
         else:
             raise BadInput("none of the training images can be decoded; are the files damaged?")
         image = self.images[tried]
+        if self.crop is None:
+            rows, ignored = np.flatnonzero(~image.crowd), boxes[image.crowd]
+            boxes, thumbnails = boxes[rows], thumbnails[rows]
+        else:
+            rng = np.random.default_rng([self.seed, 3, position])
+            cut = random_crop(pixels, boxes, image.crowd, size=self.crop, rng=rng)
+            pixels, boxes, rows, ignored = jittered(cut.pixels, rng), cut.boxes, cut.rows, cut.hidden
+            thumbnails = np.stack([thumbnail(pixels, box) for box in boxes])
         if flip:
-            pixels, boxes = pixels[:, ::-1], boxes.copy()
-            boxes[:, [0, 2]] = pixels.shape[1] - boxes[:, [2, 0]]
+            pixels, boxes, ignored = pixels[:, ::-1], _mirrored(boxes, pixels.shape[1]), _mirrored(ignored, pixels.shape[1])
             thumbnails = thumbnails[:, :, :, ::-1]
         instances = Instances(pixels.shape[:2])
-        trained = ~image.crowd
-        instances.gt_boxes = Boxes(torch.from_numpy(boxes[trained]))
-        instances.gt_classes = torch.from_numpy(image.classes[trained])
-        instances.gt_thumbnails = torch.from_numpy(np.ascontiguousarray(thumbnails[trained])).flatten(start_dim=1)
+        instances.gt_boxes = Boxes(torch.from_numpy(boxes))
+        instances.gt_classes = torch.from_numpy(image.classes[rows])
+        instances.gt_thumbnails = torch.from_numpy(np.ascontiguousarray(thumbnails)).flatten(start_dim=1)
         if self.attributes:
             targets = torch.zeros((len(image.boxes), self.attributes + 1))
             for row, numbers in enumerate(image.attributes):
                 targets[row, list(numbers)] = 1 / max(len(numbers), 1)
-            instances.gt_attributes = targets[torch.from_numpy(trained)]
-        return {"image": channels_first(pixels), "height": image.size[0], "width": image.size[1], "instances": instances, "broken": broken}
+            instances.gt_attributes = targets[rows]
+        if self.soft:
+            instances.gt_soft = torch.zeros((len(rows), self.soft)) if image.soft is None else torch.from_numpy(image.soft[rows])
+        item = {"image": channels_first(pixels), "height": image.size[0], "width": image.size[1], "instances": instances}
+        return {**item, "ignored": torch.from_numpy(np.ascontiguousarray(ignored)), "broken": broken}
 
     def _load(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
         """Network input (h, w, 3) uint8, boxes in its pixels (N, 4), and thumbnails of the boxes (N, 3, THUMBNAIL, THUMBNAIL)."""
@@ -108,6 +124,10 @@ class Batches(Dataset[list[Item] | UniterError]):
         if self._cache is not None:
             self._cache[number] = loaded
         return loaded
+
+
+def _mirrored(boxes: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    return np.ascontiguousarray(np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1))
 
 
 def thumbnail(pixels: NDArray[np.uint8], box: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from numpy.typing import NDArray
 
 from uniter.extract.detector.configuration import merged_config, read_config
+from uniter.extract.detector.lite import lite_config
 from uniter.extract.training.labelled_images import LabelledImages
 
 # ------------------------------------------------------------------------------------------------------------- configurations
@@ -27,9 +28,18 @@ class Schedule:
     epochs: float
     least_steps: int
     most_steps: int
+    crop: int | None = None  # pixels a side of random square crops
+    running_mean: float = 0.0  # how much of the weights' running mean stays at each update; 0: the last weights are taken
+    backbone_rate: float = 1.0  # times the learning rate, for the backbone below the pyramid
 
 
 TINY = Schedule("adamw", batch_size=16, learning_rate=1e-3, weight_decay=0.05, warmup=50, epochs=10, least_steps=600, most_steps=20_000)
+
+
+LITE = Schedule(
+    "adamw", batch_size=8, learning_rate=5e-4, weight_decay=0.03, warmup=100, epochs=30, least_steps=400, most_steps=20_000,
+    crop=256, running_mean=0.998, backbone_rate=0.15,
+)  # fmt: skip
 
 
 # Detectron2's rates are for 16 images; the command divides them for smaller batches.
@@ -92,6 +102,11 @@ def fitted_ratios(ratios: NDArray[np.floating]) -> list[float]:
     return [round(float(np.clip(value, 0.1, 10.0)), 2) for value in (min(low, middle / 1.4), middle, max(high, middle * 1.4))]
 
 
+def on_board_config(labelled: LabelledImages) -> CfgNode:
+    """The detector on board, of which the training begins; its inputs and anchors are those of photographs."""
+    return lite_config(len(labelled.class_names))
+
+
 def r101_c4_config(labelled: LabelledImages) -> CfgNode:
     """Detectron2's Faster R-CNN R101-C4, with BatchNorm that is trained, since there are no ImageNet weights to freeze."""
     cfg = merged_config(read_config(Path(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_101_C4_3x.yaml"))), path=Path("R101-C4"))
@@ -100,7 +115,7 @@ def r101_c4_config(labelled: LabelledImages) -> CfgNode:
     return cfg
 
 
-MODELS = {"tiny": (tiny_config, TINY), "r101-c4": (r101_c4_config, FULL)}
+MODELS = {"lite": (on_board_config, LITE), "tiny": (tiny_config, TINY), "r101-c4": (r101_c4_config, FULL)}
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: int) -> float:

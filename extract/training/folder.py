@@ -23,6 +23,7 @@ from uniter.datasets.storage.locks import only_writer
 from uniter.datasets.storage.tensors import write_tensors
 from uniter.extract.training.labelled_images import LabelledImage, LabelledImages
 from uniter.extract.training.plan import FORMAT_VERSION
+from uniter.extract.training.running_mean import RunningMean
 
 CONFIG: Final = "config.yaml"
 WEIGHTS: Final = "model.safetensors"
@@ -81,6 +82,7 @@ def save_checkpoint(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    mean: RunningMean,
     *,
     validations: Sequence[Mapping[str, Any]],
     broken: Sequence[int],
@@ -96,12 +98,16 @@ def save_checkpoint(
             if isinstance(value, Tensor)
         }
         write_tensors(folder / "optimizer.safetensors", moments)
+        if mean.tensors:
+            write_tensors(folder / "mean.safetensors", mean.tensors)
         write_json(folder / "state.json", {"step": step, "validations": list(validations), "broken": list(broken)})
 
     write_step(out, step, fill, keep=1)
 
 
-def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]], set[int]]:
+def load_checkpoint(
+    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mean: RunningMean
+) -> tuple[int, list[dict[str, Any]], set[int]]:
     """Continue from the newest checkpoint.
 
     Returns:
@@ -113,6 +119,8 @@ def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
     folder = checkpoint_path(out, steps[-1])
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
+        if mean.tensors:
+            mean.load(load_file(folder / "mean.safetensors"))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in load_file(folder / "optimizer.safetensors").items():
             number, _, part = name.partition(".")

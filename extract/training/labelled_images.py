@@ -38,7 +38,10 @@ class LabelledImage:
         boxes: (N, 4) float32, pixels of the upright image, x0 y0 x1 y1, inside it and not empty.
         classes: (N,) int64, from 0.
         attributes: N tuples of attribute numbers from 0; an empty tuple where a box has none annotated.
-        crowd: (N,) bool, COCO's `iscrowd`: counted in the evaluation as COCO does, not trained on.
+        crowd: (N,) bool, COCO's `iscrowd`, or `ignore`: counted in the evaluation as COCO counts crowds; in training left alone, neither
+            found nor background.
+        soft: (N, C) float32, a distribution over classes in the place of one that is sure (a teacher's), a row of zeros where a box has
+            none; None where no box has one.
     """
 
     id: int
@@ -48,6 +51,7 @@ class LabelledImage:
     classes: NDArray[np.int64]
     attributes: tuple[tuple[int, ...], ...]
     crowd: NDArray[np.bool_]
+    soft: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +89,8 @@ def read_labelled_images(folder: str | Path, annotations: str | Path) -> Labelle
 
     Attributes of a box are read from `attributes` (a list of names or ids, or a mapping whose texts are names, as CVAT writes) or
     `attribute_ids` (Visual Genome's ports); ids refer to a list `attributes` of `{"id", "name"}` beside `categories`.
+    `class_probabilities` of a box, `{"cat": 0.7, "dog": 0.2}`, is what it is to be taken for where nobody is sure; `ignore: 1` marks a
+    region that training leaves alone.
 
     Args:
         folder: where the `file_name`s of the annotations are found.
@@ -102,6 +108,7 @@ def read_labelled_images(folder: str | Path, annotations: str | Path) -> Labelle
         {category: number for number, category in enumerate(category_ids)},
         {name: number for number, name in enumerate(attribute_names)},
         attribute_ids,
+        {name: number for number, name in enumerate(class_names)},
     )
     by_image: dict[Any, list[Mapping[str, Any]]] = {}
     for annotation in content["annotations"]:
@@ -132,6 +139,7 @@ class _Words:
     classes: Mapping[Any, int]
     attributes: Mapping[str, int]
     attribute_ids: Mapping[int, int]
+    class_names: Mapping[str, int]
 
 
 def _labelled(
@@ -142,6 +150,7 @@ def _labelled(
     classes: list[int] = []
     attributes: list[tuple[int, ...]] = []
     crowd: list[bool] = []
+    soft: list[dict[int, float]] = []
     for annotation in annotations:
         which = f"annotation {annotation.get('id')!r}"
         category = _hashable(annotation.get("category_id"))
@@ -154,7 +163,8 @@ def _labelled(
         boxes.append(box)
         classes.append(words.classes[category])
         attributes.append(_attributes_of(annotation, words, which, skipped))
-        crowd.append(bool(annotation.get("iscrowd", 0)))
+        crowd.append(bool(annotation.get("iscrowd", 0) or annotation.get("ignore", 0)))
+        soft.append(_probabilities(annotation.get("class_probabilities"), words, which, skipped))
     return LabelledImage(
         id=image_id,
         path=file,
@@ -163,7 +173,30 @@ def _labelled(
         classes=np.array(classes, dtype=np.int64),
         attributes=tuple(attributes),
         crowd=np.array(crowd, dtype=bool),
+        soft=_distributions(soft, len(words.class_names)),
     )
+
+
+def _probabilities(stated: Any, words: _Words, which: str, skipped: _Skipped) -> dict[int, float]:
+    """Class number -> probability; empty where none is stated, or where it cannot be used."""
+    if stated is None:
+        return {}
+    usable = isinstance(stated, dict) and all(isinstance(value, int | float) and 0 <= value <= 1 for value in stated.values())
+    if not usable or not set(stated) <= set(words.class_names) or not sum(stated.values()) > 0:
+        skipped.add("class probabilities that are no {name of a category: 0 to 1}", f"{which}: {str(stated)[:60]}")
+        return {}
+    return {words.class_names[name]: float(value) for name, value in stated.items()}
+
+
+def _distributions(stated: Sequence[Mapping[int, float]], classes: int) -> NDArray[np.float32] | None:
+    """(N, classes) rows that sum to 1, or to 0 where nothing was stated; None where nothing was at all."""
+    if not any(stated):
+        return None
+    rows = np.zeros((len(stated), classes), dtype=np.float32)
+    for row, shares in zip(rows, stated, strict=True):
+        for number, value in shares.items():
+            row[number] = value / sum(shares.values())
+    return rows
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.stopping import Stopped, leave_signals, told_to_stop
 from uniter.extract.detector.protocol import is_out_of_memory
 from uniter.extract.training.batches import CACHE_BYTES, Batches, Item, input_bytes
+from uniter.extract.training.beginnings import is_local_file
 from uniter.extract.training.configs import Schedule, learning_rate_factor
 from uniter.extract.training.evaluation import evaluate_boxes
 from uniter.extract.training.folder import (
@@ -43,6 +44,7 @@ from uniter.extract.training.folder import (
     training_folder,
 )
 from uniter.extract.training.plan import Choices, Plan, plan_training
+from uniter.extract.training.running_mean import RunningMean
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,9 @@ def train_detector(
     device = usable_device(choices.device)
     plan, network = plan_training(images, annotations, choices, device=device)
     photographs = content_of_photographs(images, [*plan.train.images, *plan.val.images])
-    files = [file for file in (annotations, choices.val_annotations, choices.config, choices.from_weights) if file is not None]
+    files = [file for file in (annotations, choices.val_annotations, choices.config) if file is not None]
+    if is_local_file(choices.from_weights):
+        files.append(choices.from_weights)  # type: ignore[arg-type]
     with training_folder(out, plan.settings, photographs=photographs, files=files, overwrite=overwrite) as claimed:
         if claimed.complete:
             log.info("%s is finished already", out)
@@ -108,7 +112,7 @@ def _refuse_several_processes() -> None:
 
 
 def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -> tuple[list[dict[str, Any]], set[int]]:
-    """Train from the last checkpoint to the end, in place.
+    """Train from the last checkpoint to the end, in place; the network is left with the running mean of its weights, if one is kept.
 
     Returns:
         The validations, each with its "step", and the numbers of the training images that could not be decoded.
@@ -116,7 +120,8 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
     network.to(memory_format=torch.channels_last)  # a fifth less time on a CPU, the same values but for rounding
     network.train()
     optimizer = _optimizer(network, plan.schedule, plan.learning_rate)
-    done, validations, broken = load_checkpoint(folder, network, optimizer)
+    mean = RunningMean(network, plan.running_mean)
+    done, validations, broken = load_checkpoint(folder, network, optimizer, mean)
     _say(plan, done)
     with (
         told_to_stop() as told,
@@ -126,6 +131,7 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
         RunLog(folder, step=done) as journal,
         Progress(plan.steps, unit="updates", label="training the detector", done=done) as progress,
     ):
+        _say_how_long(network, plan, done)
         saved = time.monotonic()
         for step, batch in enumerate(_batches(plan, done), start=done + 1):
             if isinstance(batch, UniterError):
@@ -137,20 +143,24 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
                 raise UniterError(
                     f"the loss is {losses['loss']} at update {step}; start anew with a lower --learning-rate than {plan.learning_rate}"
                 )
+            mean.take(network, step)
             journal.write(step, "train", {**losses, "learning_rate": rate})
             progress.update(loss=losses["loss"])
             ends = step == plan.steps
             if step % plan.validate_every == 0 or ends:
-                figures = evaluate_boxes(network, plan.val, plan.preparation)
+                with mean.in_place(network):
+                    figures = evaluate_boxes(network, plan.val, plan.preparation)
                 validations.append({"step": step, **figures})
                 journal.write(step, "validation", figures)
                 log.info("update %d: AP %.3f, AP50 %.3f on %d held-out images", step, figures["ap"], figures["ap50"], len(plan.val.images))
             if ends or told or step % plan.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 journal.flush()
-                save_checkpoint(folder, step, network, optimizer, validations=validations, broken=sorted(broken))
+                save_checkpoint(folder, step, network, optimizer, mean, validations=validations, broken=sorted(broken))
                 saved = time.monotonic()
             if told and not ends:
                 raise Stopped.after(step, plan.steps, told[0])
+    if mean.tensors:
+        network.load_state_dict(mean.tensors)
     return validations, broken
 
 
@@ -181,12 +191,43 @@ def _say(plan: Plan, done: int) -> None:
     )
 
 
+MANY_UPDATES = 50
+
+
+def _say_how_long(network: nn.Module, plan: Plan, done: int) -> None:
+    """How long the updates will take, by one that is computed and not made; a few updates are sooner made than foretold."""
+    if plan.steps - done <= MANY_UPDATES:
+        return
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}  # BatchNorm would count it
+    batches = _dataset(plan, cached=False)
+    seconds = 0.0
+    for _ in range(2):  # the first one also lays out memory
+        started = time.monotonic()
+        batch = batches[done]
+        if isinstance(batch, UniterError):
+            return  # said when its turn comes
+        torch.manual_seed(plan.seed)
+        losses: dict[str, Tensor] = network(batch)
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        network.zero_grad(set_to_none=True)
+        seconds = time.monotonic() - started
+    for name, buffer in network.named_buffers():
+        buffer.copy_(buffers[name])
+    left = plan.steps - done
+    log.info("about %s for %d updates on this machine as it is now; `--steps 150` is enough for a look", duration(seconds * left), left)
+
+
+def _dataset(plan: Plan, *, cached: bool) -> Batches:
+    return Batches(
+        plan.train.images, plan.preparation, batch_size=plan.batch_size, attributes=plan.attributes, seed=plan.seed, cache=cached,
+        crop=plan.schedule.crop,
+    )  # fmt: skip
+
+
 def _batches(plan: Plan, done: int) -> DataLoader[list[Item] | UniterError]:
     """The batches of the updates after `done`."""
     cached = sum(input_bytes(image, plan.preparation) for image in plan.train.images) <= CACHE_BYTES
-    batches = Batches(
-        plan.train.images, plan.preparation, batch_size=plan.batch_size, attributes=plan.attributes, seed=plan.seed, cache=cached
-    )
+    batches = _dataset(plan, cached=cached)
     workers = plan.workers if plan.workers is not None else 0 if cached else min(os.cpu_count() or 1, 8)
     numbers = range(done, plan.steps)
     return DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=leave_signals)
@@ -212,9 +253,17 @@ def fitting_threads(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _optimizer(network: nn.Module, schedule: Schedule, learning_rate: float) -> torch.optim.Optimizer:
-    matrices = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter.ndim > 1]
-    vectors = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    body = [name for name, _ in trained if name.startswith("backbone.bottom_up.") and schedule.backbone_rate != 1]
+    groups: list[dict[str, Any]] = []
+    for share, names in ((1.0, {name for name, _ in trained} - set(body)), (schedule.backbone_rate, set(body))):
+        members = [parameter for name, parameter in trained if name in names]
+        for parameters, decay in (
+            ([parameter for parameter in members if parameter.ndim > 1], schedule.weight_decay),
+            ([parameter for parameter in members if parameter.ndim <= 1], 0.0),
+        ):
+            if names:
+                groups.append({"params": parameters, "weight_decay": decay, "share": share})
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=learning_rate)
@@ -229,6 +278,6 @@ def _update(network: nn.Module, optimizer: torch.optim.Optimizer, batch: list[It
     total.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], 10.0)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["share"]
     optimizer.step()
     return {"loss": float(total.detach()), **{name: float(value.detach()) for name, value in losses.items()}}

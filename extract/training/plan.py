@@ -16,9 +16,11 @@ from uniter.datasets.errors import BadInput, UniterError, unknown_name
 from uniter.datasets.storage.files import sha256_of
 from uniter.extract.detector.configuration import checked_config, merged_config, read_config
 from uniter.extract.detector.preparation import ShortestEdgePreparation
+from uniter.extract.training.beginnings import Beginning, begin, find_beginning, follow_weights
 from uniter.extract.training.configs import MODELS, Schedule
+from uniter.extract.training.ignored import IgnoredRegions
 from uniter.extract.training.labelled_images import LabelledImages, parts_of, read_labelled_images
-from uniter.extract.training.predictor import build_network, start_from
+from uniter.extract.training.predictor import SOFT_WEIGHT, build_network
 from uniter.extract.training.settings import configured, refuse_settings_in_vain, watched
 
 FORMAT_VERSION = 1
@@ -29,10 +31,13 @@ class Choices:
     """How a detector is trained.
 
     Attributes:
-        model: "tiny" (minutes on two cores) or "r101-c4" (Bottom-Up-Attention's size; a GPU's work).
+        model: "lite" (the detector on board: photographs, on two cores), "tiny" (made-up worlds, minutes on two cores) or "r101-c4"
+            (Bottom-Up-Attention's size; a GPU's work).
         config: a Detectron2 YAML of plain values that replaces the model's own configuration.
         overrides: single settings of Detectron2's by their dotted names.
-        from_weights: a weight file to start from; what fits by name and shape is taken.
+        from_weights: what to begin from, see `beginnings.find_beginning`; None: on-board's weights where its backbone is trained.
+        running_mean: how much of the weights' running mean stays at each update, which is what is validated and written; 0: none is kept.
+        soft_weight: of the loss of `class_probabilities`; None: 2.
         val_annotations: held-out annotations of photographs in the same folder; otherwise `held_out` (a fraction) of the images are kept
             for validation, at most 500.
         attributes: learn attributes where they are annotated.
@@ -44,13 +49,15 @@ class Choices:
         workers: processes that decode; None: none where all photographs fit into memory.
     """
 
-    model: str = "tiny"
+    model: str = "lite"
     config: str | Path | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     from_weights: str | Path | None = None
     val_annotations: str | Path | None = None
     held_out: float = 0.1
     attributes: bool = True
+    running_mean: float | None = None
+    soft_weight: float | None = None
     steps: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
@@ -85,6 +92,7 @@ class Plan:
     learning_rate: float
     checkpoint_every: int
     validate_every: int
+    running_mean: float
     seed: int
     workers: int | None
     settings: dict[str, Any]
@@ -117,18 +125,27 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
     labelled = read_labelled_images(images, annotations)
     train, val, skipped = parts_of(labelled, images, choices.val_annotations, held_out=choices.held_out, seed=choices.seed)
     attributes = len(labelled.attribute_names) if choices.attributes else 0
-    cfg, network = _network(choices, train, attributes, device)
+    if choices.soft_weight is not None and all(image.soft is None for image in train.images):
+        raise BadInput(
+            f"--set soft_weight={choices.soft_weight}: no box of {annotations} has class_probabilities, so it would change nothing"
+        )
+    cfg, network, beginning = _network(choices, train, attributes, device)
     _, schedule = MODELS[choices.model]
     batch_size = choices.batch_size or min(schedule.batch_size, len(train.images))
     steps = round(schedule.epochs * len(train.images) / batch_size)
     steps = choices.steps or int(np.clip(steps, schedule.least_steps, schedule.most_steps))
     learning_rate = choices.learning_rate or schedule.learning_rate * (batch_size / 16 if schedule.optimizer == "sgd" else 1)
     validate_every = choices.validate_every or max(math.ceil(steps / 3), 1)
+    running_mean = schedule.running_mean if choices.running_mean is None else choices.running_mean
+    if not 0 <= running_mean < 1:
+        raise BadInput(f"--set running_mean={running_mean}: expected a share of 0 (none) to less than 1, such as 0.998")
     settings = {
         **{"format": FORMAT_VERSION, "model": choices.model, "annotations": annotations.name, "annotations_sha256": sha256_of(annotations)},
         **{"val_annotations_sha256": _sha256(choices.val_annotations), "held_out": choices.held_out},
         **{"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "attributes": attributes > 0, "seed": choices.seed},
-        **{"validate_every": validate_every, "from": _sha256(choices.from_weights)},
+        **{"validate_every": validate_every, "from": beginning.weights.sha256 if beginning else None},
+        **({"running_mean": running_mean} if running_mean else {}),
+        **({"soft_weight": choices.soft_weight} if choices.soft_weight is not None else {}),
         **{"config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest()},
     }
     plan = Plan(
@@ -143,6 +160,7 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
         learning_rate=learning_rate,
         checkpoint_every=choices.checkpoint_every,
         validate_every=validate_every,
+        running_mean=running_mean,
         seed=choices.seed,
         workers=choices.workers,
         settings=settings,
@@ -150,21 +168,33 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
     return plan, network
 
 
-def _network(choices: Choices, train: LabelledImages, attributes: int, device: torch.device) -> tuple[CfgNode, nn.Module]:
-    """The configuration and the network made by it, on the device, with the weights that it starts from."""
+def _network(choices: Choices, train: LabelledImages, attributes: int, device: torch.device) -> tuple[CfgNode, nn.Module, Beginning | None]:
+    """The configuration and the network made by it, on the device, with the weights that it begins from."""
     make_config, _ = MODELS[choices.model]
     path = None if choices.config is None else Path(choices.config)
-    asked = configured(make_config(train) if path is None else merged_config(read_config(path), path=path), choices.overrides)
+    own = make_config(train)
+    plain = own if path is None else merged_config(read_config(path), path=path)
+    beginning = find_beginning(choices.from_weights, configured(plain.clone(), choices.overrides))
+    if beginning is not None and path is None and choices.model == "r101-c4":
+        follow_weights(own, beginning)
+    asked = configured(plain.clone(), choices.overrides)
     cfg = checked_config(asked.clone(), path="--set")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = len(train.class_names), "", "cpu"
     placed = cfg.clone()
     placed.MODEL.DEVICE = str(device)
     read: set[str] = set()
-    network = build_network(watched(placed, read), attributes=attributes, seed=choices.seed)
-    refuse_settings_in_vain(asked, cfg, read, own=make_config(train), path=path)
-    if choices.from_weights:
-        start_from(network, Path(choices.from_weights))
-    return cfg, network
+    network = build_network(
+        watched(placed, read),
+        attributes=attributes,
+        seed=choices.seed,
+        soft_weight=SOFT_WEIGHT if choices.soft_weight is None else choices.soft_weight,
+    )
+    refuse_settings_in_vain(asked, cfg, read, own=own, path=path)
+    if beginning is not None:
+        begin(network, beginning, train.class_names)
+    if any(image.crowd.any() for image in train.images) or MODELS[choices.model][1].crop is not None:
+        IgnoredRegions(network)
+    return cfg, network, beginning
 
 
 def _sha256(path: str | Path | None) -> str | None:

@@ -1,7 +1,5 @@
 """The box predictor that is trained: classes, attributes and a coarse thumbnail of each region."""
 
-import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +12,10 @@ from torch.nn import functional as F
 
 from uniter.datasets.errors import BadInput
 from uniter.extract.detector.butd import add_attribute_branch
-from uniter.extract.weights.load import load_weight_file
-
-log = logging.getLogger(__name__)
 
 THUMBNAIL = 4  # pixels a side
+SOFT_WEIGHT = 2.0
+"""What distributions over classes, a teacher's, weigh beside the classes themselves."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ predictor
@@ -28,6 +25,7 @@ class TrainedPredictor(FastRCNNOutputLayers):  # type: ignore[misc]
     """Detectron2's box predictor, with the losses of attributes and thumbnails beside those of classes and boxes."""
 
     attributes = 0
+    soft_weight = 0.0
     _features: Tensor
 
     def add_branches(self, *, width: int, attributes: int) -> None:
@@ -43,7 +41,9 @@ class TrainedPredictor(FastRCNNOutputLayers):  # type: ignore[misc]
         return super().forward(features)
 
     def losses(self, predictions: Any, proposals: list[Any]) -> dict[str, Tensor]:
-        """Detectron2's losses, `loss_thumbnail` (mean squared error) and `loss_attribute` (soft-max cross-entropy, weight 0.5)."""
+        """Detectron2's losses; `loss_thumbnail` (mean squared error); `loss_attribute` (soft-max cross-entropy, weight 0.5); and, where
+        boxes have distributions over classes, `loss_soft` (Kullback-Leibler divergence among the foreground's classes, over all regions).
+        """
         found: dict[str, Tensor] = super().losses(predictions, proposals)
         classes = torch.cat([proposal.gt_classes for proposal in proposals])
         foreground = classes < self.num_classes
@@ -60,10 +60,16 @@ class TrainedPredictor(FastRCNNOutputLayers):  # type: ignore[misc]
             hidden = torch.relu(self.fc_attr(torch.cat([self._features[known], embedded], dim=1)))
             shares = F.log_softmax(self.attr_score(hidden), dim=1)
             found["loss_attribute"] = -0.5 * (targets[known] * shares).sum() / max(int(known.sum()), 1)
+        if proposals and all(proposal.has("gt_soft") for proposal in proposals):
+            soft = torch.cat([proposal.gt_soft for proposal in proposals])
+            stated = foreground & (soft.sum(dim=1) > 0)
+            shares = F.log_softmax(predictions[0][stated, : self.num_classes], dim=1)
+            divergence = F.kl_div(shares, soft[stated], reduction="sum")
+            found["loss_soft"] = self.soft_weight * divergence / max(len(classes), 1)
         return found
 
 
-def build_network(cfg: CfgNode, *, attributes: int, seed: int) -> nn.Module:
+def build_network(cfg: CfgNode, *, attributes: int, seed: int, soft_weight: float = SOFT_WEIGHT) -> nn.Module:
     """Detectron2's model of this configuration with `TrainedPredictor` as its box predictor; weights drawn from the seed."""
     torch.manual_seed(seed)  # Detectron2 initialises from the global state
     try:
@@ -73,17 +79,7 @@ def build_network(cfg: CfgNode, *, attributes: int, seed: int) -> nn.Module:
     width = model.roi_heads.box_predictor.cls_score.in_features
     predictor = TrainedPredictor(cfg, ShapeSpec(channels=width, height=1, width=1))
     predictor.add_branches(width=width, attributes=attributes)
+    predictor.soft_weight = soft_weight
     model.roi_heads.box_predictor = predictor.to(cfg.MODEL.DEVICE)
     network: nn.Module = model
     return network
-
-
-def start_from(network: nn.Module, path: Path) -> None:
-    """Copy what fits by name and shape from a weight file of any known layout; nothing in the file is executed."""
-    tensors = load_weight_file(path).tensors
-    own = network.state_dict()
-    fitting = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
-    if not fitting:
-        raise BadInput(f"{path}: none of its {len(tensors)} tensors fits this detector by name and shape; is it of another architecture?")
-    network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in fitting.items()}, strict=False)
-    log.info("%d of the detector's %d tensors start from %s", len(fitting), len(own), path)

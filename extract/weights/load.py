@@ -95,11 +95,13 @@ def load_known_weights(sources: Sequence[str], *, detector: str) -> Weights:
             reasons.append(f"{source}: {error}" if source not in str(error) else str(error))
             log.info("weights: %s", reasons[-1])
     tried = "; ".join(reasons) or "none is known"
+    features = "Visual Genome's" if detector.startswith("butd") else f"those of {detector}"
     raise UniterError(
-        f"no weights for detector {detector!r} could be fetched. Tried: {tried}. What to do: pass a copy that you have with --weights FILE "
-        f"(.caffemodel, Detectron2 .pkl, Hugging Face .bin, MILVLG .pth or .safetensors), take a model-zoo detector such as "
-        f"--detector COCO-Detection/faster_rcnn_R_101_C4_3x, train one of your own with `uniter-train detector`, or try things out with "
-        f"--weights random:1"
+        f"no weights for detector {detector!r} could be fetched. Tried: {tried}. What works now, without a download: --detector on-board "
+        f"(COCO's 80 classes, features of 512 numbers, small and quick; not {features}: no model that was trained on those takes them). "
+        f"Or pass a copy that you have with --weights FILE (.caffemodel, Detectron2 .pkl, Hugging Face .bin, MILVLG .pth or .safetensors), "
+        f"take a model-zoo detector such as --detector COCO-Detection/faster_rcnn_R_101_C4_3x, or train one of your own with "
+        f"`uniter-train detector`"
     )
 
 

@@ -131,7 +131,20 @@ def regions_of_other_boxes(folder: Path) -> Iterator[Step]:
 def detector_of_other_photographs(folder: Path) -> Iterator[Step]:
     made, out, images = world.trained(folder.parent), folder / "detector", folder / "images"
     shutil.copytree(made.images, images)
-    words = ("--annotations", made.instances, "--out", out, "--steps", 1, "--batch-size", 1, "--no-attributes", *world.CPU)
+    words = (
+        "--annotations",
+        made.instances,
+        "--out",
+        out,
+        "--model",
+        "tiny",
+        "--steps",
+        1,
+        "--batch-size",
+        1,
+        "--no-attributes",
+        *world.CPU,
+    )
     yield out, ("train", "detector", "--images", images, *words)
     for place, path in enumerate(sorted(images.iterdir())):
         world.photograph(path, place, size=(128, 160))

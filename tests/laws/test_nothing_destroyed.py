@@ -161,7 +161,7 @@ def extraction_of_nothing_good(folder: Path, trained: Any) -> tuple[Path, Words]
 def detector_from_no_weights(folder: Path, trained: Any) -> tuple[Path, Words]:
     world.train_detector(trained.images, trained.instances, folder / "detector")
     (folder / "weights.pth").write_bytes(b"no weights")
-    words = ("--steps", 1, "--batch-size", 1, "--no-attributes", *world.CPU, "--from", folder / "weights.pth")
+    words = ("--model", "tiny", "--steps", 1, "--batch-size", 1, "--no-attributes", *world.CPU, "--from", folder / "weights.pth")
     return folder / "detector", (
         "train", "detector", "--images", trained.images, "--annotations", trained.instances, "--out", folder / "detector", *words,
     )  # fmt: skip
@@ -263,7 +263,7 @@ def photos_and(folder: Path, trained: Any, out: Path) -> Words:
 
 
 def labelled_and(trained: Any, out: Path) -> Words:
-    words = ("--steps", 1, "--batch-size", 1, "--no-attributes", *world.CPU)
+    words = ("--model", "tiny", "--steps", 1, "--batch-size", 1, "--no-attributes", *world.CPU)
     return ("train", "detector", "--images", trained.images, "--annotations", trained.instances, "--out", out, *words)
 
 

@@ -111,7 +111,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCap
 def detector_command(things: Things, annotations: Path, out: Path, *words: object) -> list[object]:
     pytest.importorskip("detectron2", reason="Detectron2 is brought by `uniter-extract --install-detectron2`")
     data = ["--images", things.photos, "--annotations", annotations, "--out", out]
-    return ["detector", *data, "--steps", 1, "--batch-size", 4, "--device", "cpu", *words]
+    return ["detector", *data, "--model", "tiny", "--steps", 1, "--batch-size", 4, "--device", "cpu", *words]
 
 
 @pytest.fixture(scope="module")

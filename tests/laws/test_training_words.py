@@ -55,7 +55,21 @@ def pretraining(world: Any, out: Path, *more: object) -> list[object]:
 
 def detector_training(world: Any, out: Path, *, steps: int) -> list[object]:
     words = ["detector", "--images", world.world / "images", "--annotations", world.world / "instances_train.json", "--out", out]
-    words += ["--no-attributes", "--batch-size", 2, "--device", "cpu", "--workers", 0, "--held-out", 0.2, "--steps", steps]
+    words += [
+        "--model",
+        "tiny",
+        "--no-attributes",
+        "--batch-size",
+        2,
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        "--held-out",
+        0.2,
+        "--steps",
+        steps,
+    ]
     return [*words, *small.sets([*TINY, f"validate_every={steps}"])]
 
 

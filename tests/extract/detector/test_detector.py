@@ -409,7 +409,7 @@ def test_a_zoo_detector_whose_weights_cannot_be_fetched_names_the_ways_out(monke
     monkeypatch.setattr("uniter.extract.weights.load.silent_sources", lambda _: {})
     recipe = find_recipe(f"{ZOO}R_50_FPN_1x")
     with pytest.raises(
-        UniterError, match=r"model_final_\w+\.pkl: the server answers 403 Forbidden\. What to do: .*--weights FILE"
+        UniterError, match=r"model_final_\w+\.pkl: the server answers 403 Forbidden\. What works now, .*on-board.*--weights FILE"
     ) as caught:
         load_known_weights(recipe.known_sources, detector=recipe.name)
     assert "`uniter-train detector`" in str(caught.value) and "\n" not in str(caught.value)

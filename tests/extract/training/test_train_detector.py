@@ -61,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def short_run(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "validate_every": 3}
+    options: dict[str, Any] = {"model": "tiny", "steps": 4, "batch_size": 2, "checkpoint_every": 2, "validate_every": 3}
     overwrite = changes.pop("overwrite", False)
     return train_detector(world / "images", world / "instances_train.json", out, Choices(**{**options, **changes}), overwrite=overwrite)
 
@@ -493,6 +493,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_the_command(world: Path, tmp_path: Path) -> None:
     arguments = ["--images", str(world / "images"), "--annotations", str(world / "instances_train.json"), "--out", str(tmp_path / "out")]
+    arguments += ["--model", "tiny"]
     options = ["--steps", "1", "--batch-size", "1", "--set", "checkpoint_every=1", "--set", "MODEL.RPN.NMS_THRESH=0.6", "--json"]
     result = CliRunner().invoke(detector_command, [*arguments, *options])
     assert result.exit_code == 0, result.output
@@ -507,7 +508,7 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
     content = json.loads((world / "instances_train.json").read_text())
     content["annotations"][0]["bbox"] = [0, 0, 0, 0]
     (tmp_path / "partly.json").write_text(json.dumps(content))
-    strict = ["--images", str(world / "images"), "--annotations", str(tmp_path / "partly.json"), "--out", str(tmp_path / "strict")]
+    strict = [*arguments, "--annotations", str(tmp_path / "partly.json"), "--out", str(tmp_path / "strict")]
     assert CliRunner().invoke(detector_command, [*strict, *options[:4], "--strict"]).exit_code == 3
 
 
@@ -519,7 +520,7 @@ def test_the_defaults_learn_a_world(tmp_path: Path, name: str) -> None:
     torch.set_num_threads(2)
     write_world(tmp_path / "world", world=WORLDS[name], images=1200, held_out=200)
     folder = tmp_path / "world"
-    choices = Choices(val_annotations=folder / "instances_val.json")
+    choices = Choices(model="tiny", val_annotations=folder / "instances_val.json")
     summary = train_detector(folder / "images", folder / "instances_train.json", tmp_path / "detector", choices)
     assert summary["ap50"] > 0.85
     probed = {field: probe_accuracy(tmp_path / "detector", folder, field) for field in ("shape", "colour")}
