@@ -75,11 +75,13 @@ def held(out: Path) -> Mapping[str, Any]:
     folders = [out] if kind_of_child(out) else [path for path in sorted(out.iterdir()) if kind_of_child(path)]
     found: dict[str, Any] = {}
     for folder in folders:
+        # Between two renames the old folder stands, whole, under another name; the same command again puts that right.
+        name = folder.name.removesuffix(".uniter-old.tmp")
         if (folder / "txt2img.json").exists():
-            found[folder.name] = {str(name): tuple(TextDB(folder)[name]["input_ids"]) for name in TextDB(folder).ids}
+            found[name] = {str(one): tuple(TextDB(folder)[one]["input_ids"]) for one in TextDB(folder).ids}
         elif (folder / "header.json").exists() or not (folder / "settings.json").exists():
             database = ImageDB(folder)
-            found[folder.name] = {str(key): database[key].features.tobytes() for key in database}, world.failures(folder)
+            found[name] = {str(key): database[key].features.tobytes() for key in database}, world.failures(folder)
     return found
 
 
