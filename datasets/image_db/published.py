@@ -123,16 +123,14 @@ VARIANT = re.compile(
 
 
 def rule_of_name(name: str, selection: dict[str, Any]) -> dict[str, Any]:
-    """The selection that the name of a published LMDB states where none was chosen; the one given otherwise, or where the name says
-    nothing.
-    """
+    """The selection that the name of a published LMDB states; its own where the name says nothing."""
     match = VARIANT.fullmatch(name)
-    if selection != USUAL_SELECTION:
-        return selection
     if match is None or (match["conf_th"] is None and match["num_bb"] is None):
         return selection
     if match["num_bb"] is not None:
         return {**selection, "conf_th": -1, "num_bb": int(match["num_bb"])}
+    if selection["conf_th"] == -1:
+        return selection
     return {**selection, "conf_th": float(match["conf_th"]), "max_bb": int(match["max_bb"]), "min_bb": int(match["min_bb"])}
 
 
