@@ -68,8 +68,9 @@ def test_only_a_failure_whose_image_another_source_has_goes(tmp_path: Path, turn
     assert (header["images"], header["failures"]) == (3, 2)
 
 
-def test_databases_of_other_widths_are_not_merged(tmp_path: Path) -> None:
-    """In either order: features of 8 and 6 numbers cannot be one database, and both widths are named."""
+@pytest.mark.parametrize("layout", ["lmdb", "uniter"])
+def test_databases_of_other_widths_are_not_merged(layout: str, tmp_path: Path) -> None:
+    """In either order: features of 8 and 6 numbers cannot be one database, and both widths are named; published ones have no header."""
     for name, width in (("wide", 8), ("narrow", 6)):
         (tmp_path / f"{name}-npz").mkdir()
         places = np.array([[0.1, 0.1, 0.5, 0.5, 0.4, 0.4]])
@@ -77,7 +78,7 @@ def test_databases_of_other_widths_are_not_merged(tmp_path: Path) -> None:
             tmp_path / f"{name}-npz" / f"{name}.npz",
             norm_bb=places, features=np.ones((1, width)), conf=np.ones((1, 1)), soft_labels=np.full((1, 5), 0.2),
         )  # fmt: skip
-        made = CliRunner().invoke(main, ["convert", str(tmp_path / f"{name}-npz"), str(tmp_path / name)])
+        made = CliRunner().invoke(main, ["convert", str(tmp_path / f"{name}-npz"), str(tmp_path / name), "--to", layout])
         assert made.exit_code == 0, made.output
     for first, second in (("wide", "narrow"), ("narrow", "wide")):
         merged = CliRunner().invoke(main, ["merge", str(tmp_path / first), str(tmp_path / second), str(tmp_path / "out")])
