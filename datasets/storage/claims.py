@@ -352,13 +352,15 @@ def _swap(out: Path, aside: Path, maker: Maker) -> None:
     """Put `aside`, which is complete, in the place of `out`."""
     if not (aside / maker.complete).is_file():
         raise ValueError(f"{aside} is not complete")
-    try:
-        if out.exists():
-            (out / _GOING).touch()
-            out.rename(_beside(out, _REPLACED))
-        aside.rename(out)
-    except OSError as error:
-        raise UniterError(f"{out} cannot be replaced ({error.strerror}); what was to take its place is whole in {aside}") from error
+    # Nobody's folder is taken away under his hands; what is whole in `aside` takes its place when the command is given again.
+    with only_writer(out, doing="writing") if out.is_dir() else contextlib.nullcontext():
+        try:
+            if out.exists():
+                (out / _GOING).touch()
+                out.rename(_beside(out, _REPLACED))
+            aside.rename(out)
+        except OSError as error:
+            raise UniterError(f"{out} cannot be replaced ({error.strerror}); what was to take its place is whole in {aside}") from error
     sync(out.parent)
     _sweep(out, maker)
 

@@ -42,8 +42,7 @@ def only_writer(folder: Path, *, doing: str = "writing") -> Iterator[None]:
     Raises:
         UniterError: somebody else is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = _opened(folder)
     _folders.add(descriptor)
     try:
         try:
@@ -57,6 +56,15 @@ def only_writer(folder: Path, *, doing: str = "writing") -> Iterator[None]:
         if descriptor in _folders:  # not in a forked child, which has given it back
             _folders.discard(descriptor)
             os.close(descriptor)
+
+
+def _opened(folder: Path) -> int:
+    """A descriptor of the folder, made if it is absent, though another process may rename it at any moment."""
+    while True:
+        with contextlib.suppress(FileExistsError):  # it was there, and is not any more
+            folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 @contextlib.contextmanager
