@@ -53,7 +53,7 @@ from uniter.datasets.storage.files import (
     write_json,
 )
 from uniter.datasets.storage.lmdb_files import full_disk_said
-from uniter.datasets.storage.locks import file_lock, only_writer
+from uniter.datasets.storage.locks import file_lock, is_held_here, only_writer
 
 log = logging.getLogger(__name__)
 
@@ -353,7 +353,8 @@ def _swap(out: Path, aside: Path, maker: Maker) -> None:
     if not (aside / maker.complete).is_file():
         raise ValueError(f"{aside} is not complete")
     # Nobody's folder is taken away under his hands; what is whole in `aside` takes its place when the command is given again.
-    with only_writer(out, doing="writing") if out.is_dir() else contextlib.nullcontext():
+    somebody = out.is_dir() and not is_held_here(out)
+    with only_writer(out, doing="writing") if somebody else contextlib.nullcontext():
         try:
             if out.exists():
                 (out / _GOING).touch()

@@ -58,6 +58,12 @@ def only_writer(folder: Path, *, doing: str = "writing") -> Iterator[None]:
             os.close(descriptor)
 
 
+def is_held_here(folder: Path) -> bool:
+    """Whether this process is the only writer of the folder."""
+    status = folder.stat()
+    return any(os.path.samestat(os.fstat(descriptor), status) for descriptor in list(_folders))
+
+
 def _opened(folder: Path) -> int:
     """A descriptor of the folder, made if it is absent, though another process may rename it at any moment."""
     while True:
