@@ -10,28 +10,15 @@
 Commands and files only. Training and extraction are killed in `test_sigkill.py`, and in the tests beside their code.
 """
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import identity_world as world
 import pytest
 
-
-def _beside(name: str) -> ModuleType:
-    if name not in sys.modules:
-        description = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert description is not None and description.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(description)
-        description.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-world = _beside("identity_world")
 accepted, done, not_yet, refused, run, tree = world.accepted, world.done, world.not_yet, world.refused, world.run, world.tree
 Words = tuple[object, ...]
 Row = Callable[[Path, Path, int, Any], Words]

@@ -1,18 +1,16 @@
 """What has grown is extended, what was repaired is done again, and folders made before contents were remembered go on.
 
-Commands and files only. What is marked is what order 13 makes true; each mark says what happened when it was written.
+Commands and files only.
 """
 
-import importlib.util
 import json
 import shutil
-import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import identity_world as world
 import pytest
 from click.testing import Result
 
@@ -20,16 +18,6 @@ OLDER = Path(__file__).with_name("older")
 """Sources and what the commands of commit d45295f made of them, in this folder and by these names: no digest of a source is in them."""
 
 
-def _beside(name: str) -> ModuleType:
-    if name not in sys.modules:
-        description = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert description is not None and description.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(description)
-        description.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-world = _beside("identity_world")
 accepted, done, records, refused, run, tree = (
     world.accepted, world.done, world.records, world.refused, world.run, world.tree,
 )  # fmt: skip

@@ -14,14 +14,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import identity_world as world
 import pytest
 
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.database import kind_of_child
 from uniter.datasets.text_db import TextDB
-
-sys.path.insert(0, str(Path(__file__).parent))
-import identity_world as world
 
 KILLS = int(os.environ.get("UNITER_KILLS", "4"))
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link"}

@@ -3,7 +3,6 @@
 Only commands, public names and files are used, so that these hold whatever the layout of the code.
 """
 
-import importlib.util
 import io
 import itertools
 import json
@@ -11,30 +10,17 @@ import os
 import pickle
 import shutil
 import struct
-import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cv2
+import made_by_commands as made
 import numpy as np
 import pytest
 from PIL import Image, features
-
-
-def _beside(name: str) -> ModuleType:
-    if name not in sys.modules:
-        description = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert description is not None and description.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(description)
-        description.loader.exec_module(module)
-    return sys.modules[name]
-
-
-made = _beside("made_by_commands")
 
 
 @pytest.fixture(autouse=True)

@@ -1,31 +1,18 @@
 """Nothing is destroyed before its successor is whole, nothing of others is touched, and nothing that was listed goes missing.
 
-Commands and files only. What is marked is what order 13 makes true; each mark says what happened when it was written.
+Commands and files only.
 """
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import identity_world as world
 import numpy as np
 import pytest
 
-
-def _beside(name: str) -> ModuleType:
-    if name not in sys.modules:
-        description = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert description is not None and description.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(description)
-        description.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-world = _beside("identity_world")
 accepted, done, records, refused, run, tree = (
     world.accepted, world.done, world.records, world.refused, world.run, world.tree,
 )  # fmt: skip

@@ -4,7 +4,6 @@ Only commands, public names and files are used, so that these hold whatever the 
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import pickle
@@ -17,27 +16,16 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import lmdb
+import made_by_commands as made
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from uniter.extract import RegionExtractor, build_detector
 
-
-def _beside(name: str) -> ModuleType:
-    if name not in sys.modules:
-        description = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert description is not None and description.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(description)
-        description.loader.exec_module(module)
-    return sys.modules[name]
-
-
-made = _beside("made_by_commands")
 BIN = Path(sys.executable).parent
 
 NARROW = [

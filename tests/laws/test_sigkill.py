@@ -8,7 +8,6 @@ earlier result (`--overwrite`, where the command has it): then what stands at OU
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -20,9 +19,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import identity_world as world
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -32,16 +31,6 @@ KILLS = int(os.environ.get("UNITER_KILLS", "4"))
 FEW = max(1, round(0.3 * KILLS))  # of what needs a network
 
 
-def _beside(name: str) -> ModuleType:
-    if name not in sys.modules:
-        description = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert description is not None and description.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(description)
-        description.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-world = _beside("identity_world")
 Words = tuple[object, ...]
 Held = Callable[[Path], Mapping[str, Any]]
 
