@@ -137,9 +137,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-sync_folder = sync
-
-
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
