@@ -17,17 +17,34 @@ from uniter.datasets.storage.lmdb_files import open_reader
 FAKE = Path(__file__).with_name("fake_extraction.py")
 
 
+def loaded(path: Path, name: str) -> ModuleType:
+    """A file as a module of that name, known by it, so that what it defines can be pickled."""
+    if name in sys.modules:
+        return sys.modules[name]
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
     """The module `fake_extraction`; its `__file__` is the script that runs an extraction in a process of its own."""
-    if "fake_extraction" in sys.modules:
-        return sys.modules["fake_extraction"]
-    specification = importlib.util.spec_from_file_location("fake_extraction", FAKE)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["fake_extraction"] = module
-    specification.loader.exec_module(module)
-    return module
+    return loaded(FAKE, "fake_extraction")
+
+
+@pytest.fixture(scope="session")
+def generator(butd_golden: Path) -> ModuleType:
+    """What draws the golden weights of Bottom-Up-Attention, and says them in every layout."""
+    return loaded(butd_golden / "generator.py", "butd_generator")
+
+
+@pytest.fixture(scope="session")
+def writer() -> ModuleType:
+    """What writes a .caffemodel."""
+    return loaded(Path(__file__).parent / "weights" / "caffe_writer.py", "caffe_writer")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 The folder that BUTD_GOLDEN names may hold another set of the same layout; images, seed and calibration come from its golden.json.
 """
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -36,15 +35,6 @@ FIRST_IMAGE_BY_DEFAULT = pytest.mark.parametrize(
 )
 MEAN = np.array(CAFFE_MEAN_BGR, dtype=np.float32)
 Arrays = Mapping[str, NDArray[Any]]
-
-
-@pytest.fixture(scope="session")
-def generator() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("butd_generator", GOLDEN / "generator.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -370,7 +360,12 @@ def check_record(kept: Any, expected: Any, *, features: float = 6e-3, confidence
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pickle", "huggingface", "huggingface-legacy", "milvlg", "caffemodel"])
 def test_golden_records_from_every_weight_layout(
-    layout: str, state: dict[str, NDArray[np.float32]], generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: str,
+    state: dict[str, NDArray[np.float32]],
+    generator: ModuleType,
+    writer: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import pickle
 
@@ -385,7 +380,7 @@ def test_golden_records_from_every_weight_layout(
     elif layout == "milvlg":
         torch.save({"model": tensors(generator.to_milvlg(state))}, file)
     elif layout == "caffemodel":
-        file.write_bytes(caffemodel_of(state))
+        file.write_bytes(writer.caffemodel_of(state))
     else:
         torch.save(tensors(generator.to_hf(state)), file, _use_new_zipfile_serialization=layout == "huggingface")
     loaded = Detectron2Detector("butd", weights=str(file))
@@ -395,12 +390,3 @@ def test_golden_records_from_every_weight_layout(
     for name, least, most in (("record36", 36, 36), ("record10_100", 10, 100)):
         kept = select_regions(found, size=(raw.shape[0], raw.shape[1]), min_boxes=least, max_boxes=most)
         check_record(kept, np.load(GOLDEN / f"{name}_{image}.npz"))
-
-
-def caffemodel_of(state: Mapping[str, NDArray[np.float32]]) -> bytes:
-    specification = importlib.util.spec_from_file_location("caffe_writer", Path(__file__).parents[1] / "weights" / "caffe_writer.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    written: bytes = module.caffemodel_of(state)
-    return written

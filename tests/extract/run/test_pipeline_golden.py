@@ -3,7 +3,6 @@
 The folder that BUTD_GOLDEN names may hold another set; its pictures, seed and calibration come from its golden.json.
 """
 
-import importlib.util
 import json
 import pickle
 from collections.abc import Callable
@@ -24,15 +23,6 @@ pytest.importorskip("detectron2", reason="Detectron2 is brought by `uniter-extra
 
 OTHER_LAYOUTS = ("detectron2", "huggingface", "milvlg")
 RECORDS = {"record36": ["--min-boxes", "36", "--max-boxes", "36"], "record10_100": []}
-
-
-@pytest.fixture(scope="module")
-def generator(butd_golden: Path) -> Any:
-    specification = importlib.util.spec_from_file_location("butd_generator", butd_golden / "generator.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -36,14 +36,6 @@ QUICK = ["INPUT.MIN_SIZE_TEST", 64, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, "MODEL.
 CLASS_ROWS = "roi_heads.box_predictor.cls_score.weight"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight made-up pictures; two of their shapes go by names of COCO's, some boxes are unsure, one is a crowd."""

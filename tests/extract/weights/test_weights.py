@@ -1,7 +1,6 @@
 """Every published weight layout becomes Detectron2's, key by key; no file executes anything; what is made is kept and checked."""
 
 import http.server
-import importlib.util
 import io
 import json
 import pickle
@@ -33,24 +32,6 @@ from uniter.extract.weights.random import random_tensors
 
 State = dict[str, NDArray[np.float32]]
 P, R = "roi_heads.box_predictor.", "proposal_generator.rpn_head."
-
-
-def module_of(path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def writer() -> ModuleType:
-    return module_of(Path(__file__).with_name("caffe_writer.py"))
-
-
-@pytest.fixture(scope="module")
-def generator(butd_golden: Path) -> ModuleType:
-    return module_of(butd_golden / "generator.py")
 
 
 @pytest.fixture(scope="module")
