@@ -14,7 +14,7 @@ What a reader would get wrong: `overwrite` does not touch OUT until its successo
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -143,18 +143,27 @@ class Claim:
         if _identity(self.folder) != self.identity:
             raise UniterError(f"another process has overwritten {self.out} at this moment; look at what it wrote, or run the command again")
 
-    def publish(self) -> None:
+    def publish(self, tidy: Callable[[], None] = lambda: None) -> None:
         """Put the successor, which is whole, in its place; what lay in the old folder and is not ours goes along.
+
+        Args:
+            tidy: what is left to do in the folder, while no other process can rename it.
 
         Raises:
             UniterError: the folder cannot be renamed, or another process put another one in its place.
         """
-        if self.folder != self.out:
-            with _changing(self.out):
-                if not self.published():
-                    self._refuse_if_lost()
-                    _swap(self.out, self.folder, self.maker)
-                elif self.folder.is_dir() and not (self.folder / SETTINGS).exists():
+        if self.folder == self.out:
+            tidy()
+            return
+        with _changing(self.out):
+            if not self.published():
+                self._refuse_if_lost()
+                tidy()
+                _swap(self.out, self.folder, self.maker)
+            else:
+                tidy()
+                _sweep(self.out, self.maker)  # of a process that was killed while it did
+                if self.folder.is_dir() and not (self.folder / SETTINGS).exists():
                     remove(self.folder)  # locks of a process that was too late
 
     def abandon(self) -> None:

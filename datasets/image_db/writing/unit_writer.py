@@ -132,7 +132,8 @@ class UnitWriter:
             (self._folder / "lock.mdb").unlink(missing_ok=True)
             sync(self._folder)
             self._folder.rename(self._finished)
-            sync(self._finished.parent)
+            with contextlib.suppress(FileNotFoundError):  # it was the last: another process may have put the whole in its place
+                sync(self._finished.parent)
         self._stack.close()
         self._absorb()
 

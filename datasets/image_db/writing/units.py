@@ -154,6 +154,20 @@ class UnitStore:
 
         None if the unit is finished or another living process (or writer) has it.
         """
+        with self._unless_moved():
+            return self._writer(number)
+        return None
+
+    @contextlib.contextmanager
+    def _unless_moved(self) -> Iterator[None]:
+        """Do something in a folder that another process may finish, and put in its place, at any moment: then it needs no doing."""
+        try:
+            yield
+        except FileNotFoundError:
+            if not self.claim.published():
+                raise
+
+    def _writer(self, number: int) -> "UnitWriter | None":
         if self.is_complete() or self._folder(number).is_dir():
             return None
         stack = contextlib.ExitStack()
@@ -282,7 +296,7 @@ class UnitStore:
 
         Safe to be killed anywhere. Without `wait`, nothing happens while another process does the same.
         """
-        with file_lock(self.units_folder / ".locks" / "absorb", wait=wait) as mine:
+        with self._unless_moved(), file_lock(self.units_folder / ".locks" / "absorb", wait=wait) as mine:
             if not mine or self.is_complete():
                 return
             finished = self.finished_units()
@@ -339,22 +353,23 @@ class UnitStore:
         Returns:
             Whether the database is complete. Safe to be killed anywhere and called again, and by several processes.
         """
-        if not self.is_complete():
-            finished = self.finished_units()
-            if finished != set(range(units)):
-                if extra := finished - set(range(units)):
-                    raise BadInput(f"{self.path} holds unit {min(extra)}, but the work has {units} units; use --overwrite to begin anew")
-                return self.is_complete()  # another process may just have done it
-            self.absorb(wait=True)
-            self._finish(units, header)
-        self._sweep()
-        self.claim.publish()
+        with self._unless_moved():
+            if not self.is_complete() and not self._finished(units, header):
+                return False
+        self.claim.publish(self._sweep)
         return True
 
-    def _finish(self, units: int, header: Mapping[str, Any]) -> None:
+    def _finished(self, units: int, header: Mapping[str, Any]) -> bool:
+        finished, wanted = self.finished_units(), set(range(units))
+        if extra := finished - wanted:
+            raise BadInput(f"{self.path} holds unit {min(extra)}, but the work has {units} units; use --overwrite to begin anew")
+        if finished != wanted:
+            return self.is_complete()  # another process may just have done it
+        self.absorb(wait=True)
         with file_lock(self.units_folder / ".locks" / "finish", wait=True), full_disk_said(self.path):
             if not self.is_complete():  # another process may have done it while we waited
                 self._put_together(units, header)
+        return True
 
     def _put_together(self, units: int, header: Mapping[str, Any]) -> None:
         """Write what stands beside `data.mdb`, from the units that are all in it; `header.json` last."""

@@ -159,6 +159,9 @@ def test_overwriting_by_several_processes_ends_in_one_database(out: Path, tmp_pa
     if killed and (tmp_path / "out.overwriting").exists():  # its unit is still to be done
         assert held(out)[2]["units"] == 3
         _overwrite(out, 0)
+    elif killed and (tmp_path / "out.replaced").exists():  # it was the last, and was killed while it took the old one away
+        assert held(out)[2]["units"] == 4
+        _overwrite(out, 0)
     assert held(out)[2]["units"] == 4 and len(held(out)[0]) == 12
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
