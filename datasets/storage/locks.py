@@ -66,6 +66,7 @@ def is_held_here(folder: Path) -> bool:
 
 def _opened(folder: Path) -> int:
     """A descriptor of the folder, made if it is absent, though another process may rename it at any moment."""
+    folder = folder.resolve()  # a link to nothing can neither be made nor opened
     while True:
         with contextlib.suppress(FileExistsError):  # it was there, and is not any more
             folder.mkdir(parents=True, exist_ok=True)

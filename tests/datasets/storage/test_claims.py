@@ -351,6 +351,12 @@ def test_only_one_writes_in_a_folder(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_link_to_a_folder_that_is_not_there_yet_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    with only_writer(tmp_path / "out"):
+        assert (tmp_path / "disk" / "out").is_dir()
+
+
 def test_a_child_that_outlives_its_parent_does_not_keep_the_folder(tmp_path: Path) -> None:
     """Loading workers are forked, and the parent may be killed."""
 
