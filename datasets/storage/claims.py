@@ -12,6 +12,7 @@ What a reader would get wrong: `overwrite` does not touch OUT until its successo
 """
 
 import contextlib
+import errno
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -250,8 +251,11 @@ def _stamped(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> dic
         return stored
     log.warning("what %s was made from is unknown, since an older version began it; it is taken to be what is there now", folder)
     stamped = {**stored, MADE_FROM: asked[MADE_FROM]}
-    with contextlib.suppress(PermissionError):  # somebody else's database, which is only read
+    try:
         write_json(folder / SETTINGS, stamped)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):  # somebody else's database, which is only read
+            raise
     return stamped
 
 
@@ -378,7 +382,8 @@ def _swap(out: Path, aside: Path, maker: Maker) -> None:
 def _recover(out: Path, maker: Maker) -> None:
     """Bring what a kill inside `_swap` left into one of the two plain states."""
     replaced, aside = _beside(out, _REPLACED), _beside(out, _ASIDE)
-    (out / _GOING).unlink(missing_ok=True)
+    if (out / _GOING).exists():  # where nothing is left, nothing is touched: it may lie on a disk that can only be read
+        (out / _GOING).unlink(missing_ok=True)
     if (replaced / _GOING).is_file():
         if not out.exists():
             if not (aside / maker.complete).is_file():

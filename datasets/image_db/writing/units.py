@@ -425,9 +425,8 @@ class UnitStore:
         write_json(self.path / "header.json", told)
 
     def _sweep(self) -> None:
-        """Remove what only an unfinished database needs, and temporary files of killed processes."""
+        """Remove what only an unfinished database needs, and temporary files of killed processes. Where nothing is left, nothing is touched."""
         shutil.rmtree(self.units_folder, ignore_errors=True)
-        (self.path / ADDED).unlink(missing_ok=True)
-        for path in self.path.glob("*.*.*"):
-            if path.suffix in (".tmp", ".first") and REGIONS.made(path):
+        for path in (*self.path.glob(ADDED), *self.path.glob("*.*.*")):
+            if path.name == ADDED or (path.suffix in (".tmp", ".first") and REGIONS.made(path)):
                 path.unlink(missing_ok=True)

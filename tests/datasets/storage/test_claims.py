@@ -1,5 +1,6 @@
 """Claims: who made a folder, from what, and that nothing is destroyed before its successor is whole."""
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -127,6 +128,25 @@ def test_an_older_folder_is_accepted_said_once_and_stamped(tmp_path: Path, recip
     recipe.write_text("pears")
     with pytest.raises(SettingsDiffer):
         bake(out, recipe, hot=True)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_is_complete_on_a_disk_that_can_only_be_read_is_complete(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, older: bool
+) -> None:
+    out = tmp_path / "out"
+    bake(out, recipe, hot=True)
+    if older:
+        settings = json.loads((out / "settings.json").read_text())
+        del settings[MADE_FROM]
+        (out / "settings.json").write_text(json.dumps(settings))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", refuse)  # of a name that is not there, too
+    monkeypatch.setattr(claims, "write_json", refuse)
+    assert bake(out, recipe, hot=True).complete
 
 
 def test_overwriting_is_done_aside(tmp_path: Path, recipe: Path) -> None:
