@@ -34,13 +34,13 @@ def read_vqa(path: Path, *, split: str | None, join: Sequence[Path], counts: Cou
     """
     no_split(path, split, "VQA")
     annotations, given = _companions(join)
-    targets = _targets(annotations, given) if annotations else None
     own = _is_genome(path)
+    table = _table(annotations, given) if own and join else {}
+    targets = _targets(annotations, given) if annotations and not own else None
     for number, image, question, answer, where in _genome(path) if own else _questions(path):
         fields: dict[str, Any] = {"question_id": number, "question": question}
         target = None
         if answer is not None:  # Visual Genome's own file holds its answers
-            table = _table(annotations, given) if join else {}
             target = soft_scores([answer], table) if table else None
         elif targets is not None:
             target = targets.get(str(number))
