@@ -179,6 +179,7 @@ def exclude(
     genome = given.pop("visual_genome")
     if len(genome) > 1:
         raise click.UsageError(f"give one image_data.json of Visual Genome, not {len(genome)}")
+    _refuse_to_replace(out, [*chain.from_iterable(given.values()), *genome])  # at once: reading COCO takes its time
     lists = exclusion_lists(
         coco=given["coco"],
         karpathy=given["karpathy"],
@@ -187,7 +188,6 @@ def exclude(
         flickr30k=given["flickr30k"],
         visual_genome=genome[0] if genome else None,
     )
-    _refuse_to_replace(out, {*files, *coco, *karpathy, *refcoco, *refcocog, *flickr30k, *([vg] if vg is not None else [])})
     write_json(out, lists)
     summary: dict[str, Any] = {"out": str(out), **{name: len(values) for name, values in lists.items()}}
     summary["forbidden_coco_images"] = len(forbidden_coco(lists))
@@ -200,7 +200,7 @@ def exclude(
         )
 
 
-def _refuse_to_replace(out: Path, sources: set[Path]) -> None:
+def _refuse_to_replace(out: Path, sources: Sequence[Path]) -> None:
     """BadInput if the lists would take the place of something else than such lists."""
     if out.resolve() in {path.resolve() for path in sources}:
         raise BadInput(f"{out} is one of the files that the lists are made from, and would be written over; choose another --out")
