@@ -83,7 +83,7 @@ def bring_up_to_date(folder: Path, wanted: Mapping[str, Any], sources: Mapping[s
             phrases.append(f"{len(known)} files of {prefix} then, {len(paths)} now")
         for before, path in zip(known, paths, strict=False):
             # Of folders, tars and large files other fingerprints were kept, which nobody makes any more.
-            if path.is_file() and path.suffix != ".tar" and before.get("sha256", sha256 := sha256_of(path)) != sha256:
+            if "sha256" in before and path.is_file() and path.suffix != ".tar" and sha256_of(path) != before["sha256"]:
                 phrases.append(f"{prefix} ({path.name}) has other contents now")
     pieces = tokenizer_content(stored["tokenizer"])
     asked = sources["tokenizer"]
