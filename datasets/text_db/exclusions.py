@@ -114,10 +114,11 @@ class Exclusion:
 
     def __call__(self, caption: Caption) -> bool:
         """Whether this text's image must not be seen."""
-        met = [(kind, number) for kind, number in _origins(caption) if number in self._kinds[kind]]
+        origins = _origins(caption)
+        met = [(kind, number) for kind, number in origins if number in self._kinds[kind]]
         if plain := self._kinds["plain"]:
             images = (caption.image,) if isinstance(caption.image, str) else caption.image
-            called = {_plain_id(name) for image in images for name in _names(image)} | {number for _, number in _origins(caption)}
+            called = {_plain_id(name) for image in images for name in _names(image)} | {number for _, number in origins}
             met += [("plain", name) for name in called & plain]
         self._met.update(met)
         return bool(met)

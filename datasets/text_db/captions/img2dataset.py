@@ -106,7 +106,7 @@ def _tar_captions(path: Path, counts: Counter[str]) -> Iterator[Caption]:
                         raise BadInput(f"{member.name} in {path} has {member.size:,} bytes; expected a caption of at most {LARGEST_TEXT:,}")
                     file = tar.extractfile(member)
                     sample[suffix] = file.read() if file is not None else b""
-                elif PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+                elif name.suffix.lower() in IMAGE_SUFFIXES:
                     sample["image"] = name.suffix.lower().removeprefix(".").encode()
             # tarfile takes a file that stops between two members, or within a header, for a whole one.
             assert tar.fileobj is not None
