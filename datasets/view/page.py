@@ -70,13 +70,14 @@ def report_folder(out: Path, sources: Sequence[str | Path]) -> Iterator[Path]:
 
 
 def _refuse_what_is_no_report(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out} is a file; choose another --out")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    index = out / INDEX
-    if (out / SETTINGS).is_file() and read_json_object(out / SETTINGS).get("kind") == REPORT.kind:
-        return
-    if not index.is_file() or _MARK not in index.read_text(encoding="utf-8", errors="replace")[:1000]:
+    settings, index = out / SETTINGS, out / INDEX
+    if settings.is_file():
+        ours = read_json_object(settings).get("kind") == REPORT.kind
+    else:
+        ours = index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace")[:1000]
+    if not ours:
         raise BadInput(f"{out} holds files that are no report of uniter-view; choose another --out")
-    write_json(out / SETTINGS, {"kind": REPORT.kind})  # an older version's report
+    if not settings.is_file():  # an older version's report
+        write_json(settings, {"kind": REPORT.kind})

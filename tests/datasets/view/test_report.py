@@ -214,6 +214,15 @@ def test_a_report_of_an_older_version_and_one_that_was_killed_are_drawn_again(tm
     assert write_region_report([database], tmp_path / "report", limit=2).pictures == 2
 
 
+def test_settings_of_another_kind_are_no_older_reports(tmp_path):
+    database = make_database(tmp_path / "a.lmdb")
+    write_region_report([database], tmp_path / "report")
+    (tmp_path / "report/settings.json").write_text('{"kind": "regions"}')
+    with pytest.raises(BadInput, match="holds files that are no report of uniter-view"):
+        write_region_report([database], tmp_path / "report")
+    assert (tmp_path / "report/settings.json").read_text() == '{"kind": "regions"}'
+
+
 def test_a_report_does_not_take_the_place_of_what_it_is_about(tmp_path):
     write_region_report([make_database(tmp_path / "a.lmdb")], tmp_path / "report")
     inside = make_database(tmp_path / "report/pictures/b.lmdb")
