@@ -39,7 +39,7 @@ class _ImageTexts(Mapping[str, Sequence[int]]):
     def __getitem__(self, key: str) -> list[int]:
         place = self._keys.find(key)
         if place < 0:
-            raise MissingExample(f"no text of the database is about an image {key!r}")
+            raise _no_text_about(key)
         numbers: list[int] = self._examples[int(self._starts[place]) : int(self._starts[place + 1])].tolist()
         return numbers
 
@@ -48,6 +48,17 @@ class _ImageTexts(Mapping[str, Sequence[int]]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+class _PublishedTexts(dict[str, list[int]]):
+    """The same, from the side files."""
+
+    def __missing__(self, key: str) -> list[int]:
+        raise _no_text_about(key)
+
+
+def _no_text_about(image: str) -> MissingExample:
+    return MissingExample(f"no text of the database is about an image {image!r}")
 
 
 class TextDB(Mapping[str, dict[str, Any]]):
@@ -187,7 +198,7 @@ class TextDB(Mapping[str, dict[str, Any]]):
         return keys[0] if len(keys) == 1 else keys
 
     def images(self) -> Mapping[str, Sequence[int]]:
-        """Image key -> numbers of the examples about it, in their order (img2txts)."""
+        """Image key -> numbers of the examples about it, in their order (img2txts); MissingExample where there are none."""
         return self._images
 
     def _get(self, key: bytes) -> bytes | memoryview | None:
@@ -256,7 +267,7 @@ class TextDB(Mapping[str, dict[str, Any]]):
                 rows[place, slot] = numbers.setdefault(key, len(numbers))
                 texts.setdefault(key, []).append(place)
         self.image_keys, self.image_numbers = list(numbers), rows
-        self._images = self._published_texts(texts)
+        self._images = _PublishedTexts(self._published_texts(texts))
 
     def _published_lengths(self) -> dict[str, int]:
         names = [self._lengths_name] if self._lengths_name else LENGTHS

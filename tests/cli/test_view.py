@@ -121,7 +121,11 @@ def test_what_words_look_at(tmp_path, database, run_directory):
     assert json.loads(one.stdout)["pairs"] == 1 and "2 with dog" in (tmp_path / "looks/index.html").read_text()
 
 
-def test_a_key_without_a_text_is_one_line(tmp_path, database, run_directory):
+@pytest.mark.parametrize("published", [False, True])
+def test_a_key_without_a_text_is_one_line(tmp_path, database, run_directory, published):
     build_text_db([Caption("1", "cat.png", "A cat.")], tmp_path / "captions.db", tokenizer=Tokenizer.load())
+    if published:
+        for name in ("settings.json", "header.json", "index.safetensors"):
+            (tmp_path / "captions.db" / name).unlink()
     result = run(run_directory, database, "--text", tmp_path / "captions.db", "--out", tmp_path / "looks", "--key", "dog")
     assert result.exit_code == 1 and "no text of the database is about an image 'dog'" in result.stderr
