@@ -41,7 +41,7 @@ Open report/index.html in any browser; it needs no server and no network.
               help="Text databases whose captions stand below the pictures; may be repeated.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True,
               help="How many pictures, evenly spaced over the database; 0 draws all.")  # fmt: skip
-@click.option("--key", "keys", multiple=True, metavar="KEY", help="Draw this image; may be repeated, overrules --limit.")
+@click.option("--key", "keys", multiple=True, metavar="KEY", help="Draw this image; may be repeated, overrules --limit and --pairs.")
 @click.option("--boxes", "most_boxes", type=click.IntRange(min=1), metavar="N",
               help="Draw at most so many boxes a picture, the most confident ones.  [default: all]")  # fmt: skip
 @click.option("--pairs", type=click.IntRange(min=1), default=8, show_default=True,
@@ -73,6 +73,8 @@ def main(
 
         if others and (len(runs) > 1 or not texts):
             raise click.UsageError(f"with {others[0]}, give one run and --text: its words are looked at over those regions")
+        if len(texts) > 1:
+            raise click.UsageError(f"only one --text is looked at: {texts[0]} or {texts[1]}?")
         names = _short_names(runs)
         logs = {name: read_log(Path(run)) for name, run in zip(names, runs, strict=True)}
         database = ImageDB(list(others), allow_partial=allow_partial) if others else None

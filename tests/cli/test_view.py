@@ -77,6 +77,9 @@ def test_a_run_and_a_database_want_a_text(tmp_path, database):
     (tmp_path / "run/log.jsonl").write_text("")
     result = run(tmp_path / "run", database, "--out", tmp_path / "report")
     assert result.exit_code == 2 and "give one run and --text" in result.stderr
+    texts = ("--text", tmp_path / "a.db", "--text", tmp_path / "b.db")
+    result = run(tmp_path / "run", database, *texts, "--out", tmp_path / "report")
+    assert result.exit_code == 2 and "only one --text is looked at" in result.stderr
 
 
 def test_what_is_no_database_is_one_line(tmp_path):
