@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from uniter.cli.common import common_options, print_summary
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
+from uniter.datasets.runs.run_log import read_log
 from uniter.datasets.text_db import TextDB
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.view.region_report import write_region_report
@@ -69,8 +70,6 @@ def main(
     others = [source for source in sources if source not in runs]
     _refuse_idle_options("looks" if runs and others else "runs" if runs else "regions")
     if runs:
-        from uniter.datasets.runs.run_log import read_log
-
         if others and (len(runs) > 1 or not texts):
             raise click.UsageError(f"with {others[0]}, give one run and --text: its words are looked at over those regions")
         if len(texts) > 1:
