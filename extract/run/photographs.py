@@ -22,12 +22,12 @@ UNKNOWN = -1
 def note_photographs(store: UnitStore, images: ImageList) -> None:
     """Write the sizes of those images that have regions; those that an earlier run noted stay."""
     digests, sizes = _noted(store.path)
-    done = digests_of([key for _, key, has_regions in store.keys() if has_regions])  # noqa: SIM118  # a store is no mapping
+    done = np.sort(digests_of([key for _, key, has_regions in store.keys() if has_regions]))  # noqa: SIM118  # a store is no mapping
     found, lengths = [digests], [sizes]
     for number in range(images.units):
         items = images.unit(number)
         now = digests_of([item.key for item in items])
-        wanted = np.isin(now, done) & ~np.isin(now, digests)
+        wanted = _places(now, done)[1] & ~_places(now, digests)[1]
         found.append(now[wanted])
         lengths.append(np.array([_bytes_of(items[row]) for row in np.flatnonzero(wanted)], dtype=np.int64))
     together, all_lengths = np.concatenate(found), np.concatenate(lengths)
@@ -43,9 +43,8 @@ def refuse_replaced(path: Path, listed: ImageList) -> None:
     replaced: list[str] = []
     for number in range(listed.units):
         items = listed.unit(number)
-        now = digests_of([item.key for item in items])
-        places = np.minimum(np.searchsorted(digests, now), len(digests) - 1)
-        for item, found, size in zip(items, (digests[places] == now).tolist(), sizes[places].tolist(), strict=True):
+        places, noted = _places(digests_of([item.key for item in items]), digests)
+        for item, found, size in zip(items, noted.tolist(), sizes[places].tolist(), strict=True):
             length = _bytes_of(item) if found and size != UNKNOWN else UNKNOWN
             if length not in (UNKNOWN, size):
                 replaced.append(f"{item.path} was {size:,} bytes long, now {length:,}")
@@ -62,6 +61,14 @@ def _noted(path: Path) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     columns = map_arrays(path / PHOTOGRAPHS, needed=("digests", "bytes"))
     return np.array(columns["digests"], dtype=np.uint64), np.array(columns["bytes"], dtype=np.int64)
+
+
+def _places(some: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Where each of some digests stands among sorted ones, and whether it does; without a look at all of them for each unit."""
+    if not len(ordered):
+        return np.zeros(len(some), np.intp), np.zeros(len(some), np.bool_)
+    places = np.minimum(np.searchsorted(ordered, some), len(ordered) - 1)
+    return places, ordered[places] == some
 
 
 def _bytes_of(item: ImageItem) -> int:
