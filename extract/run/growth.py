@@ -145,14 +145,14 @@ def _grown(store: UnitStore, listed: ImageList, stored: Mapping[str, Any], *, re
 def _gone_on_with(store: UnitStore, listed: ImageList, grown: Mapping[str, Any]) -> GrownImages:
     """The further units that an earlier run has settled."""
     stored, begun = store.settings["images"], int(grown["from"])
-    if store.finished_units() == set(range(stored["units"])):
-        return GrownImages(listed, begun, [()] * (stored["units"] - begun), kept=stored["count"])
     try:
         plan = read_json_object(store.path / ADDED)
         units, added = plan["units"], int(plan["added"])
         if digest_of_keys([key for unit in units for key in unit]) != grown["keys_sha256"]:
             raise KeyError
     except (BadInput, KeyError, TypeError):
+        if store.finished_units() == set(range(stored["units"])):  # completed meanwhile by another process, or opened again in vain
+            return GrownImages(listed, begun, [()] * (stored["units"] - begun), kept=stored["count"])
         raise BadInput(f"{store.path / ADDED}, which says what is to be added, is missing or another one; use --overwrite") from None
     if not any(int(path.name.removesuffix(".partial")) >= begun for path in store.units_folder.glob("[0-9]*")):
         again = set(plan["again"])  # killed before all of them were forgotten

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import os
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.datasets.image_db.writing.side_files import BOX_IDS, read_box_ids
+from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.progress import human_bytes
 from uniter.datasets.storage.files import read_json_object
@@ -76,7 +75,7 @@ def complete(store: UnitStore, listed: ImageList, detector: Detector, work: Work
             _refuse_nothing(store, listed)
         if work.given is not None:
             with contextlib.suppress(FileNotFoundError):  # another process has completed the database meanwhile, ids and all
-                write_box_ids(store.path, listed, work.given)
+                write_box_ids(store.path, ids_of_given(store.path, listed, work.given))
         with contextlib.suppress(BadInput, FileNotFoundError):  # the same
             note_photographs(store, listed)
     if not store.finish(units=listed.units, header=run_header(detector, work)):
@@ -113,25 +112,15 @@ def run_header(detector: Detector, work: Work) -> dict[str, Any]:
     }
 
 
-def write_box_ids(out: Path, listed: ImageList, given: GivenBoxes) -> None:
-    """Keep the caller's ids of given boxes in `box_ids.jsonl`: `{"key", "ids"}`, ids in the order of the rows. None given, no file."""
-    temporary = out / "units" / f"box_ids.{os.getpid()}.tmp"  # a folder that goes when the database is complete
-    wrote = False
-    with temporary.open("w", encoding="utf-8") as lines:
-        if isinstance(listed, GrownImages):  # which gives the new ones only
-            for key, ids in read_box_ids(out).items():
-                lines.write(json.dumps({"key": key, "ids": ids}, ensure_ascii=False) + "\n")
-                wrote = True
-        for number in range(listed.units):
-            for item in listed.unit(number):
-                regions = given.of(item)
-                if regions is not None and regions.ids is not None:
-                    lines.write(json.dumps({"key": item.key, "ids": regions.ids}, ensure_ascii=False) + "\n")
-                    wrote = True
-    if wrote:
-        temporary.replace(out / BOX_IDS)
-    else:
-        temporary.unlink()
+def ids_of_given(out: Path, listed: ImageList, given: GivenBoxes) -> dict[str, list[Any]]:
+    """The caller's ids of given boxes by image key, in the order of the rows; of further images beside those of the earlier ones."""
+    ids = read_box_ids(out) if isinstance(listed, GrownImages) else {}
+    for number in range(listed.units):
+        for item in listed.unit(number):
+            regions = given.of(item)
+            if regions is not None and regions.ids is not None:
+                ids[item.key] = regions.ids
+    return ids
 
 
 # --- room ------------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.files import write_bytes
 from uniter.datasets.storage.streams import json_lines
@@ -37,8 +35,12 @@ def read_box_ids(folder: Path) -> dict[str, list[Any]]:
 def write_box_ids(folder: Path, ids: Mapping[str, Sequence[Any]]) -> None:
     """Write `box_ids.jsonl`, whole or not at all; no ids, no file."""
     if ids:
-        write_bytes(folder / BOX_IDS, b"".join(orjson.dumps({"key": key, "ids": row}) + b"\n" for key, row in ids.items()))
+        _write_rows(folder / BOX_IDS, [{"key": key, "ids": row} for key, row in ids.items()])
 
 
 def write_failures(path: Path, rows: list[dict[str, Any]]) -> None:
+    _write_rows(path, rows)
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_bytes(path, b"".join(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n" for row in rows))

@@ -145,6 +145,32 @@ def test_ids_of_given_boxes_grow_with_it(make_photos: Photos, fake: ModuleType, 
     assert read_box_ids(tmp_path / "out") == {f"photo{number:04d}": [number] for number in range(3)}
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_killed_when_only_the_end_is_left(
+    kept: bool, make_photos: Photos, fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new images are all done, but not yet what stands beside their records: ids and sizes are still theirs afterwards, once."""
+    photos = make_photos(3)
+    rows = [{"image": f"photo{number:04d}.jpg", "boxes": [[1, 1, 9, 9]], "ids": [number]} for number in range(3)]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = {"detector": fake.FakeDetector(), "boxes": tmp_path / "boxes.jsonl", **OPTIONS}
+    (photos / "photo0001.jpg").rename(tmp_path / "1.jpg")
+    extract_images(photos, tmp_path / "out", **arguments)
+    (tmp_path / "1.jpg").rename(photos / "photo0001.jpg")
+    last = "note_photographs" if kept else "write_box_ids"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"uniter.extract.run.store.{last}", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            extract_images(photos, tmp_path / "out", **arguments)
+    summary = extract_images(photos, tmp_path / "out", **arguments)
+    assert summary.complete and (summary.extracted, summary.requested) == (0, 3)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "box_ids.jsonl").read_text().splitlines()]
+    assert sorted((row["key"], row["ids"]) for row in lines) == [(f"photo{number:04d}", [number]) for number in range(3)]
+    (photos / "photo0001.jpg").write_bytes((photos / "photo0002.jpg").read_bytes() + b" ")
+    with pytest.raises(SettingsDiffer, match=r"a photograph has changed since .*photo0001\.jpg"):
+        extract_images(photos, tmp_path / "out", **arguments)
+
+
 def test_what_no_retry_can_mend_is_not_tried_again(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
     photos = make_photos(2)
     (tmp_path / "list.jsonl").write_text(
