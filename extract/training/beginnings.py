@@ -198,6 +198,7 @@ def _same_classes(beginning: Beginning, own: Mapping[str, Tensor], class_names: 
     """The box predictor's tensors with the rows of those classes that both know, and of the background; the others as they were drawn."""
     assert beginning.class_names is not None
     places = {name: place for place, name in enumerate(beginning.class_names)}
+    background = len(beginning.class_names)
     pairs = [(row, places[name]) for row, name in enumerate(class_names) if name in places]
     taken = {}
     for kind, rows_each in (("cls_score", 1), ("bbox_pred", 4)):
@@ -206,12 +207,12 @@ def _same_classes(beginning: Beginning, own: Mapping[str, Tensor], class_names: 
             theirs, ours = beginning.weights.tensors.get(name), own.get(name)
             if theirs is None or ours is None or theirs.shape[1:] != ours.shape[1:] or not pairs:
                 continue
-            if len(ours) < rows_each * len(class_names):  # one box for all classes
+            if len(ours) < rows_each * len(class_names) or len(theirs) < rows_each * background:  # one box for all classes
                 if ours.shape == theirs.shape:
                     taken[name] = theirs.to(ours)
                 continue
             made = ours.clone()
-            for to, source in pairs + ([(len(class_names), len(places))] if kind == "cls_score" else []):
+            for to, source in pairs + ([(len(class_names), background)] if kind == "cls_score" else []):
                 made[to * rows_each : (to + 1) * rows_each] = theirs[source * rows_each : (source + 1) * rows_each].to(ours)
             taken[name] = made
     return taken

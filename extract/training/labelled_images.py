@@ -173,7 +173,7 @@ def _labelled(
         classes=np.array(classes, dtype=np.int64),
         attributes=tuple(attributes),
         crowd=np.array(crowd, dtype=bool),
-        soft=_distributions(soft, len(words.class_names)),
+        soft=_distributions(soft, len(words.classes)),
     )
 
 

@@ -120,6 +120,24 @@ def test_classes_are_taken_by_their_names(world: Path) -> None:
     torch.testing.assert_close(boxes[0], theirs["roi_heads.box_predictor.bbox_pred.weight"].view(80, 4, -1)[place])
 
 
+@pytest.mark.parametrize(
+    ("names", "box_rows"),
+    [
+        pytest.param(("zebra", "person", "person"), 12, id="two classes of one name"),
+        pytest.param(("zebra", "person", "dog"), 4, id="one box for all classes"),
+    ],
+)
+def test_classes_of_unusual_detectors_are_taken_by_their_names(world: Path, names: tuple[str, ...], box_rows: int) -> None:
+    network, labelled = lite_network(world), labelled_of(world)
+    drawn = network.state_dict()["roi_heads.box_predictor.bbox_pred.weight"].clone()
+    theirs = {CLASS_ROWS: torch.randn(4, 512), "roi_heads.box_predictor.bbox_pred.weight": torch.randn(box_rows, 512)}
+    beginnings.begin(network, beginnings.Beginning("odd", Weights(theirs, "detectron2", "odd", None, ""), names), labelled.class_names)
+    found = network.state_dict()
+    torch.testing.assert_close(found[CLASS_ROWS][[0, -1]], theirs[CLASS_ROWS][[0, -1]])  # zebra and the background
+    boxes = found["roi_heads.box_predictor.bbox_pred.weight"]
+    torch.testing.assert_close(boxes[:4], theirs["roi_heads.box_predictor.bbox_pred.weight"][:4] if box_rows == 12 else drawn[:4])
+
+
 def test_from_random_is_the_old_way(world: Path) -> None:
     labelled = labelled_of(world)
     assert beginnings.find_beginning("random", on_board_config(labelled)) is None
@@ -230,6 +248,10 @@ def test_annotations_say_what_is_unsure_and_what_to_leave_alone(world: Path, tmp
     np.testing.assert_allclose(image.soft[0, :2], [0.75, 0.25])
     assert image.soft[1:].sum() == 0
     content = json.loads((world / "instances_train.json").read_text())
+    content["categories"][2]["name"] = "zebra"
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    twice = read_labelled_images(world / "images", tmp_path / "instances.json").images[0].soft
+    assert twice is not None and twice.shape[1] == 8  # two classes of one name are two
     content["annotations"][0]["class_probabilities"] = {"unicorn": 0.5}
     (tmp_path / "instances.json").write_text(json.dumps(content))
     read = read_labelled_images(world / "images", tmp_path / "instances.json")
