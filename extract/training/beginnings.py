@@ -9,7 +9,7 @@ Imports Detectron2: load this module only where a detector is trained.
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.extract.detector.lite import ON_BOARD_WEIGHTS
 from uniter.extract.detector.recipes import ON_BOARD, find_recipe
 from uniter.extract.weights.files import Tensors
+from uniter.extract.weights.layouts import BOX_PREDICTOR
 from uniter.extract.weights.load import Weights, load_weight_file, load_weights
 from uniter.extract.weights.sources import is_url
 
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 RANDOM, IMAGENET = "random", "imagenet"
 IMAGENET_URL = "detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
 LITE_BACKBONE = "uniter_lite_fpn"
-PREDICTOR = "roi_heads.box_predictor."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,13 +63,11 @@ def find_beginning(spec: str | Path | None, cfg: CfgNode) -> Beginning | None:
     name = (ON_BOARD if lite else RANDOM) if spec is None else str(spec)
     if name == RANDOM:
         return None
-    if name == ON_BOARD:
-        return Beginning(ON_BOARD, load_weight_file(ON_BOARD_WEIGHTS, source=ON_BOARD), find_recipe(ON_BOARD).class_names)
     if name == IMAGENET:
         return _imagenet(cfg, lite=lite)
-    if Path(name).is_dir():
+    if name == ON_BOARD or Path(name).is_dir():
         recipe = find_recipe(name)
-        assert recipe.weights is not None  # of a folder they are known
+        assert recipe.weights is not None  # of these they are known
         model = recipe.config.MODEL
         pixels = {"MODEL.PIXEL_MEAN": model.PIXEL_MEAN, "MODEL.PIXEL_STD": model.PIXEL_STD, "INPUT.FORMAT": recipe.config.INPUT.FORMAT}
         return Beginning(name, load_weight_file(Path(recipe.weights), source=name), recipe.class_names, pixels)
@@ -92,11 +89,10 @@ def _imagenet(cfg: CfgNode, *, lite: bool) -> Beginning:
 
 def _of_file(source: str, weights: Weights) -> Beginning:
     if "_blocks.0._depthwise_conv.weight" in weights.tensors:
-        folded = _from_efficientnet(weights.tensors)
-        return Beginning(source, Weights(folded, "efficientnet", weights.source, weights.source_sha256, weights.sha256))
+        return Beginning(source, replace(weights, tensors=_from_efficientnet(weights.tensors), layout="efficientnet"))
     if "layer1.0.conv1.weight" in weights.tensors:
         renamed = {new: tensor for old, tensor in weights.tensors.items() if (new := _from_torchvision(old)) is not None}
-        weights = Weights(renamed, "torchvision", weights.source, weights.source_sha256, weights.sha256)
+        weights = replace(weights, tensors=renamed, layout="torchvision")
         mean, deviation = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
         pixels = {"MODEL.PIXEL_MEAN": mean, "MODEL.PIXEL_STD": deviation, "INPUT.FORMAT": "RGB", "MODEL.RESNETS.STRIDE_IN_1X1": False}
     else:
@@ -157,7 +153,7 @@ def begin(network: nn.Module, beginning: Beginning, class_names: tuple[str, ...]
     taken: Tensors = {}
     for name, tensor in beginning.weights.tensors.items():
         target = _own_name(name, own)
-        if target is None or (beginning.class_names is not None and target.startswith(PREDICTOR)):
+        if target is None or (beginning.class_names is not None and target.startswith(BOX_PREDICTOR)):
             continue
         if own[target].shape == tensor.shape:
             taken[target] = tensor.to(own[target])
@@ -203,7 +199,7 @@ def _same_classes(beginning: Beginning, own: Mapping[str, Tensor], class_names: 
     taken = {}
     for kind, rows_each in (("cls_score", 1), ("bbox_pred", 4)):
         for part in ("weight", "bias"):
-            name = f"{PREDICTOR}{kind}.{part}"
+            name = f"{BOX_PREDICTOR}{kind}.{part}"
             theirs, ours = beginning.weights.tensors.get(name), own.get(name)
             if theirs is None or ours is None or theirs.shape[1:] != ours.shape[1:] or not pairs:
                 continue
@@ -218,6 +214,8 @@ def _same_classes(beginning: Beginning, own: Mapping[str, Tensor], class_names: 
     return taken
 
 
-def is_local_file(spec: str | Path | None) -> bool:
-    """Whether it names a file or folder here, which must not lie in the folder that is written."""
-    return spec is not None and not is_url(str(spec)) and str(spec) not in (RANDOM, IMAGENET, ON_BOARD) and Path(spec).exists()
+def local_file(spec: str | Path | None) -> Path | None:
+    """The file or folder here that it names, if any, which must not lie in the folder that is written."""
+    if spec is None or is_url(str(spec)) or str(spec) in (RANDOM, IMAGENET, ON_BOARD) or not Path(spec).exists():
+        return None
+    return Path(spec)

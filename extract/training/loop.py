@@ -31,7 +31,7 @@ from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.stopping import Stopped, leave_signals, told_to_stop
 from uniter.extract.detector.protocol import is_out_of_memory
 from uniter.extract.training.batches import CACHE_BYTES, Batches, Item, input_bytes
-from uniter.extract.training.beginnings import is_local_file
+from uniter.extract.training.beginnings import local_file
 from uniter.extract.training.configs import Schedule, learning_rate_factor
 from uniter.extract.training.evaluation import evaluate_boxes
 from uniter.extract.training.folder import (
@@ -81,9 +81,8 @@ def train_detector(
     device = usable_device(choices.device)
     plan, network = plan_training(images, annotations, choices, device=device)
     photographs = content_of_photographs(images, [*plan.train.images, *plan.val.images])
-    files = [file for file in (annotations, choices.val_annotations, choices.config) if file is not None]
-    if is_local_file(choices.from_weights):
-        files.append(choices.from_weights)  # type: ignore[arg-type]
+    sources = (annotations, choices.val_annotations, choices.config, local_file(choices.from_weights))
+    files = [file for file in sources if file is not None]
     with training_folder(out, plan.settings, photographs=photographs, files=files, overwrite=overwrite) as claimed:
         if claimed.complete:
             log.info("%s is finished already", out)
