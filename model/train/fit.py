@@ -143,11 +143,12 @@ def tokenizer_of_texts(corpora: Iterable[Corpus], *, start: str | None = None) -
         BadInput: two of them differ: the numbers of the word pieces would mean different words.
     """
     own: dict[str, Tokenizer] = {}
-    for text in (text for corpus in corpora for text in corpus.texts):
-        if (text.path / VOCABULARY_FILE).is_file():
-            own[str(text.path)] = Tokenizer.load(text.path)
+    # Each database once: held-out texts are in that of those that are trained on.
+    for path, text in {text.path: text for corpus in corpora for text in corpus.texts}.items():
+        if (path / VOCABULARY_FILE).is_file():
+            own[str(path)] = Tokenizer.load(path)
         elif text.tokenizer_name in ON_BOARD:
-            own[str(text.path)] = Tokenizer.load(text.tokenizer_name)
+            own[str(path)] = Tokenizer.load(text.tokenizer_name)
     if start is not None and (of_start := tokenizer_beside(find_weights(start))) is not None:
         own[start] = of_start
     names = sorted(own, key=lambda name: own[name].vocab_size)

@@ -112,12 +112,13 @@ def contents_of_data(data: Data, known: Mapping[str, Any]) -> dict[str, dict[str
         known: what this function gave earlier.
     """
     found: dict[str, dict[str, Any]] = {}
-    for corpus in (*data.training.values(), *data.validation.values()):
-        for path in (*(text.path for text in corpus.texts), *corpus.images.folders):
-            if (path / INDEX).is_file():
-                found[str(path)] = content_of(path, known.get(str(path)))
-            elif (path / "data.mdb").is_file():  # to read it all would take longer than many a run
-                found[str(path)] = {"bytes": (path / "data.mdb").stat().st_size}
+    corpora = (*data.training.values(), *data.validation.values())
+    # Each once: held-out pictures are in the databases of those that are trained on, and corpora share databases.
+    for path in dict.fromkeys(path for corpus in corpora for path in (*(text.path for text in corpus.texts), *corpus.images.folders)):
+        if (path / INDEX).is_file():
+            found[str(path)] = content_of(path, known.get(str(path)))
+        elif (path / "data.mdb").is_file():  # to read it all would take longer than many a run
+            found[str(path)] = {"bytes": (path / "data.mdb").stat().st_size}
     return found
 
 

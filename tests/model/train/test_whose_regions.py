@@ -18,8 +18,9 @@ from uniter.model import load
 from uniter.model.checkpoints.export import export_run
 from uniter.model.evaluation.pretrained import evaluate_run
 from uniter.model.settings.settings import TrainSettings
-from uniter.model.train.fit import check_detector
-from uniter.model.train.pretraining import pretrain
+from uniter.model.train import fit, runs
+from uniter.model.train.fit import check_detector, tokenizer_of_texts
+from uniter.model.train.pretraining import open_data, pretrain
 
 Make = Callable[..., TrainSettings]
 SHORT: dict[str, Any] = {"steps": 4, "validate_every": 4}
@@ -129,3 +130,13 @@ def test_whoever_may_read_other_files_may_read_the_weights(small: Make, tmp_path
         os.umask(before)
     written = [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.json"), tmp_path / "flat.pt"]
     assert len(written) > 5 and {path.stat().st_mode & 0o777 for path in written} == {0o644}
+
+
+def test_a_database_is_looked_at_once_whatever_is_held_out_of_it(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = open_data(small()), list[str]()
+    whole, load_tokenizer = runs.contents_of_data(data, {}), fit.Tokenizer.load
+    monkeypatch.setattr(runs, "content_of", lambda path, known: asked.append(Path(path).name) or {"index": path.name})
+    monkeypatch.setattr(fit.Tokenizer, "load", lambda path: asked.append(f"words of {Path(path).name}") or load_tokenizer(path))
+    assert runs.contents_of_data(data, {}).keys() == whole.keys()
+    assert tokenizer_of_texts([*data.training.values(), *data.validation.values()]) is not None
+    assert sorted(asked) == ["regions.lmdb", "texts.db", "words of texts.db"]
