@@ -120,7 +120,7 @@ class Checkpoint:
         Raises:
             BadInput: it has more word pieces than the model.
         """
-        found = self.given or _tokenizer(self.config, self.weights, _texts_of_run(self.weights))
+        found = self.given or _tokenizer(self.config, self.weights)
         if found is not None and found.vocab_size > self.config.vocab_size:
             raise BadInput(
                 f"the tokenizer {found.name!r} has {found.vocab_size:,} word pieces, but {self.source} has {self.config.vocab_size:,}; "
@@ -154,7 +154,7 @@ def load(
     model, fresh = _built(kind or kind_of(state, told), state, weights, source, None, **sizes)
     named = None
     if isinstance(model, UniterForVqa):
-        named = _answers(model.answer_count, source, weights, _texts_of_run(weights), answers)
+        named = _answers(model.answer_count, source, weights, told, answers)
     task = told.get("task")
     origin = RegionOrigin.from_dict(told.get(DETECTOR))
     return Checkpoint(source, weights, model, tuple(fresh), named, task if isinstance(task, str) else None, origin, tokenizer)
@@ -208,10 +208,11 @@ def _texts_of_run(weights: Path) -> list[Path]:
     return [place for text in named for place in (Path(text), run.parent / text) if place.is_dir()]
 
 
-def _tokenizer(config: UniterConfig, weights: Path, texts: Sequence[Path]) -> Tokenizer | None:
+def _tokenizer(config: UniterConfig, weights: Path) -> Tokenizer | None:
     beside = tokenizer_beside(weights)
     if beside is not None:
         return beside
+    texts = _texts_of_run(weights)
     for folder in texts:
         if (folder / VOCABULARY_FILE).is_file():
             return Tokenizer.load(folder)
@@ -225,15 +226,16 @@ def _tokenizer(config: UniterConfig, weights: Path, texts: Sequence[Path]) -> To
 
 
 def _answers(
-    count: int, source: str, weights: Path, texts: Sequence[Path], given: str | os.PathLike[str] | Sequence[str] | None
+    count: int, source: str, weights: Path, told: Mapping[str, Any], given: str | os.PathLike[str] | Sequence[str] | None
 ) -> Sequence[str] | None:
     names: Sequence[str] | None = None
     if given is not None:
         names = numbered(Path(given)) if isinstance(given, str | os.PathLike) else list(given)
-    elif isinstance(known := told_beside(weights).get("answers"), list):
+    elif isinstance(known := told.get("answers"), list):
         names = [str(name) for name in known]
     else:
-        table = next((folder / ANSWERS for folder in (weights.parent, *texts) if (folder / ANSWERS).is_file()), None)
+        folders = (weights.parent, *_texts_of_run(weights))
+        table = next((folder / ANSWERS for folder in folders if (folder / ANSWERS).is_file()), None)
         names = None if table is None else numbered(table)
     if names is not None and len(names) != count:
         raise BadInput(f"{source} has {count:,} answers, but {len(names):,} names of answers were found; give its own {ANSWERS}")
