@@ -14,7 +14,7 @@ from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import matched_pair
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.files import write_json
+from uniter.datasets.storage.files import write_bytes, write_json, written_aside
 from uniter.model.checkpoints.load import Checkpoint, load
 from uniter.model.evaluation import pair_scores
 from uniter.model.heads.pretraining import Outputs
@@ -198,18 +198,18 @@ def predict(
         corpus, write = run.corpus, extras(run.task).write
         if strict:
             refuse_left_out(corpus.left_out, len(corpus))
-        aside = out.with_name(f".{out.name}.incoming")
         if write is None:
             matrix, _, keys = run.every_pair(scores)
             if everyone.writes:
-                aside.write_text(json.dumps(_best(matrix, [corpus.example_id(row) for row in range(len(corpus))], keys)))
+                best = _best(matrix, [corpus.example_id(row) for row in range(len(corpus))], keys)
+                write_bytes(out, json.dumps(best).encode())
         else:
             predictions = run.predictions()
             if everyone.writes:
-                write(aside, corpus, predictions, run.answers)
+                with written_aside(out) as aside:
+                    write(aside, corpus, predictions, run.answers)
         summary: dict[str, Any] = {"task": name, "out": str(out), "examples": len(corpus), "left_out": corpus.left_out}
         if everyone.writes:
-            aside.replace(out)
             listed = out.with_name(f"{out.name}.left_out.json")
             if corpus.left_out:
                 write_json(listed, corpus.left_out_ids())
@@ -252,6 +252,8 @@ def _open(name: str, start_from: str, asked: _Asked, everyone: Processes, *, lab
     check_detector([corpus], checkpoint.detector, source=start_from, meant=asked.other_detector)
     check_fit(checkpoint.config, corpus, source=start_from)
     tokenizer_of_texts([corpus], start=start_from)
+    if labels:
+        corpus = labelled(corpus, row, name)
     sizes = type(checkpoint.model).sizes(checkpoint.model.state_dict())
     task, names = row.of_data(row, corpus, NO_SIZES if labels else sizes), checkpoint.answers
     if (table := answer_table(corpus)) is not None and "answers" in own.sizes:
@@ -267,9 +269,6 @@ def _open(name: str, start_from: str, asked: _Asked, everyone: Processes, *, lab
         raise BadInput(
             f"{start_from} knows {sizes}, but the texts {dict(wanted)}; was it trained for {name}, with the same list of answers?"
         )
-    if labels:
-        corpus = labelled(corpus, row, name)
-        task = row.of_data(row, corpus)
     scoring = Scoring(
         checkpoint.model.to(everyone.device), everyone, asked.batch_tokens, asked.seed, precision=asked.precision, workers=asked.workers
     )

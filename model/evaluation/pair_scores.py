@@ -7,7 +7,6 @@ which appears by rename. Only the first process reads and writes; the others are
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.batches.corpus import Corpus
 from uniter.datasets.storage.claims import Maker, claim, source_names
-from uniter.datasets.storage.files import sha256_of
+from uniter.datasets.storage.files import opened_aside, sha256_of
 from uniter.model.train.distributed import Processes
 
 logger = logging.getLogger(__name__)
@@ -117,9 +116,5 @@ def _kept(path: Path | None, shape: tuple[int, int]) -> list[Scores]:
 
 
 def _keep(path: Path, scores: Scores) -> None:
-    aside = path.with_name(f".{path.name}.incoming")
-    with aside.open("wb") as file:
+    with opened_aside(path) as file:
         np.save(file, scores, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
