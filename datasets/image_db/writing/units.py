@@ -425,7 +425,7 @@ class UnitStore:
         write_json(self.path / "header.json", told)
 
     def _sweep(self) -> None:
-        """Remove what only an unfinished database needs, and temporary files of killed processes. Where nothing is left, nothing is touched."""
+        """Remove what only an unfinished database needs, and temporary files of killed processes; touch nothing where none are."""
         shutil.rmtree(self.units_folder, ignore_errors=True)
         for path in (*self.path.glob(ADDED), *self.path.glob("*.*.*")):
             if path.name == ADDED or (path.suffix in (".tmp", ".first") and REGIONS.made(path)):
