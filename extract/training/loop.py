@@ -148,9 +148,11 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
             ends = step == plan.steps
             if step % plan.validate_every == 0 or ends:
                 with mean.in_place(network):
-                    figures = evaluate_boxes(network, plan.val, plan.preparation)
+                    evaluation = evaluate_boxes(network, plan.val, plan.preparation, folder=plan.images)
+                figures = evaluation.figures
                 validations.append({"step": step, **figures})
                 journal.write(step, "validation", figures)
+                evaluation.held_out(step).write(folder)
                 log.info("update %d: AP %.3f, AP50 %.3f on %d held-out images", step, figures["ap"], figures["ap50"], len(plan.val.images))
             if ends or told or step % plan.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 journal.flush()

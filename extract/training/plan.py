@@ -73,6 +73,7 @@ class Plan:
     """A training with nothing left open.
 
     Attributes:
+        images: the folder of the photographs.
         train, val: the images to learn from, and those held out.
         skipped: what was left out of both: reason -> how many.
         cfg: Detectron2's configuration, as it is written beside the weights.
@@ -81,6 +82,7 @@ class Plan:
         The others: see `Choices`.
     """
 
+    images: Path
     train: LabelledImages
     val: LabelledImages
     skipped: dict[str, int]
@@ -149,6 +151,7 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
         **{"config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest()},
     }
     plan = Plan(
+        images=images,
         train=train,
         val=val,
         skipped=skipped,
