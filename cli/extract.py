@@ -60,11 +60,14 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.argument("images", nargs=1)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--detector", "detector_name", default="butd", show_default=True, metavar="NAME",
-              help="butd (Visual Genome, 1600 classes), butd-36, on-board (COCO's 80 classes; needs no download), a Detectron2 model-zoo "
-                   "name, a Detectron2 YAML, or the folder that `uniter-train detector` made.")  # fmt: skip
+              help="butd (Visual Genome, 1600 classes), butd-36, vinvl, on-board (COCO's 80 classes; needs no download), a Detectron2 "
+                   "model-zoo name, a Detectron2 YAML, or the folder that `uniter-train detector` made.")  # fmt: skip
 @click.option("--weights", metavar="FILE|URL|random:SEED",
               help="The detector's weights: a file of any known layout, a URL, or random:SEED for trying things out.  "
                    "[default: the detector's known sources, in order]")  # fmt: skip
+@click.option("--label-map", metavar="FILE",
+              help="Names of vinvl's classes and attributes.  "
+                   "[default: VG-SGG-dicts-vgoi6-clipped.json beside --weights, else numbers]")  # fmt: skip
 @click.option("--boxes", type=click.Path(path_type=Path), metavar="FILE",
               help='Regions are given: COCO-style JSON, or JSONL {"image": ..., "boxes": [[x0, y0, x1, y1], ...], "ids": [...]}, pixels of '
                    "the upright image; kept in this order, never cut; ids go to box_ids.jsonl.")  # fmt: skip
@@ -102,6 +105,7 @@ def main(
     out: Path,
     detector_name: str,
     weights: str | None,
+    label_map: str | None,
     boxes: Path | None,
     attributes: bool,
     device: str | None,
@@ -144,7 +148,9 @@ def main(
     log.info("%s images in %s units of work", f"{listed.images:,}", f"{listed.units:,}")
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions, classes and confidences mean NOTHING; they are for trying things out only.")
-    build = functools.partial(build_detector, detector_name, weights=weights, precision=precision, attributes=attributes)
+    build = functools.partial(
+        build_detector, detector_name, weights=weights, precision=precision, attributes=attributes, label_map=label_map
+    )
     device = device or (default_device(share.local_index) if ray_address is None else None)
     summary = _extracted(listed, out, options, build, device=device, ray_address=ray_address)
     _say(summary, out, alone=options.shard[1] == 1, strict=strict, as_json=as_json)

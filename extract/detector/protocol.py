@@ -42,12 +42,15 @@ class RawRegions:
         features: (P, D) float32, what the box predictor sees.
         probabilities: (P, C + 1) float32, background FIRST.
         attributes: (P, A + 1) float32 with "no attribute" first; None unless asked for.
+        confidence: (P,) float32, which of the boxes are to stay, where the detector has a rule of its own: 0 for one that it suppressed.
+            None: Bottom-Up-Attention's, see `uniter.extract.select`.
     """
 
     boxes: Float32Array
     features: Float32Array
     probabilities: Float32Array
     attributes: Float32Array | None = None
+    confidence: Float32Array | None = None
 
 
 class Detector(Protocol):

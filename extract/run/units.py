@@ -353,7 +353,7 @@ def encode_regions(raw: RawRegions, size: tuple[int, int], work: Work, key: str)
     else:
         regions = select_regions(
             raw, size=size, min_boxes=work.min_boxes, max_boxes=work.max_boxes, conf_threshold=work.conf_threshold,
-            nms_threshold=work.nms_threshold,
+            nms_threshold=work.nms_threshold, rule=work.rule,
         )  # fmt: skip
         sure = bool((np.asarray(regions.conf).astype(np.float16) > np.float16(work.conf_threshold)).any())
     return Encoded(encode_record(regions, key=key), len(regions), sure)

@@ -5,6 +5,7 @@
 | Detectron2's and airsplay's pickles, model zoo | a pickle | nothing: it is the layout |
 | Hugging Face `pytorch_model.bin` | BatchNorm counters | dropping the counters |
 | MILVLG `.pth` | `attr_linear1`, or two RPN scores an anchor | renaming, background from first to last, foreground minus background |
+| VinVL's `.pth` | `backbone.body.stem.*` | renaming, background from first to last |
 | `.caffemodel` | protobuf | Caffe's layer names, BatchNorm's three blobs, and the same as above |
 
 Converted files are cached as safetensors under the user's cache folder with the SHA-256 of source and result. Whether the anchors came
@@ -38,7 +39,7 @@ class Weights:
 
     Attributes:
         tensors: by Detectron2's names, background last.
-        layout: "detectron2", "huggingface", "milvlg", "caffe" or "random".
+        layout: "detectron2", "huggingface", "milvlg", "vinvl", "caffe" or "random".
         source: where they came from, as the user would say it.
         source_sha256: of the file they came from; None for random ones.
         sha256: of the tensors themselves (names, shapes, values): the same for the same weights in any layout's file.

@@ -38,6 +38,14 @@ BUTD_36_SOURCES = (
 )
 
 
+VINVL_SOURCES = (
+    "https://penzhanwu2.blob.core.windows.net/sgg/sgg_benchmark/vinvl_model_zoo/vinvl_vg_x152c4.pth",
+    "https://huggingface.co/michelecafagna26/vinvl_vg_x152c4/resolve/main/vinvl_vg_x152c4.pth",
+    "https://drive.usercontent.google.com/download?id=1nvu8y4zZFbJqSqLdQClvMyzsbBeX-oaQ&export=download&confirm=t",
+)
+"""As its authors and users named them; none of them could be tried from here."""
+
+
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
