@@ -159,13 +159,18 @@ def _from_zoo(name: str) -> Recipe:
     try:
         path = Path(model_zoo.get_config_file(f"{short}.yaml"))
     except RuntimeError:
-        raise UniterError(unknown_name("detector", name, ["butd", "butd-36", *VINVL_MODES, ON_BOARD, *_zoo_names()])) from None
+        raise UniterError(unknown_name("detector", name, known_names())) from None
     recipe = _from_yaml(path, short)
     try:
         weights = str(model_zoo.get_checkpoint_url(f"{short}.yaml"))
     except RuntimeError:
         return recipe
     return Recipe(**{**vars(recipe), "known_sources": (weights,)})
+
+
+def known_names() -> list[str]:
+    """Every name that stands for a detector, Detectron2's model zoo last."""
+    return ["butd", "butd-36", *VINVL_MODES, ON_BOARD, *_zoo_names()]
 
 
 def _zoo_names() -> list[str]:

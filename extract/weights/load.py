@@ -25,6 +25,7 @@ from torch import Tensor
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.storage.files import sha256_of
 from uniter.extract.weights.cache import CONVERTER, cache_folder, cached_weights, keep
+from uniter.extract.weights.fetching import discard
 from uniter.extract.weights.files import Tensors, read_tensors
 from uniter.extract.weights.layouts import to_detectron2
 from uniter.extract.weights.random import random_tensors
@@ -115,7 +116,7 @@ def _load(spec: str, silent: Mapping[str, str]) -> Weights:
         return load_weight_file(path, source=spec)
     except BadInput:
         if path.parent == cache_folder() / "downloads":
-            path.unlink(missing_ok=True)
+            discard(path)
         raise
 
 
