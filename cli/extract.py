@@ -98,7 +98,7 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--install-detectron2", is_flag=True, is_eager=True, expose_value=False, callback=_install,
               help="Install Detectron2 from the package index where none is, and exit.")  # fmt: skip
 @click.option("--list-detectors", is_flag=True,
-              help="Print all detectors: classes, width, licence, where weights come from, whether they are here; without IMAGES.")  # fmt: skip
+              help="Print all detectors: classes, width, licence, where weights are, and whether here; without IMAGES.")  # fmt: skip
 @click.option("--fetch", "fetched", metavar="NAME", help="Get a detector's weights onto this machine; without IMAGES.")
 @common_options
 @click.pass_context

@@ -155,8 +155,11 @@ def test_nothing_is_fetched_unprotected(server: Server, elsewhere: str) -> None:
 
 def test_of_many_that_want_a_file_one_fetches(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    script = "import sys, uniter.extract.weights.fetching as f; f._PLAIN_HOSTS = frozenset(['127.0.0.1']); "
- "print(len(f.fetch(sys.argv[1]).read_bytes()))"
+    script = """if True:
+        import sys, uniter.extract.weights.fetching as fetching
+        fetching._PLAIN_HOSTS = frozenset(["127.0.0.1"])
+        print(len(fetching.fetch(sys.argv[1]).read_bytes()))
+        """
     running = [
         subprocess.Popen([sys.executable, "-c", script, server.address], stdout=subprocess.PIPE, env=dict(os.environ)) for _ in range(3)
     ]
