@@ -97,7 +97,7 @@ def load_known_weights(sources: Sequence[str], *, detector: str) -> Weights:
             reasons.append(f"{source}: {error}" if source not in str(error) else str(error))
             log.info("weights: %s", reasons[-1])
     tried = "; ".join(reasons) or "none is known"
-    features = "Visual Genome's" if detector.startswith("butd") else f"those of {detector}"
+    features = "Visual Genome's" if detector.startswith(("butd", "vinvl")) else f"those of {detector}"
     raise UniterError(
         f"no weights for detector {detector!r} could be fetched. Tried: {tried}. What works now, without a download: --detector on-board "
         f"(COCO's 80 classes, features of 512 numbers, small and quick; not {features}: no model that was trained on those takes them). "

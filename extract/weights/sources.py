@@ -11,7 +11,8 @@ import urllib.request
 from collections.abc import Collection
 from pathlib import Path
 
-from uniter.datasets.errors import UniterError
+from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.storage.files import sha256_of
 from uniter.extract.weights.fetching import fetch, fetched_path, is_protected
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,9 @@ def _from_hub(repository: str) -> Path:
 
     for name in HUB_FILES:
         try:
-            return Path(hf_hub_download(repository, name))
+            return _as_published(Path(hf_hub_download(repository, name)), repository)
+        except BadInput:
+            raise
         except Exception as error:  # the hub's client raises errors of half a dozen libraries
             # The error for "no network" is, of all things, a kind of "no such file".
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
@@ -150,3 +153,13 @@ def _from_hub(repository: str) -> Path:
         f"hub id {repository}: holds neither {' nor '.join(HUB_FILES)}; name another file of it by its URL, "
         f"https://huggingface.co/{repository}/resolve/main/FILE"
     )
+
+
+def _as_published(path: Path, repository: str) -> Path:
+    """The file itself, once it has the SHA-256 that the hub publishes of large files: its cache names them so."""
+    named = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", named) and (got := sha256_of(path)) != named:
+        raise BadInput(
+            f"hub id {repository}: {path} has the SHA-256 {got}, not the published {named}; delete it, so that it is fetched again"
+        )
+    return path

@@ -173,3 +173,17 @@ def test_of_many_that_want_a_file_one_fetches(server: Server, caplog: pytest.Log
         assert process.returncode == 0 and int(out) == len(CONTENT)
     assert len(server.seen) == 1 and fetch(server.address).read_bytes() == CONTENT
     assert leftovers(server.address) == ["", ".json"]
+
+
+def test_the_hubs_own_sha256_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from uniter.extract.weights.sources import find_weight_file
+
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    (tmp_path / digest).write_bytes(CONTENT)
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / digest)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(tmp_path / "model.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    assert find_weight_file("somebody/detector").read_bytes() == CONTENT
+    (tmp_path / digest).write_bytes(CONTENT[:-1])
+    with pytest.raises(BadInput, match=f"not the published {digest}; delete it"):
+        find_weight_file("somebody/detector")
