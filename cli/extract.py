@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import signal
@@ -57,14 +58,17 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("images", nargs=1)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("images", required=False, metavar="IMAGES")
+@click.argument("out", required=False, metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--detector", "detector_name", default="butd", show_default=True, metavar="NAME",
-              help="butd (Visual Genome, 1600 classes), butd-36, on-board (COCO's 80 classes; needs no download), a Detectron2 model-zoo "
-                   "name, a Detectron2 YAML, or the folder that `uniter-train detector` made.")  # fmt: skip
+              help="butd (Visual Genome, 1600 classes), butd-36, vinvl, on-board (COCO's 80 classes; needs no download), a Detectron2 "
+                   "model-zoo name, a Detectron2 YAML, or the folder that `uniter-train detector` made.")  # fmt: skip
 @click.option("--weights", metavar="FILE|URL|random:SEED",
               help="The detector's weights: a file of any known layout, a URL, or random:SEED for trying things out.  "
                    "[default: the detector's known sources, in order]")  # fmt: skip
+@click.option("--label-map", metavar="FILE",
+              help="Names of vinvl's classes and attributes.  "
+                   "[default: VG-SGG-dicts-vgoi6-clipped.json beside --weights, else numbers]")  # fmt: skip
 @click.option("--boxes", type=click.Path(path_type=Path), metavar="FILE",
               help='Regions are given: COCO-style JSON, or JSONL {"image": ..., "boxes": [[x0, y0, x1, y1], ...], "ids": [...]}, pixels of '
                    "the upright image; kept in this order, never cut; ids go to box_ids.jsonl.")  # fmt: skip
@@ -93,15 +97,19 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--ignore-disk-space", is_flag=True, help="Begin even where the disk has less room than estimated.")
 @click.option("--install-detectron2", is_flag=True, is_eager=True, expose_value=False, callback=_install,
               help="Install Detectron2 from the package index where none is, and exit.")  # fmt: skip
+@click.option("--list-detectors", is_flag=True,
+              help="Print all detectors: classes, width, licence, where weights are, and whether here; without IMAGES.")  # fmt: skip
+@click.option("--fetch", "fetched", metavar="NAME", help="Get a detector's weights onto this machine; without IMAGES.")
 @common_options
 @click.pass_context
 def main(
     context: click.Context,
     /,
-    images: str,
-    out: Path,
+    images: str | None,
+    out: Path | None,
     detector_name: str,
     weights: str | None,
+    label_map: str | None,
     boxes: Path | None,
     attributes: bool,
     device: str | None,
@@ -110,6 +118,8 @@ def main(
     shard: tuple[int, int] | None,
     ray_address: str | None,
     ignore_disk_space: bool,
+    list_detectors: bool,
+    fetched: str | None,
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -128,6 +138,10 @@ def main(
     from uniter.extract.run.options import Options
     from uniter.extract.run.shares import Share, local_index, share_from_environment
 
+    if list_detectors or fetched is not None:
+        return _about_detectors(context, fetched, as_json=as_json)
+    if images is None or out is None:
+        raise click.MissingParameter(ctx=context, param=context.command.params[0 if images is None else 1])
     _refuse_useless(context)
     require_detectron2()
     share = share_from_environment(os.environ) if shard is None else Share(*shard, local_index(os.environ))
@@ -144,7 +158,9 @@ def main(
     log.info("%s images in %s units of work", f"{listed.images:,}", f"{listed.units:,}")
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions, classes and confidences mean NOTHING; they are for trying things out only.")
-    build = functools.partial(build_detector, detector_name, weights=weights, precision=precision, attributes=attributes)
+    build = functools.partial(
+        build_detector, detector_name, weights=weights, precision=precision, attributes=attributes, label_map=label_map
+    )
     device = device or (default_device(share.local_index) if ray_address is None else None)
     summary = _extracted(listed, out, options, build, device=device, ray_address=ray_address)
     _say(summary, out, alone=options.shard[1] == 1, strict=strict, as_json=as_json)
@@ -163,6 +179,22 @@ def _extracted(
     detector = build(device=device)  # an interruption while it loads ends the command at once
     with stop_on_signals() as stop:
         return extract_listed(listed, out, options, detector=detector, stop=stop)
+
+
+def _about_detectors(context: click.Context, fetched: str | None, *, as_json: bool) -> None:
+    """Print the known detectors, or get the weights of one."""
+    from uniter.extract.known_detectors import fetch_detector, known_detectors
+
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if others := given - {"as_json", "show_traceback", "list_detectors" if fetched is None else "fetched"}:
+        named = ", ".join(sorted(others))
+        raise click.UsageError(f"--list-detectors and --fetch NAME stand alone; leave the others out ({named})")
+    if fetched is None:
+        known = known_detectors()
+        click.echo(json.dumps([one.as_dict() for one in known]) if as_json else "\n".join(line for one in known for line in one.lines()))
+        return
+    weights = fetch_detector(fetched)
+    print_summary({"source": weights.source, **weights.settings()}, as_json=as_json, title=f"{fetched}: its weights are on this machine")
 
 
 def _refuse_useless(context: click.Context) -> None:

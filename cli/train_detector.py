@@ -1,6 +1,7 @@
-"""uniter-train detector: train a detector on COCO's instances JSON."""
+"""uniter-train detector: train a detector on COCO's instances JSON, or on Visual Genome as it is published."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,10 +11,17 @@ from click.core import ParameterSource
 from uniter.cli.common import SKIPPED_UNDER_STRICT, common_options, print_summary
 from uniter.extract.install import require_detectron2
 
+ANNOTATED = "annotated"
+
 
 @click.command("detector", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--images", required=True, type=click.Path(exists=True, file_okay=False), help="The folder of the photographs.")
-@click.option("--annotations", required=True, type=click.Path(exists=True, dir_okay=False), help="COCO's instances JSON.")
+@click.option(
+    "--annotations",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="COCO's instances JSON, or Visual Genome's objects.json.",
+)
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="The detector's folder; the same command again continues.")
 @click.option(
     "--model",
@@ -25,7 +33,21 @@ from uniter.extract.install import require_detectron2
 )
 @click.option("--val-annotations", type=click.Path(exists=True, dir_okay=False), help="Held-out annotations of images in the same folder.")
 @click.option("--held-out", default=0.1, show_default=True, type=float, help="Without them, this fraction of the images (at most 500).")
-@click.option("--attributes/--no-attributes", default=True, show_default=True, help="Learn attributes where they are annotated.")
+@click.option(
+    "--attributes",
+    is_flag=False,
+    flag_value=ANNOTATED,
+    default=ANNOTATED,
+    show_default=False,
+    metavar="[FILE]",
+    help="Learn attributes where they are annotated (the default), or Visual Genome's attributes.json.",
+)
+@click.option("--no-attributes", is_flag=True, help="Learn none.")
+@click.option("--vocabulary", metavar="1600-400-20|FOLDER", help="--annotations are Visual Genome's, in Bottom-Up-Attention's 1,600 "
+              "objects and 400 attributes, or those of a folder with objects_vocab.txt and attributes_vocab.txt.")  # fmt: skip
+@click.option("--image-data", type=click.Path(exists=True, dir_okay=False), help="Visual Genome's image_data.json: where images are.")
+@click.option("--split", type=click.Path(exists=True, file_okay=False), metavar="FOLDER",
+              help="Bottom-Up-Attention's train.txt and val.txt.  [default: --held-out by chance]")  # fmt: skip
 @click.option(
     "--from",
     "from_weights",
@@ -63,7 +85,10 @@ def detector_command(
     Example:
       uniter-train detector --images photos/ --annotations instances.json --out detector/
       uniter-extract photos/ out.lmdb --detector detector/
+      uniter-train detector --images vg/ --annotations objects.json --attributes attributes.json --image-data image_data.json \\
+        --vocabulary 1600-400-20 --split genome/ --model r101-c4 --from imagenet --out detector/
     """
+    _choose_annotations(options)
     if options["val_annotations"] and click.get_current_context().get_parameter_source("held_out") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--held-out and --val-annotations both say what is held out; leave one of the two out")
     overrides: dict[str, Any] = {}
@@ -95,6 +120,34 @@ def detector_command(
     print_summary(summary, as_json=as_json, title=f"a detector in {out}")
     if strict and summary["skipped"]:
         sys.exit(SKIPPED_UNDER_STRICT)
+
+
+def _choose_annotations(options: dict[str, Any]) -> None:
+    """Turn what was said of attributes and of Visual Genome into `attributes` and `visual_genome`, or say what does not go together."""
+    stated, none = options.pop("attributes"), options.pop("no_attributes")
+    given = click.get_current_context().get_parameter_source("attributes") is ParameterSource.COMMANDLINE
+    vocabulary, image_data, split = (options.pop(name) for name in ("vocabulary", "image_data", "split"))
+    file = None if stated == ANNOTATED else Path(stated)
+    if none and given:
+        raise click.UsageError("--attributes and --no-attributes contradict each other; leave one of the two out")
+    options["attributes"] = not none
+    if vocabulary is None:
+        for name, value in (("--attributes FILE", file), ("--image-data", image_data), ("--split", split)):
+            if value is not None:
+                raise click.UsageError(f"{name} is Visual Genome's; add --vocabulary 1600-400-20, or leave it out")
+        return
+    if file is None and given:
+        raise click.UsageError("--attributes: Visual Genome's are in a file of their own; name its attributes.json")
+    if file is not None and not file.is_file():
+        raise click.UsageError(f"--attributes {file}: no such file; expected Visual Genome's attributes.json")
+    if split is not None and click.get_current_context().get_parameter_source("held_out") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--held-out and --split both say what is held out; leave one of the two out")
+    require_detectron2()
+    from uniter.extract.training.visual_genome import VisualGenomeFiles
+
+    options["visual_genome"] = VisualGenomeFiles(
+        attributes=file, image_data=Path(image_data) if image_data else None, vocabulary=vocabulary, split=Path(split) if split else None
+    )
 
 
 if __name__ == "__main__":

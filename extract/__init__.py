@@ -7,17 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uniter.extract.detector.detectron import Detectron2Detector, build_detector
-    from uniter.extract.detector.protocol import Detector
+    from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions
     from uniter.extract.on_demand import RegionExtractor
     from uniter.extract.run.extraction import extract_images
     from uniter.extract.run.summary import ExtractSummary
 
-__all__ = ["Detector", "Detectron2Detector", "ExtractSummary", "RegionExtractor", "build_detector", "extract_images"]
+__all__ = [
+    "Detector",
+    "Detectron2Detector",
+    "ExtractSummary",
+    "PreparedImage",
+    "RawRegions",
+    "RegionExtractor",
+    "build_detector",
+    "extract_images",
+]
 
 _HOMES = {
     "Detector": "detector.protocol",
     "Detectron2Detector": "detector.detectron",
     "ExtractSummary": "run.summary",
+    "PreparedImage": "detector.protocol",
+    "RawRegions": "detector.protocol",
     "RegionExtractor": "on_demand",
     "build_detector": "detector.detectron",
     "extract_images": "run.extraction",

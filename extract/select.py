@@ -1,8 +1,11 @@
-"""Raw detections to kept regions: Bottom-Up-Attention's rule, by which a proposal stays as it was pooled.
+"""Raw detections to kept regions: Bottom-Up-Attention's rule, by which a proposal stays as it was pooled, and the rules of others.
 
 The confidence of a region is not its best class probability: it is the best among the classes in whose non-maximum suppression the
 region survives, and 0 for a region suppressed everywhere. Column 0 of the probabilities is the background.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,68 @@ SELECTION_RULE = "caffe: class-wise NMS at {nms} with +1 areas; by confidence, c
 GIVEN_RULE = "given: all, in the caller's order; the confidence is the best class probability"
 
 
+Kept = NDArray[np.integer]
+
+
+def _above(confidence: Float32Array, least: int, most: int, threshold: float) -> Kept:
+    """Those above the threshold in float16, at least `least` and at most `most` of the best."""
+    passing = int(np.count_nonzero(confidence.astype(np.float16) > np.float16(threshold)))
+    return _best_first(confidence)[: min(max(passing, least), most)]
+
+
+def _from(confidence: Float32Array, least: int, most: int, threshold: float) -> Kept:
+    """VinVL's NMS_FILTER 1: those from the threshold on, at least `least` and at most `most`, none that was suppressed."""
+    passing = int(np.count_nonzero(confidence >= np.float32(threshold)))
+    kept = _best_first(confidence)[: min(max(passing, least), most)]
+    return kept[confidence[kept] > 0]
+
+
+def _from_or_a_hundredth(confidence: Float32Array, least: int, most: int, threshold: float) -> Kept:
+    """VinVL's NMS_FILTER 2: as filter 1, but none at or below a hundredth of the threshold."""
+    kept = _from(confidence, least, most, threshold)
+    return kept[confidence[kept] > np.float32(0.01 * threshold)]
+
+
+def _halved(confidence: Float32Array, least: int, most: int, threshold: float) -> Kept:
+    """VinVL's NMS_FILTER 0: those above the threshold, which is halved up to ten times until they are `least`; the best `most`."""
+    for _ in range(10):
+        if np.count_nonzero(confidence > np.float32(threshold)) >= least:
+            break
+        threshold /= 2
+    kept = _best_first(confidence)
+    return kept[confidence[kept] > np.float32(threshold)][:most]
+
+
+def _best_first(confidence: Float32Array) -> Kept:
+    return np.argsort(-confidence, kind="stable")
+
+
+class SelectionRule(NamedTuple):
+    """How many regions stay, their confidences being known.
+
+    Attributes:
+        words: as settings and headers say it.
+        keep: confidence (P,), least, most and threshold to the kept rows, best first.
+    """
+
+    words: str
+    keep: Callable[[Float32Array, int, int, float], Kept]
+
+
+RULES = {
+    "caffe": SelectionRule(SELECTION_RULE, _above),
+    "own": SelectionRule("own: the detector's confidence, counted after the float16 cast, strictly above the threshold", _above),
+    "vinvl-filter-1": SelectionRule("vinvl: NMS_FILTER 1, class-wise NMS at 0.3; by confidence, from the threshold on", _from),
+    "vinvl-filter-2": SelectionRule(
+        "vinvl: NMS_FILTER 2, NMS of all classes at 0.5; by confidence, from the threshold on", _from_or_a_hundredth
+    ),
+    "vinvl-filter-0": SelectionRule(
+        "vinvl: NMS_FILTER 0, class-wise NMS at 0.5, a region a class; by confidence, above the threshold", _halved
+    ),
+}
+"""By what a detector's settings say under "selection_rule"; all but Caffe's take `RawRegions.confidence`."""
+
+
 def select_regions(
     raw: RawRegions,
     *,
@@ -27,6 +92,7 @@ def select_regions(
     max_boxes: int = 100,
     conf_threshold: float = 0.2,
     nms_threshold: float = CLASS_NMS_THRESHOLD,
+    rule: str = "caffe",
 ) -> RegionFeatures:
     """Keep the most confident regions, between `min_boxes` and `max_boxes` of them where the detector proposed so many.
 
@@ -35,23 +101,33 @@ def select_regions(
         size: (height, width) of the upright image in pixels.
         min_boxes, max_boxes: how many regions stay at least and at most.
         nms_threshold: of the class-wise non-maximum suppression; 0.3 as Caffe's, unless the detector asks for another.
-        conf_threshold: regions above it stay; compared in float16, strictly, as UNITER's converter does.
+        conf_threshold: regions above it stay; by Caffe's rule compared in float16, strictly, as UNITER's converter does.
+        rule: one of `RULES`.
 
     Returns:
         The kept regions by decreasing confidence (equal ones in the detector's order), arrays in float32.
 
     Raises:
-        ValueError: `min_boxes` is above `max_boxes`, or one is negative.
+        ValueError: `min_boxes` is above `max_boxes`, or one is negative; or the regions come without the confidence that the rule needs,
+            or with one that it would not look at.
 
-    Source: bottom-up-attention's `generate_tsv.py`, then UNITER's `convert_imgdir.py`.
+    Source: bottom-up-attention's `generate_tsv.py`, then UNITER's `convert_imgdir.py`; VinVL's: scene_graph_benchmark,
+    `roi_heads/box_head/inference.py`.
     """
     if not 0 <= min_boxes <= max_boxes:
         raise ValueError(f"min_boxes {min_boxes} and max_boxes {max_boxes}: expected 0 <= min_boxes <= max_boxes")
-    foreground = raw.probabilities[:, 1:]
-    confidence = _confidences_of_the_best(raw.boxes, foreground, wanted=min_boxes, threshold=conf_threshold, nms_threshold=nms_threshold)
-    order = np.argsort(-confidence, kind="stable")
-    passing = int(np.count_nonzero(confidence.astype(np.float16) > np.float16(conf_threshold)))
-    return _record(raw, order[: min(max(passing, min_boxes), max_boxes)], confidence, size)
+    if (raw.confidence is None) != (rule == "caffe"):
+        raise ValueError(
+            f"rule {rule!r}, but regions {'without' if raw.confidence is None else 'with'} a confidence of their own; a detector that "
+            f'gives one says in its settings by which rule regions stay, {{"selection_rule": "own"}}, and no other does'
+        )
+    confidence = raw.confidence
+    if confidence is None:
+        foreground = raw.probabilities[:, 1:]
+        confidence = _confidences_of_the_best(
+            raw.boxes, foreground, wanted=min_boxes, threshold=conf_threshold, nms_threshold=nms_threshold
+        )
+    return _record(raw, RULES[rule].keep(confidence, min_boxes, max_boxes, conf_threshold), confidence, size)
 
 
 def keep_given(raw: RawRegions, *, size: tuple[int, int]) -> RegionFeatures:
@@ -61,7 +137,7 @@ def keep_given(raw: RawRegions, *, size: tuple[int, int]) -> RegionFeatures:
     return _record(raw, np.arange(len(raw.boxes)), confidence, size)
 
 
-def _record(raw: RawRegions, kept: NDArray[np.integer], confidence: Float32Array, size: tuple[int, int]) -> RegionFeatures:
+def _record(raw: RawRegions, kept: Kept, confidence: Float32Array, size: tuple[int, int]) -> RegionFeatures:
     boxes = raw.boxes[kept]
     return RegionFeatures(
         features=raw.features[kept],

@@ -65,7 +65,7 @@ def assemble(
         loaded = load_weights(str(spec), shapes=shapes, input_deviation=PIXEL_DEVIATION / float(model.pixel_std.mean()))
     _fill(model, loaded, recipe)
     anchors = _set_anchors(model, loaded, recipe)
-    return RegionNetwork(model, device=device, precision=precision), loaded, anchors
+    return recipe.network(model, device=device, precision=precision), loaded, anchors
 
 
 def _weights(recipe: Recipe, spec: str | None) -> Weights:
@@ -109,7 +109,7 @@ def _set_anchors(model: Any, loaded: Weights, recipe: Recipe) -> dict[str, objec
     if all(anchors is not None for anchors in from_file):
         used, origin = [anchors for anchors in from_file if anchors is not None], "weights"
     elif recipe.caffe_anchors:
-        used, origin = [caffe_anchors()], "caffe"
+        used, origin = [caffe_anchors(recipe.caffe_anchors)], "caffe"
     else:
         used, origin = own, "configuration"
     for buffer, anchors in zip(own, used, strict=True):

@@ -124,13 +124,20 @@ def caffe_proposals(
     boxes, logits = boxes[order], logits[order]
     # Moving the far corner by one pixel makes torchvision's areas the inclusive ones.
     inclusive = torch.cat([boxes[:, :2], boxes[:, 2:] + 1], dim=1)
-    # What the best boxes keep does not depend on the others; on a CPU, where time grows with their square, they often suffice.
-    counts = [before_nms] if boxes.is_cuda else [min(count, before_nms) for count in (1500, 3000, before_nms)]
-    for count in counts:
-        kept = nms(inclusive[:count], logits[:count], nms_threshold)[:after_nms]
-        if len(kept) == after_nms:
-            break
+    kept = first_kept(inclusive, logits, threshold=nms_threshold, most=after_nms)
     return boxes[kept], logits[kept]
+
+
+def first_kept(boxes: Tensor, scores: Tensor, *, threshold: float, most: int) -> Tensor:
+    """The first indices, at most `most`, that torchvision's non-maximum suppression keeps of boxes (N, 4) sorted by score (N,)."""
+    # What the best boxes keep does not depend on the others; on a CPU, where time grows with their square, they often suffice.
+    counts = [len(boxes)] if boxes.is_cuda else [min(count, len(boxes)) for count in (1500, 3000, len(boxes))]
+    kept = scores.new_zeros((0,), dtype=torch.int64)
+    for count in counts:
+        kept = nms(boxes[:count], scores[:count], threshold)[:most]
+        if len(kept) == most:
+            break
+    return kept
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -194,8 +201,12 @@ def add_attribute_branch(predictor: Any, *, classes: int, attributes: int) -> No
     predictor.attr_score = nn.Linear(ATTRIBUTE_WIDTH, attributes + 1)
 
 
-def caffe_anchors() -> Tensor:
-    """(12, 4) float32, Bottom-Up-Attention's anchors: ratios 0.5, 1, 2 outer, scales 4, 8, 16, 32 inner, inclusive pixels, centre 7.5.
+CAFFE_SCALES = (4, 8, 16, 32)
+"""Of Bottom-Up-Attention's anchors, in cells of 16 pixels."""
+
+
+def caffe_anchors(scales: Sequence[int] = CAFFE_SCALES) -> Tensor:
+    """(3 S, 4) float32, Caffe's anchors: ratios 0.5, 1, 2 outer, the S scales inner, inclusive pixels, centre 7.5.
 
     Source: `generate_anchors.py` of bottom-up-attention; base sizes are rounded before they are scaled.
     """
@@ -203,7 +214,7 @@ def caffe_anchors() -> Tensor:
     for ratio in (0.5, 1.0, 2.0):
         base_width = round(math.sqrt(256 / ratio))
         base_height = round(base_width * ratio)
-        for scale in (4, 8, 16, 32):
+        for scale in scales:
             half_width, half_height = (base_width * scale - 1) / 2, (base_height * scale - 1) / 2
             rows.append((7.5 - half_width, 7.5 - half_height, 7.5 + half_width, 7.5 + half_height))
     return torch.tensor(rows, dtype=torch.float32)

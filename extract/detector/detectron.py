@@ -17,13 +17,10 @@ from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions
 from uniter.extract.install import require_detectron2
 
 if TYPE_CHECKING:
+    from uniter.extract.detector.network import Found
     from uniter.extract.detector.recipes import Recipe
 
 log = logging.getLogger(__name__)
-
-PROPOSAL, REGRESSED = "proposal", "regressed"
-"""Which boxes features are pooled from: as they were proposed, or, by detectors that look twice, regressed; goes into the header."""
-
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -32,12 +29,13 @@ class Detectron2Detector:
     """A Faster R-CNN on Detectron2.
 
     Args:
-        name: `butd`, `butd-36`, `on-board`, a model-zoo name, a Detectron2 YAML, a folder made by `uniter-train detector`, or a recipe of
-            one's own.
+        name: `butd`, `butd-36`, `vinvl` or another of its modes, `on-board`, a model-zoo name, a Detectron2 YAML, a folder made by
+            `uniter-train detector`, or a recipe of one's own.
         weights: a file, a URL, a hub id or `random:SEED`; None takes the detector's own or its known sources, in order.
         device: "cpu", "cuda", "cuda:1" ...
         precision: "fp32" reproduces the reference; "bf16" and "fp16" (GPU only) run the RoI head in half precision.
         attributes: also give the attribute distribution.
+        label_map: names of classes and attributes, for `vinvl`; None takes the one beside the weights, or numbers.
 
     Raises:
         UniterError: Detectron2 is missing, the name or device is unknown, or no weights could be had.
@@ -54,14 +52,15 @@ class Detectron2Detector:
         device: str = "cpu",
         precision: str = "fp32",
         attributes: bool = False,
+        label_map: str | None = None,
     ) -> None:
         require_detectron2()
         placed = _checked_device(device, precision)
         from uniter.extract.detector.assembly import assemble
         from uniter.extract.detector.network import SECOND_LOOK_NMS
-        from uniter.extract.detector.recipes import find_recipe
+        from uniter.extract.detector.recipes import find_recipe, with_label_map
 
-        recipe = find_recipe(name) if isinstance(name, str) else name
+        recipe = with_label_map(find_recipe(name) if isinstance(name, str) else name, label_map, weights=weights)
         network, loaded, anchors = assemble(recipe, weights, device=str(placed), precision=precision, attributes=attributes)
         self.network = network
         self.name: str = recipe.name
@@ -79,7 +78,7 @@ class Detectron2Detector:
             "preparation": recipe.preparation.settings(),
             "precision": precision,
             "attributes": attributes,
-            "box_kind": REGRESSED if network.looks_twice else PROPOSAL,
+            "box_kind": network.box_kind,
             # Regressed boxes lie where the things are: of two that overlap by a third, both may be people.
             **({"nms_threshold": SECOND_LOOK_NMS} if network.looks_twice else {}),
             "feature_width": network.feature_width,
@@ -145,15 +144,12 @@ def _pinned(pixels: NDArray[Any], device: torch.device) -> torch.Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _to_host(results: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> list[RawRegions]:
+def _to_host(results: "Sequence[Found]") -> list[RawRegions]:
     """All results in host memory; from a GPU by asynchronous copies into pinned memory and one wait."""
-    copies = [(_begin_copy(b), _begin_copy(f), _begin_copy(c), None if a is None else _begin_copy(a)) for b, f, c, a in results]
-    if results[0][0].is_cuda:
-        torch.cuda.current_stream(results[0][0].device).synchronize()
-    return [
-        RawRegions(boxes.numpy(), features.numpy(), classes.numpy(), None if attributes is None else attributes.numpy())
-        for boxes, features, classes, attributes in copies
-    ]
+    copies = [[None if tensor is None else _begin_copy(tensor) for tensor in found] for found in results]
+    if results[0].boxes.is_cuda:
+        torch.cuda.current_stream(results[0].boxes.device).synchronize()
+    return [RawRegions(*(None if tensor is None else tensor.numpy() for tensor in found)) for found in copies]  # type: ignore[arg-type]
 
 
 def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,10 +159,16 @@ def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def build_detector(
-    name: str = "butd", *, weights: str | None = None, device: str = "cpu", precision: str = "fp32", attributes: bool = False
+    name: str = "butd",
+    *,
+    weights: str | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+    attributes: bool = False,
+    label_map: str | None = None,
 ) -> Detector:
-    """A detector by name: `butd`, `butd-36`, `on-board`, a Detectron2 model-zoo name or YAML, or a folder of `uniter-train detector`.
+    """A detector by name: `butd`, `vinvl`, `on-board`, a Detectron2 model-zoo name or YAML, or a folder of `uniter-train detector`.
 
     See `Detectron2Detector` for arguments and errors.
     """
-    return Detectron2Detector(name, weights=weights, device=device, precision=precision, attributes=attributes)
+    return Detectron2Detector(name, weights=weights, device=device, precision=precision, attributes=attributes, label_map=label_map)

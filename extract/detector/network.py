@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.structures import Boxes
@@ -35,7 +35,45 @@ SECOND_LOOK_NMS = 0.5
 """Regressed boxes of one class with a higher intersection over union are one region: it is looked at again once, and kept once."""
 
 
+PROPOSAL, REGRESSED = "proposal", "regressed"
+"""Which boxes features are pooled from: as they were proposed, or, by detectors that look twice, regressed; goes into the header."""
+
+
 HEAD_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Found(NamedTuple):
+    """What a network says of one image, on its device; see `RawRegions`.
+
+    Attributes:
+        boxes: (P, 4) pixels of the image.
+        features: (P, D).
+        classes, attributes: distributions, (P, C + 1) and (P, A + 1), background and "no attribute" first.
+        confidence: (P,), where the detector has a rule of its own by which regions stay.
+    """
+
+    boxes: Tensor
+    features: Tensor
+    classes: Tensor
+    attributes: Tensor | None = None
+    confidence: Tensor | None = None
+
+
+class Places(NamedTuple):
+    """Boxes of one image that features are wanted of.
+
+    Attributes:
+        in_network, in_image: (P, 4), in pixels of the network's input and of the image.
+        factors: (4,), network pixels per image pixel.
+        size: (height, width) of the network's input, without padding.
+        given: they are the caller's, not proposals.
+    """
+
+    in_network: Tensor
+    in_image: Tensor
+    factors: Tensor
+    size: Size
+    given: bool
 
 
 class RegionNetwork:
@@ -54,6 +92,7 @@ class RegionNetwork:
         self.heads: Any = self.model.roi_heads
         self.is_c4 = hasattr(self.heads, "res5")
         self.looks_twice = isinstance(self.heads, UniterSecondLookROIHeads)
+        self.box_kind = REGRESSED if self.looks_twice else PROPOSAL
         self.head: Any = self.heads.res5 if self.is_c4 else self.heads.box_head
         self.pooler: Any = self.heads.pooler if self.is_c4 else self.heads.box_pooler
         self.predictor: Any = self.heads.box_predictor
@@ -92,7 +131,7 @@ class RegionNetwork:
 
     def regions(
         self, images: Sequence[Tensor], scales: Sequence[tuple[float, float]], boxes: Sequence[Tensor] | None, *, attributes: bool
-    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    ) -> list[Found]:
         """What the network says of each image of a batch: feature maps, proposals, their features and scores. Within `exact`.
 
         Args:
@@ -102,7 +141,7 @@ class RegionNetwork:
             attributes: also the distribution over attributes.
 
         Returns:
-            For each image boxes (P, 4) in its pixels, features (P, D), and the distributions of `scores`, all on this device.
+            What it found in each image, on this device.
         """
         inputs = [self.normalised(pixels) for pixels in images]
         # A copy out of pageable memory would wait for the network.
@@ -111,19 +150,21 @@ class RegionNetwork:
         # All proposals first, whose number the host has to know: the heads then run on a GPU one after the other without waiting.
         found = []
         for index, (maps, answers) in enumerate(levels):
+            size = (images[index].shape[0], images[index].shape[1])
             if boxes is None:
-                height, width, _ = images[index].shape
-                in_network, _ = self.proposals(maps, answers, (height, width), scales[index][0])
+                in_network, _ = self.proposals(maps, answers, size, scales[index][0])
                 if self.looks_twice:
-                    in_network = self.regressed(maps, in_network, (height, width))
-                found.append((in_network, in_network / factors[index]))
+                    in_network = self.regressed(maps, in_network, size)
+                in_image = in_network / factors[index]
             else:
-                found.append((boxes[index] * factors[index], boxes[index]))
-        results = []
-        for (maps, _), (in_network, in_image) in zip(levels, found, strict=True):
-            features = self.region_features(maps, in_network)
-            results.append((in_image, features, *self.scores(features, attributes=attributes)))
-        return results
+                in_network, in_image = boxes[index] * factors[index], boxes[index]
+            found.append(Places(in_network, in_image, factors[index], size, boxes is not None))
+        return [self.described(maps, places, attributes=attributes) for (maps, _), places in zip(levels, found, strict=True)]
+
+    def described(self, maps: FeatureMaps, places: Places, *, attributes: bool) -> Found:
+        """Features and scores of the boxes of the image that the maps are of; `attributes`: also the distribution over attributes."""
+        features = self.region_features(maps, places.in_network)
+        return Found(places.in_image, features, *self.scores(features, attributes=attributes))
 
     def feature_maps(self, images: Sequence[Tensor]) -> list[tuple[FeatureMaps, FeatureMaps]]:
         """What the backbone and the RPN head see in each image.
@@ -239,16 +280,19 @@ class RegionNetwork:
         scores: Tensor = self.predictor.cls_score(features)
         return scores
 
-    def attribute_logits(self, features: Tensor, class_logits: Tensor) -> Tensor:
-        """(P, A + 1), "no attribute" last; the class that is embedded is the best of all, background included."""
-        embedded = self.predictor.cls_embedding(class_logits.argmax(dim=1))
+    def attribute_logits(self, features: Tensor, classes: Tensor) -> Tensor:
+        """(P, A + 1), "no attribute" last, of features (P, D) and the classes (P,) that are embedded with them."""
+        embedded = self.predictor.cls_embedding(classes)
         scores: Tensor = self.predictor.attr_score(torch.relu(self.predictor.fc_attr(torch.cat([features, embedded], dim=1))))
         return scores
 
     def scores(self, features: Tensor, *, attributes: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Distributions over classes (P, C + 1), background first, and over attributes (P, A + 1), "no attribute" first, if asked for."""
+        """Distributions over classes (P, C + 1), background first, and over attributes (P, A + 1), "no attribute" first, if asked for.
+
+        The class that is embedded for the attributes is the best of all, background included.
+        """
         logits = self.class_logits(features)
-        return probabilities(logits), probabilities(self.attribute_logits(features, logits)) if attributes else None
+        return probabilities(logits), probabilities(self.attribute_logits(features, logits.argmax(dim=1))) if attributes else None
 
 
 def probabilities(logits: Tensor) -> Tensor:

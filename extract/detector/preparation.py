@@ -97,6 +97,31 @@ class ShortestEdgePreparation:
         return {"rule": "detectron2", **asdict(self)}
 
 
+@dataclass(frozen=True)
+class VinvlPreparation(ShortestEdgePreparation):
+    """VinVL's Resize: Pillow's bilinear filter too, but the shorter side is chosen in whole pixels and the longer one truncated.
+
+    Source: microsoft/scene_graph_benchmark, `maskrcnn_benchmark/data/transforms/transforms.py`.
+    """
+
+    shortest: int = 600
+    longest: int = 1000
+
+    def network_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the network's input."""
+        short, long = min(height, width), max(height, width)
+        size = self.shortest
+        if long / short * size > self.longest:
+            size = round(self.longest * short / long)
+        if short == size:
+            return height, width
+        size_of_long = int(size * long / short)
+        return (size, size_of_long) if height < width else (size_of_long, size)
+
+    def settings(self) -> dict[str, Any]:
+        return {"rule": "vinvl", **asdict(self)}
+
+
 def _checked_size(image: NDArray[np.uint8]) -> tuple[int, int]:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"an upright BGR image of (height, width, 3) uint8 is expected, got {image.shape} {image.dtype}")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Detector", "is_out_of_memory", "release_memory"]
+__all__ = ["Detector", "PreparedImage", "RawRegions", "checked_regions", "is_out_of_memory", "release_memory"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,12 +42,15 @@ class RawRegions:
         features: (P, D) float32, what the box predictor sees.
         probabilities: (P, C + 1) float32, background FIRST.
         attributes: (P, A + 1) float32 with "no attribute" first; None unless asked for.
+        confidence: (P,) float32, which of the boxes are to stay, where the detector has a rule of its own: 0 for one that it suppressed.
+            None: Bottom-Up-Attention's, see `uniter.extract.select`.
     """
 
     boxes: Float32Array
     features: Float32Array
     probabilities: Float32Array
     attributes: Float32Array | None = None
+    confidence: Float32Array | None = None
 
 
 class Detector(Protocol):
@@ -84,6 +87,37 @@ class Detector(Protocol):
         Where memory does not suffice, an error of which `is_out_of_memory` is true.
         """
         ...
+
+
+def checked_regions(found: Sequence[RawRegions], detector: Detector, images: int) -> list[RawRegions]:
+    """What a detector, of whomever, returned for so many images, once it is known to be what it says of itself.
+
+    Raises:
+        ValueError: a shape, a number that is not finite, or probabilities that do not add up to 1; the sentence names what was expected.
+    """
+    if len(found) != images:
+        raise ValueError(f"detector {detector.name!r} returned regions of {len(found)} images for {images}; expected one entry each")
+    for raw in found:
+        count = len(raw.boxes)
+        expected = {
+            "boxes": (count, 4),
+            "features": (count, detector.feature_width),
+            "probabilities": (count, len(detector.class_names) + 1),
+            "attributes": (count, len(detector.attribute_names) + 1),
+            "confidence": (count,),
+        }
+        for name, shape in expected.items():
+            array = getattr(raw, name)
+            if array is None and name in ("attributes", "confidence") and not (name == "attributes" and detector.attribute_names):
+                continue
+            if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.shape != shape:
+                got = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+                raise ValueError(f"detector {detector.name!r}: {name} are {got}; expected a float32 array of {shape}")
+        if not np.isfinite(raw.boxes).all():
+            raise ValueError(f"detector {detector.name!r}: a box holds a number that is not finite")
+        if count and not np.allclose(raw.probabilities.sum(axis=1), 1, atol=0.01):
+            raise ValueError(f"detector {detector.name!r}: the probabilities of a region, background first, do not add up to 1")
+    return list(found)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

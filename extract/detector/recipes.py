@@ -5,10 +5,13 @@ Detectron2's own `merge_from_file` lets YAML construct arbitrary Python objects;
 Imports Detectron2: load this module only where a detector is built.
 """
 
+import functools
 import hashlib
 import json
+import logging
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,17 @@ from detectron2.data import MetadataCatalog
 from uniter.datasets.errors import BadInput, UniterError, unknown_name
 from uniter.datasets.storage.files import read_json_object, sha256_of
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
-from uniter.extract.detector.butd import butd_config
+from uniter.extract.detector.butd import CAFFE_SCALES, butd_config
 from uniter.extract.detector.configuration import merged_config, read_config
 from uniter.extract.detector.lite import ON_BOARD_WEIGHTS, lite_config
-from uniter.extract.detector.preparation import CaffePreparation, Preparation, ShortestEdgePreparation
-from uniter.extract.weights.sources import BUTD_36_SOURCES, BUTD_SOURCES, is_url
+from uniter.extract.detector.network import RegionNetwork
+from uniter.extract.detector.preparation import CaffePreparation, Preparation, ShortestEdgePreparation, VinvlPreparation
+from uniter.extract.detector.vinvl import VINVL_ATTRIBUTES, VINVL_SCALES, vinvl_config
+from uniter.extract.detector.vinvl_selection import VINVL_MODES, VinvlNetwork
+from uniter.extract.weights.label_map import LABEL_MAP, label_map_beside, read_label_map
+from uniter.extract.weights.sources import BUTD_36_SOURCES, BUTD_SOURCES, VINVL_SOURCES, is_url
+
+log = logging.getLogger(__name__)
 
 ON_BOARD = "on-board"
 
@@ -39,9 +48,11 @@ class Recipe:
         class_names, attribute_names: without background and "no attribute".
         weights: a file that belongs to the detector; None where it has to be fetched.
         known_sources: tried in order where `weights` is None and the user names none.
-        caffe_anchors: Bottom-Up-Attention's anchors stand in where the weight file has none.
+        caffe_anchors: the scales of Caffe's anchors, which stand in where the weight file has none; none: those of the configuration.
         min_boxes, max_boxes: how many regions its users keep.
         facts: further settings, such as the configuration's SHA-256.
+        network: drives the network that Detectron2 builds.
+        takes_label_map: its names are in a file of their own, see `with_label_map`.
     """
 
     name: str
@@ -51,14 +62,16 @@ class Recipe:
     attribute_names: tuple[str, ...] = ()
     weights: str | None = None
     known_sources: tuple[str, ...] = ()
-    caffe_anchors: bool = False
+    caffe_anchors: tuple[int, ...] = ()
     min_boxes: int = 10
     max_boxes: int = 100
     facts: dict[str, Any] = field(default_factory=dict)
+    network: Callable[..., RegionNetwork] = RegionNetwork
+    takes_label_map: bool = False
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of `butd`, `butd-36`, `on-board`, a model-zoo name, a YAML file, or a folder made by `uniter-train detector`.
+    """The recipe of `butd`, `butd-36`, `vinvl` and its modes, `on-board`, a model-zoo name, a YAML file, or a trained detector's folder.
 
     Raises:
         BadInput: the configuration or folder cannot be used.
@@ -66,6 +79,8 @@ def find_recipe(name: str) -> Recipe:
     """
     if name in ("butd", "butd-36"):
         return _butd(name)
+    if name in VINVL_MODES:
+        return vinvl_recipe(name)
     if name == ON_BOARD:
         config = lite_config()
         return Recipe(ON_BOARD, config, _preparation(config, Path(name)), _class_names(config), weights=str(ON_BOARD_WEIGHTS))
@@ -86,10 +101,57 @@ def _butd(name: str) -> Recipe:
         class_names=visual_genome_objects(),
         attribute_names=visual_genome_attributes(),
         known_sources=BUTD_36_SOURCES if fixed else BUTD_SOURCES,
-        caffe_anchors=True,
+        caffe_anchors=CAFFE_SCALES,
         min_boxes=36 if fixed else 10,
         max_boxes=36 if fixed else 100,
     )
+
+
+def vinvl_recipe(name: str = "vinvl", *, config: CfgNode | None = None, attributes: int = VINVL_ATTRIBUTES) -> Recipe:
+    """VinVL's X152-C4, in one of `VINVL_MODES`; `config` and `attributes` for narrow variants in tests.
+
+    Its names are in its label map alone, which `with_label_map` reads; here classes and attributes are numbered.
+    """
+    config = config or vinvl_config()
+    mode = VINVL_MODES[name]
+    return Recipe(
+        name=name,
+        config=config,
+        preparation=VinvlPreparation(),
+        class_names=tuple(f"class {number}" for number in range(1, int(config.MODEL.ROI_HEADS.NUM_CLASSES) + 1)),
+        attribute_names=tuple(f"attribute {number}" for number in range(1, attributes + 1)),
+        known_sources=VINVL_SOURCES,
+        caffe_anchors=VINVL_SCALES,
+        facts={"selection_rule": mode.rule},
+        network=functools.partial(VinvlNetwork, mode=mode),
+        takes_label_map=True,
+    )
+
+
+def with_label_map(recipe: Recipe, label_map: str | None, *, weights: str | None) -> Recipe:
+    """The recipe with the names of a label map: the one that the user names, else the one beside the weights; else numbered, which is said.
+
+    Raises:
+        BadInput: the label map cannot be used.
+        UniterError: the detector takes none, or there is no such file.
+    """
+    if not recipe.takes_label_map:
+        if label_map is not None:
+            raise UniterError(f"--label-map {label_map}: detector {recipe.name!r} has its names already; leave it out")
+        return recipe
+    path = Path(label_map).expanduser() if label_map is not None else label_map_beside(weights)
+    if path is None:
+        log.warning(
+            "detector %r: its classes and attributes are numbered, since their names are in its label map alone; name it with --label-map, "
+            "or lay %s beside the weights", recipe.name, LABEL_MAP,
+        )  # fmt: skip
+        return recipe
+    if not path.is_file():
+        raise UniterError(f"--label-map {path}: no such file")
+    classes, attributes = read_label_map(path, classes=len(recipe.class_names), attributes=len(recipe.attribute_names))
+    log.info("names of classes and attributes: from %s", path)
+    facts = {**recipe.facts, "label_map_sha256": sha256_of(path)}
+    return replace(recipe, class_names=classes, attribute_names=attributes, facts=facts)
 
 
 def _from_zoo(name: str) -> Recipe:
@@ -97,13 +159,18 @@ def _from_zoo(name: str) -> Recipe:
     try:
         path = Path(model_zoo.get_config_file(f"{short}.yaml"))
     except RuntimeError:
-        raise UniterError(unknown_name("detector", name, ["butd", "butd-36", ON_BOARD, *_zoo_names()])) from None
+        raise UniterError(unknown_name("detector", name, known_names())) from None
     recipe = _from_yaml(path, short)
     try:
         weights = str(model_zoo.get_checkpoint_url(f"{short}.yaml"))
     except RuntimeError:
         return recipe
     return Recipe(**{**vars(recipe), "known_sources": (weights,)})
+
+
+def known_names() -> list[str]:
+    """Every name that stands for a detector, Detectron2's model zoo last."""
+    return ["butd", "butd-36", *VINVL_MODES, ON_BOARD, *_zoo_names()]
 
 
 def _zoo_names() -> list[str]:

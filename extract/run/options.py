@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, unknown_name
 from uniter.extract.detector.protocol import Detector
 from uniter.extract.images.decoding import MAX_PIXELS
 from uniter.extract.images.given_boxes import GivenBoxes
-from uniter.extract.select import CLASS_NMS_THRESHOLD, GIVEN_RULE, SELECTION_RULE
+from uniter.extract.select import CLASS_NMS_THRESHOLD, GIVEN_RULE, RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Work:
         batch_size: images that go through the detector together.
         max_pixels: images that claim more are refused.
         given: boxes to use instead of detecting.
-        nms_threshold: see `select_regions`; what the detector's settings ask for, else Caffe's.
+        nms_threshold, rule: see `select_regions`; what the detector's settings ask for, else Caffe's.
     """
 
     min_boxes: int
@@ -85,13 +85,14 @@ class Work:
     max_pixels: int = MAX_PIXELS
     given: GivenBoxes | None = None
     nms_threshold: float = CLASS_NMS_THRESHOLD
+    rule: str = "caffe"
 
     def selection(self) -> dict[str, Any]:
         """Which regions stay, as settings and headers say it."""
         if self.given is not None:
             return {"rule": GIVEN_RULE, "boxes_sha256": self.given.sha256}
         return {
-            "rule": SELECTION_RULE.format(nms=self.nms_threshold),
+            "rule": RULES[self.rule].words.format(nms=self.nms_threshold),
             "min_boxes": self.min_boxes,
             "max_boxes": self.max_boxes,
             "conf_threshold": self.conf_threshold,
@@ -113,9 +114,12 @@ def plan_work(options: Options, detector: Detector, *, begun: int | None = None)
         high = max(low, high)
     if not 0 <= low <= high or high < 1:
         raise BadInput(f"--min-boxes {low} and --max-boxes {high}: expected 0 <= min <= max and at least one box")
-    nms_threshold = float(detector.settings().get("nms_threshold", CLASS_NMS_THRESHOLD))
+    settings = detector.settings()
+    nms_threshold, rule = float(settings.get("nms_threshold", CLASS_NMS_THRESHOLD)), settings.get("selection_rule", "caffe")
+    if rule not in RULES:
+        raise BadInput(unknown_name("selection_rule in the settings of the detector", str(rule), list(RULES)))
     batch_size = options.batch_size or begun or fitting_batch_size(detector.device)
-    return Work(low, high, options.conf_threshold, batch_size, options.max_pixels, options.given, nms_threshold)
+    return Work(low, high, options.conf_threshold, batch_size, options.max_pixels, options.given, nms_threshold, rule)
 
 
 def begun_with(out: Path) -> int | None:

@@ -21,7 +21,7 @@ import numpy as np
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.units import UnitStore, UnitWriter
-from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions, is_out_of_memory, release_memory
+from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions, checked_regions, is_out_of_memory, release_memory
 from uniter.extract.images.decoding import DECODING, decode_image
 from uniter.extract.images.items import CutTar, ImageItem, NeverReadable, read_bytes
 from uniter.extract.run.faults import Doubts
@@ -329,7 +329,7 @@ def _detect(detector: Detector, images: Sequence[PreparedImage], boxes: Sequence
         return []
     failure: Exception
     try:
-        return list(detector.detect(images, boxes=boxes))
+        return list(checked_regions(detector.detect(images, boxes=boxes), detector, len(images)))
     except Exception as error:  # memory or whatever one image provokes; `Doubts` ends the run where it is every image
         # Without its traceback, which would keep the batch's tensors alive.
         failure = error.with_traceback(None)
@@ -353,7 +353,7 @@ def encode_regions(raw: RawRegions, size: tuple[int, int], work: Work, key: str)
     else:
         regions = select_regions(
             raw, size=size, min_boxes=work.min_boxes, max_boxes=work.max_boxes, conf_threshold=work.conf_threshold,
-            nms_threshold=work.nms_threshold,
+            nms_threshold=work.nms_threshold, rule=work.rule,
         )  # fmt: skip
         sure = bool((np.asarray(regions.conf).astype(np.float16) > np.float16(work.conf_threshold)).any())
     return Encoded(encode_record(regions, key=key), len(regions), sure)

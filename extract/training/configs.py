@@ -31,6 +31,8 @@ class Schedule:
     crop: int | None = None  # pixels a side of random square crops
     running_mean: float = 0.0  # how much of the weights' running mean stays at each update; 0: the last weights are taken
     backbone_rate: float = 1.0  # times the learning rate, for the backbone below the pyramid
+    of_images: int = 16  # the batch that an "sgd" learning rate is for; it is divided for smaller ones
+    drops_at: float | None = None  # of all updates, where the rate falls to a tenth; None: half a cosine
 
 
 TINY = Schedule("adamw", batch_size=16, learning_rate=1e-3, weight_decay=0.05, warmup=50, epochs=10, least_steps=600, most_steps=20_000)
@@ -44,6 +46,18 @@ LITE = Schedule(
 
 # Detectron2's rates are for 16 images; the command divides them for smaller batches.
 FULL = Schedule("sgd", batch_size=2, learning_rate=0.02, weight_decay=1e-4, warmup=1000, epochs=12, least_steps=1000, most_steps=720_000)
+
+
+# Bottom-Up-Attention's own: `solver.prototxt` of ResNet-101/faster_rcnn_end2end_final, one image on each of eight GPUs, 380,000 updates.
+VISUAL_GENOME = Schedule(
+    "sgd", batch_size=8, learning_rate=0.001, weight_decay=5e-4, warmup=1, epochs=31, least_steps=1000, most_steps=380_000, of_images=8,
+    drops_at=350 / 380,
+)  # fmt: skip
+
+
+def schedule_of(model: str, labelled: LabelledImages) -> Schedule:
+    """How a kind of detector is trained on such images unless told otherwise."""
+    return VISUAL_GENOME if labelled.as_visual_genome and model == "r101-c4" else MODELS[model][1]
 
 
 def tiny_config(labelled: LabelledImages) -> CfgNode:
@@ -112,13 +126,25 @@ def r101_c4_config(labelled: LabelledImages) -> CfgNode:
     cfg = merged_config(read_config(Path(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_101_C4_3x.yaml"))), path=Path("R101-C4"))
     cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "BN", 0
     cfg.MODEL.PIXEL_STD = [58.0, 57.0, 57.0]
+    if labelled.as_visual_genome:  # `faster_rcnn_end2end_resnet.yml`
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST = (600,), 600, 1000, 1000
+        cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION = 64, 0.5
+        cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 64
+        # As many detections as its evaluation looks at, however weak.
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE = 0.0, 0.3, 400
     return cfg
 
 
 MODELS = {"lite": (on_board_config, LITE), "tiny": (tiny_config, TINY), "r101-c4": (r101_c4_config, FULL)}
 
 
-def learning_rate_factor(step: int, *, steps: int, warmup: int) -> float:
-    """Linear warm-up over `warmup` updates (at most a tenth of all), then half a cosine down to 2 %; `step` counts from 0."""
+def learning_rate_factor(step: int, *, steps: int, warmup: int, drops_at: float | None = None) -> float:
+    """What the learning rate is multiplied by at an update; `step` counts from 0.
+
+    Linear warm-up over `warmup` updates (at most a tenth of all), then half a cosine down to 2 %; or, with `drops_at`, 1 up to that share
+    of the updates and a tenth afterwards.
+    """
     warmup = max(min(warmup, steps // 10), 1)
-    return min((step + 1) / warmup, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0))))
+    share = min(step / max(steps, 1), 1.0)
+    falling = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)) if drops_at is None else (1.0 if share < drops_at else 0.1)
+    return min((step + 1) / warmup, 1.0) * falling

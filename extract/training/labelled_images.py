@@ -8,7 +8,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,6 +63,7 @@ class LabelledImages:
         class_names: by class number; `category_ids` are COCO's ids of the same classes.
         attribute_names: by attribute number; empty where the file annotates none.
         skipped: reason -> how many images or boxes were left out for it.
+        as_visual_genome: they are Visual Genome's, to be learnt and judged as Bottom-Up-Attention did: a box without attributes has none.
     """
 
     images: list[LabelledImage]
@@ -70,9 +71,10 @@ class LabelledImages:
     category_ids: tuple[int, ...]
     attribute_names: tuple[str, ...]
     skipped: dict[str, int] = field(default_factory=dict)
+    as_visual_genome: bool = False
 
 
-class _Skipped:
+class Skipped:
     """Counts what is left out by reason and says the first of each."""
 
     def __init__(self, path: Path) -> None:
@@ -101,10 +103,10 @@ def read_labelled_images(folder: str | Path, annotations: str | Path) -> Labelle
     """
     folder, path = Path(folder), Path(annotations)
     content = _read_json(path)
-    skipped = _Skipped(path)
+    skipped = Skipped(path)
     category_ids, class_names = _categories(content, path)
     attribute_names, attribute_ids = _attribute_names(content)
-    words = _Words(
+    words = Words(
         {category: number for number, category in enumerate(category_ids)},
         {name: number for number, name in enumerate(attribute_names)},
         attribute_ids,
@@ -118,9 +120,9 @@ def read_labelled_images(folder: str | Path, annotations: str | Path) -> Labelle
             skipped.add("an annotation that is no mapping", repr(annotation)[:60])
     images: dict[int, LabelledImage] = {}
     for entry in content["images"]:
-        if (image := _image(entry, folder, images, skipped)) is not None:
+        if (image := image_entry(entry, folder, images, skipped)) is not None:
             image_id, file, size = image
-            images[image_id] = _labelled(image_id, file, size, by_image.get(image_id, ()), words, skipped)
+            images[image_id] = labelled_image(image_id, file, size, by_image.get(image_id, ()), words, skipped)
     all_ids = {_hashable(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
     for image_id, found in by_image.items():
         if image_id not in all_ids:
@@ -133,7 +135,7 @@ def read_labelled_images(folder: str | Path, annotations: str | Path) -> Labelle
 
 
 @dataclass(frozen=True, slots=True)
-class _Words:
+class Words:
     """What annotations may refer to: classes by their category ids, attributes by name and by id; to numbers from 0."""
 
     classes: Mapping[Any, int]
@@ -142,8 +144,8 @@ class _Words:
     class_names: Mapping[str, int]
 
 
-def _labelled(
-    image_id: int, file: Path, size: tuple[int, int], annotations: Sequence[Mapping[str, Any]], words: _Words, skipped: _Skipped
+def labelled_image(
+    image_id: int, file: Path, size: tuple[int, int], annotations: Sequence[Mapping[str, Any]], words: Words, skipped: Skipped
 ) -> LabelledImage:
     """One photograph with those of its annotations that can be used."""
     boxes: list[tuple[float, float, float, float]] = []
@@ -177,7 +179,7 @@ def _labelled(
     )
 
 
-def _probabilities(stated: Any, words: _Words, which: str, skipped: _Skipped) -> dict[int, float]:
+def _probabilities(stated: Any, words: Words, which: str, skipped: Skipped) -> dict[int, float]:
     """Class number -> probability; empty where none is stated, or where it cannot be used."""
     if stated is None:
         return {}
@@ -204,6 +206,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
         raise BadInput(f"{path} is no whole JSON ({error}); was it cut off? Expected COCO's instances") from error
+    if isinstance(content, list):
+        raise BadInput(f"{path} is a list, as Visual Genome's objects.json is; add --vocabulary 1600-400-20, or pass COCO's instances")
     missing = [
         name for name in ("images", "annotations", "categories") if not isinstance(content, dict) or not isinstance(content.get(name), list)
     ]
@@ -226,7 +230,7 @@ def _categories(content: Mapping[str, Any], path: Path) -> tuple[tuple[int, ...]
     return ids, tuple(found[category] for category in ids)
 
 
-def _image(entry: Any, folder: Path, known: Collection[int], skipped: _Skipped) -> tuple[int, Path, tuple[int, int]] | None:
+def image_entry(entry: Any, folder: Path, known: Collection[int], skipped: Skipped) -> tuple[int, Path, tuple[int, int]] | None:
     if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("file_name"), str):
         skipped.add("an image entry without id or file_name", str(entry)[:80])
         return None
@@ -257,7 +261,7 @@ def _image(entry: Any, folder: Path, known: Collection[int], skipped: _Skipped) 
     return image_id, file, (height, width)
 
 
-def _box(bbox: Any, size: tuple[int, int], which: str, skipped: _Skipped) -> tuple[float, float, float, float] | None:
+def _box(bbox: Any, size: tuple[int, int], which: str, skipped: Skipped) -> tuple[float, float, float, float] | None:
     numeric = isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in bbox)
     if not numeric or not all(math.isfinite(value) and abs(value) < 1e7 for value in bbox):
         skipped.add("a box that is not four numbers", f"{which}: {str(bbox)[:60]}")
@@ -301,7 +305,7 @@ def _stated(annotation: Mapping[str, Any]) -> Sequence[Any]:
     return found if isinstance(found, list) else []
 
 
-def _attributes_of(annotation: Mapping[str, Any], words: _Words, which: str, skipped: _Skipped) -> tuple[int, ...]:
+def _attributes_of(annotation: Mapping[str, Any], words: Words, which: str, skipped: Skipped) -> tuple[int, ...]:
     numbers = []
     for value in _stated(annotation):
         if type(value) is int and value in words.attribute_ids:
@@ -354,15 +358,15 @@ def parts_of(
     else:
         order = np.random.default_rng([seed, 2]).permutation(len(labelled.images))
         count = min(max(round(held_out * len(labelled.images)), 1), MOST_HELD_OUT)
-        val = _with_images(labelled, [labelled.images[number] for number in sorted(order[:count])])
+        val = with_images(labelled, [labelled.images[number] for number in sorted(order[:count])])
         members = [labelled.images[number] for number in sorted(order[count:])]
     with_boxes = [image for image in members if (~image.crowd).any()]
     if len(with_boxes) < len(members):
         skipped["a training image without boxes"] = len(members) - len(with_boxes)
     if not with_boxes:
         raise BadInput("no training image has a box that can be used; expected at least one besides the held-out images")
-    return _with_images(labelled, with_boxes), val, skipped
+    return with_images(labelled, with_boxes), val, skipped
 
 
-def _with_images(labelled: LabelledImages, images: list[LabelledImage]) -> LabelledImages:
-    return LabelledImages(images, labelled.class_names, labelled.category_ids, labelled.attribute_names)
+def with_images(labelled: LabelledImages, images: list[LabelledImage]) -> LabelledImages:
+    return replace(labelled, images=images, skipped={})

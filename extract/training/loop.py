@@ -33,7 +33,6 @@ from uniter.extract.detector.protocol import is_out_of_memory
 from uniter.extract.training.batches import CACHE_BYTES, Batches, Item, input_bytes
 from uniter.extract.training.beginnings import local_file
 from uniter.extract.training.configs import Schedule, learning_rate_factor
-from uniter.extract.training.evaluation import evaluate_boxes
 from uniter.extract.training.folder import (
     CONFIG,
     content_of_photographs,
@@ -62,7 +61,7 @@ def train_detector(
 
     Args:
         images: the folder in which the annotations' file names are found.
-        annotations: COCO's instances JSON.
+        annotations: COCO's instances JSON, or Visual Genome's objects.json where `choices.visual_genome` says so.
         out: the folder made; `detector.json`, written last, says that it is finished.
         choices: how; None: by defaults that learn.
         overwrite: train anew where the folder holds a training; what is there stays until the new detector is finished.
@@ -83,6 +82,7 @@ def train_detector(
     photographs = content_of_photographs(images, [*plan.train.images, *plan.val.images])
     sources = (annotations, choices.val_annotations, choices.config, local_file(choices.from_weights))
     files = [file for file in sources if file is not None]
+    files += choices.visual_genome.all() if choices.visual_genome is not None else []
     with training_folder(out, plan.settings, photographs=photographs, files=files, overwrite=overwrite) as claimed:
         if claimed.complete:
             log.info("%s is finished already", out)
@@ -136,7 +136,9 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
             if isinstance(batch, UniterError):
                 raise batch
             broken.update(number for item in batch for number in item["broken"])
-            rate = plan.learning_rate * learning_rate_factor(step - 1, steps=plan.steps, warmup=plan.schedule.warmup)
+            rate = plan.learning_rate * learning_rate_factor(
+                step - 1, steps=plan.steps, warmup=plan.schedule.warmup, drops_at=plan.schedule.drops_at
+            )
             losses = _update(network, optimizer, batch, rate=rate, seed=(plan.seed << 32) + step)
             if not math.isfinite(losses["loss"]):
                 raise UniterError(
@@ -148,12 +150,14 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
             ends = step == plan.steps
             if step % plan.validate_every == 0 or ends:
                 with mean.in_place(network):
-                    evaluation = evaluate_boxes(network, plan.val, plan.preparation, folder=plan.images)
+                    evaluation = plan.evaluate(network, plan.val, plan.preparation, folder=plan.images)
                 figures = evaluation.figures
                 validations.append({"step": step, **figures})
                 journal.write(step, "validation", figures)
-                evaluation.held_out(step).write(folder)
-                log.info("update %d: AP %.3f, AP50 %.3f on %d held-out images", step, figures["ap"], figures["ap50"], len(plan.val.images))
+                if evaluation.classes:
+                    evaluation.held_out(step).write(folder)
+                first = ", ".join(f"{name.replace('map', 'mAP').replace('ap', 'AP')} {figures[name]:.3f}" for name in list(figures)[:2])
+                log.info("update %d: %s on %d held-out images", step, first, len(plan.val.images))
             if ends or told or step % plan.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 journal.flush()
                 save_checkpoint(folder, step, network, optimizer, mean, validations=validations, broken=sorted(broken))

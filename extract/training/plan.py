@@ -17,11 +17,13 @@ from uniter.datasets.storage.files import sha256_of
 from uniter.extract.detector.configuration import checked_config, merged_config, read_config
 from uniter.extract.detector.preparation import ShortestEdgePreparation
 from uniter.extract.training.beginnings import Beginning, begin, find_beginning, follow_weights
-from uniter.extract.training.configs import MODELS, Schedule
+from uniter.extract.training.configs import MODELS, Schedule, schedule_of
+from uniter.extract.training.evaluation import Evaluator, evaluate_boxes, evaluate_visual_genome
 from uniter.extract.training.ignored import IgnoredRegions
 from uniter.extract.training.labelled_images import LabelledImages, parts_of, read_labelled_images
 from uniter.extract.training.predictor import SOFT_WEIGHT, build_network
 from uniter.extract.training.settings import configured, refuse_settings_in_vain, watched
+from uniter.extract.training.visual_genome import VisualGenomeFiles, read_visual_genome, visual_genome_parts
 
 FORMAT_VERSION = 1
 
@@ -41,6 +43,7 @@ class Choices:
         val_annotations: held-out annotations of photographs in the same folder; otherwise `held_out` (a fraction) of the images are kept
             for validation, at most 500.
         attributes: learn attributes where they are annotated.
+        visual_genome: the annotations are Visual Genome's objects.json, and these the files beside it; None: they are COCO's instances.
         steps, batch_size, learning_rate: None chooses what learns on such data; the rate is for the whole batch.
         checkpoint_every: updates between checkpoints; five minutes are never exceeded, whatever it says.
         validate_every: updates between validations; None: at a third, at two thirds and at the end.
@@ -56,6 +59,7 @@ class Choices:
     val_annotations: str | Path | None = None
     held_out: float = 0.1
     attributes: bool = True
+    visual_genome: VisualGenomeFiles | None = None
     running_mean: float | None = None
     soft_weight: float | None = None
     steps: int | None = None
@@ -78,6 +82,7 @@ class Plan:
         skipped: what was left out of both: reason -> how many.
         cfg: Detectron2's configuration, as it is written beside the weights.
         attributes: how many the detector learns.
+        evaluate: what the held-out images are judged by.
         settings: all that decides the weights, as `settings.json` says it, but for the photographs.
         The others: see `Choices`.
     """
@@ -89,6 +94,7 @@ class Plan:
     cfg: CfgNode
     schedule: Schedule
     attributes: int
+    evaluate: Evaluator
     steps: int
     batch_size: int
     learning_rate: float
@@ -124,19 +130,20 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
         raise UniterError(unknown_name("model", choices.model, MODELS))
     if not 0 < choices.held_out < 1:
         raise BadInput(f"--held-out {choices.held_out}: expected a fraction between 0 and 1")
-    labelled = read_labelled_images(images, annotations)
-    train, val, skipped = parts_of(labelled, images, choices.val_annotations, held_out=choices.held_out, seed=choices.seed)
-    attributes = len(labelled.attribute_names) if choices.attributes else 0
+    train, val, skipped = _labelled_parts(images, annotations, choices)
+    attributes = len(train.attribute_names) if choices.attributes else 0
     if choices.soft_weight is not None and all(image.soft is None for image in train.images):
         raise BadInput(
             f"--set soft_weight={choices.soft_weight}: no box of {annotations} has class_probabilities, so it would change nothing"
         )
     cfg, network, beginning = _network(choices, train, attributes, device)
-    _, schedule = MODELS[choices.model]
+    schedule = schedule_of(choices.model, train)
     batch_size = choices.batch_size or min(schedule.batch_size, len(train.images))
     steps = round(schedule.epochs * len(train.images) / batch_size)
     steps = choices.steps or int(np.clip(steps, schedule.least_steps, schedule.most_steps))
-    learning_rate = choices.learning_rate or schedule.learning_rate * (batch_size / 16 if schedule.optimizer == "sgd" else 1)
+    learning_rate = choices.learning_rate or schedule.learning_rate * (
+        batch_size / schedule.of_images if schedule.optimizer == "sgd" else 1
+    )
     validate_every = choices.validate_every or max(math.ceil(steps / 3), 1)
     running_mean = schedule.running_mean if choices.running_mean is None else choices.running_mean
     if not 0 <= running_mean < 1:
@@ -148,6 +155,7 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
         **{"validate_every": validate_every, "from": beginning.weights.sha256 if beginning else None},
         **({"running_mean": running_mean} if running_mean else {}),
         **({"soft_weight": choices.soft_weight} if choices.soft_weight is not None else {}),
+        **(choices.visual_genome.settings() if choices.visual_genome is not None else {}),
         **{"config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest()},
     }
     plan = Plan(
@@ -158,6 +166,7 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
         cfg=cfg,
         schedule=schedule,
         attributes=attributes,
+        evaluate=evaluate_visual_genome if train.as_visual_genome else evaluate_boxes,
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -169,6 +178,18 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
         settings=settings,
     )
     return plan, network
+
+
+def _labelled_parts(images: Path, annotations: Path, choices: Choices) -> tuple[LabelledImages, LabelledImages, dict[str, int]]:
+    """The images to train on, those held out, and what was left out."""
+    chosen = choices.visual_genome
+    if chosen is None:
+        labelled = read_labelled_images(images, annotations)
+        return parts_of(labelled, images, choices.val_annotations, held_out=choices.held_out, seed=choices.seed)
+    if choices.val_annotations is not None:
+        raise BadInput("--val-annotations are COCO's; of Visual Genome, --split or --held-out says what is held out")
+    labelled = read_visual_genome(images, annotations, chosen)
+    return visual_genome_parts(labelled, images, chosen, held_out=choices.held_out, seed=choices.seed)
 
 
 def _network(choices: Choices, train: LabelledImages, attributes: int, device: torch.device) -> tuple[CfgNode, nn.Module, Beginning | None]:
@@ -191,6 +212,7 @@ def _network(choices: Choices, train: LabelledImages, attributes: int, device: t
         attributes=attributes,
         seed=choices.seed,
         soft_weight=SOFT_WEIGHT if choices.soft_weight is None else choices.soft_weight,
+        published=train.as_visual_genome,
     )
     refuse_settings_in_vain(asked, cfg, read, own=own, path=path)
     if beginning is not None:

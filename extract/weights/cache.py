@@ -15,7 +15,7 @@ from uniter.extract.weights.files import Tensors
 
 log = logging.getLogger(__name__)
 
-CONVERTER = 1
+CONVERTER = 2
 """Counted up when the conversion changes, so that cached results of an older one are not taken."""
 
 

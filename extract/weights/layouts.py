@@ -1,4 +1,4 @@
-"""The layouts in which Bottom-Up-Attention's weights went around, turned into Detectron2's names."""
+"""The layouts in which the weights of Bottom-Up-Attention and VinVL went around, turned into Detectron2's names."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from uniter.datasets.errors import BadInput
 from uniter.extract.weights.files import Tensors
+from uniter.extract.weights.vinvl import from_vinvl, is_vinvl
 
 BOX_PREDICTOR, RPN_HEAD = "roi_heads.box_predictor.", "proposal_generator.rpn_head."
 
@@ -22,10 +23,10 @@ def to_detectron2(found: Tensors, *, path: Path | str = "weights") -> tuple[Tens
     """Any published layout to Detectron2's, all values in float32.
 
     Returns:
-        The tensors and the layout they had: "detectron2", "huggingface", "milvlg" or "caffe".
+        The tensors and the layout they had: "detectron2", "huggingface", "milvlg", "vinvl" or "caffe".
 
     Raises:
-        BadInput: MILVLG's pre-activation ResNet-152, or a value that is not finite.
+        BadInput: MILVLG's pre-activation ResNet-152, a value that is not finite, or see `from_vinvl`.
     """
     names = {name.removeprefix("module."): tensor for name, tensor in found.items()}
     counters = [name for name in names if name.endswith(".num_batches_tracked")]
@@ -34,6 +35,8 @@ def to_detectron2(found: Tensors, *, path: Path | str = "weights") -> tuple[Tens
     deltas = plain.get(RPN_HEAD + "anchor_deltas.weight")
     if "conv1[0]" in plain or any(name.startswith("res2a_branch") for name in plain):
         converted, layout = from_caffe(plain), "caffe"
+    elif is_vinvl(plain):
+        converted, layout = from_vinvl(plain, path=path), "vinvl"
     elif BOX_PREDICTOR + "attr_linear1.weight" in plain or (
         objectness is not None and deltas is not None and 2 * objectness.shape[0] == deltas.shape[0]
     ):

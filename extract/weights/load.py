@@ -5,6 +5,7 @@
 | Detectron2's and airsplay's pickles, model zoo | a pickle | nothing: it is the layout |
 | Hugging Face `pytorch_model.bin` | BatchNorm counters | dropping the counters |
 | MILVLG `.pth` | `attr_linear1`, or two RPN scores an anchor | renaming, background from first to last, foreground minus background |
+| VinVL's `.pth` | `backbone.body.stem.*` | renaming, background from first to last |
 | `.caffemodel` | protobuf | Caffe's layer names, BatchNorm's three blobs, and the same as above |
 
 Converted files are cached as safetensors under the user's cache folder with the SHA-256 of source and result. Whether the anchors came
@@ -24,6 +25,7 @@ from torch import Tensor
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.storage.files import sha256_of
 from uniter.extract.weights.cache import CONVERTER, cache_folder, cached_weights, keep
+from uniter.extract.weights.fetching import discard
 from uniter.extract.weights.files import Tensors, read_tensors
 from uniter.extract.weights.layouts import to_detectron2
 from uniter.extract.weights.random import random_tensors
@@ -38,7 +40,7 @@ class Weights:
 
     Attributes:
         tensors: by Detectron2's names, background last.
-        layout: "detectron2", "huggingface", "milvlg", "caffe" or "random".
+        layout: "detectron2", "huggingface", "milvlg", "vinvl", "caffe" or "random".
         source: where they came from, as the user would say it.
         source_sha256: of the file they came from; None for random ones.
         sha256: of the tensors themselves (names, shapes, values): the same for the same weights in any layout's file.
@@ -95,7 +97,7 @@ def load_known_weights(sources: Sequence[str], *, detector: str) -> Weights:
             reasons.append(f"{source}: {error}" if source not in str(error) else str(error))
             log.info("weights: %s", reasons[-1])
     tried = "; ".join(reasons) or "none is known"
-    features = "Visual Genome's" if detector.startswith("butd") else f"those of {detector}"
+    features = "Visual Genome's" if detector.startswith(("butd", "vinvl")) else f"those of {detector}"
     raise UniterError(
         f"no weights for detector {detector!r} could be fetched. Tried: {tried}. What works now, without a download: --detector on-board "
         f"(COCO's 80 classes, features of 512 numbers, small and quick; not {features}: no model that was trained on those takes them). "
@@ -114,7 +116,7 @@ def _load(spec: str, silent: Mapping[str, str]) -> Weights:
         return load_weight_file(path, source=spec)
     except BadInput:
         if path.parent == cache_folder() / "downloads":
-            path.unlink(missing_ok=True)
+            discard(path)
         raise
 
 

@@ -1,11 +1,8 @@
 """Where weights come from: files, URLs, the hub; asked in order, each answer in words."""
 
-import hashlib
 import http.client
 import logging
-import os
 import re
-import tempfile
 import threading
 import time
 import urllib.error
@@ -14,13 +11,14 @@ import urllib.request
 from collections.abc import Collection
 from pathlib import Path
 
-from uniter.datasets.errors import UniterError
-from uniter.extract.weights.cache import cache_folder
+from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.storage.files import sha256_of
+from uniter.extract.weights.fetching import fetch, fetched_path, is_protected
 
 log = logging.getLogger(__name__)
 
 # Bottom-Up-Attention's weights, in the order in which they are tried: the original files, then ports of the same weights.
-UNC = "http://nlp.cs.unc.edu/models"
+UNC = "https://nlp.cs.unc.edu/models"
 
 
 BUTD_SOURCES = (
@@ -38,10 +36,18 @@ BUTD_36_SOURCES = (
 )
 
 
+VINVL_SOURCES = (
+    "https://penzhanwu2.blob.core.windows.net/sgg/sgg_benchmark/vinvl_model_zoo/vinvl_vg_x152c4.pth",
+    "https://huggingface.co/michelecafagna26/vinvl_vg_x152c4/resolve/main/vinvl_vg_x152c4.pth",
+    "https://drive.usercontent.google.com/download?id=1nvu8y4zZFbJqSqLdQClvMyzsbBeX-oaQ&export=download&confirm=t",
+)
+"""As its authors and users named them; none of them could be tried from here."""
+
+
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-DOWNLOAD_TIMEOUT_S, ANSWER_TIMEOUT_S = 30, 6
+ANSWER_TIMEOUT_S = 6
 
 
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
@@ -49,9 +55,9 @@ DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
 
 
 def find_weight_file(spec: str) -> Path:
-    """The local file behind a path, a URL (downloaded once; `detectron2://` as Detectron2 means it) or a hub id."""
+    """The local file behind a path, an https URL (fetched once; `detectron2://` as Detectron2 means it) or a hub id."""
     if is_url(spec):
-        return _download(_plain_url(spec))
+        return fetch(_plain_url(spec))
     path = Path(spec).expanduser()
     if path.is_file():
         return path
@@ -89,7 +95,7 @@ def address_of(spec: str) -> str | None:
     if is_url(spec):
         url = _plain_url(spec)
         parts = urllib.parse.urlsplit(url)
-        return None if _download_target(url).is_file() else f"{parts.scheme}://{parts.netloc}"
+        return None if fetched_path(url).is_file() else f"{parts.scheme}://{parts.netloc}"
     if _is_hub_id(spec):
         from huggingface_hub import constants, try_to_load_from_cache
 
@@ -102,9 +108,11 @@ def silent_sources(specs: Collection[str]) -> dict[str, str]:
     """Why servers cannot be reached, by address; all are asked at once.
 
     Without a network each may take its time to say so (the hub's client alone half a minute of retries), and a look-up of a name has no
-    limit at all: so each is asked in a thread of its own, which nobody waits for when the time is over.
+    limit at all: so each is asked in a thread of its own, which nobody waits for when the time is over. Who does not speak https is not
+    asked at all; `fetch` says so.
     """
-    answers: dict[str, str | None] = dict.fromkeys({address for spec in specs if (address := address_of(spec)) is not None}, "")
+    addresses = {address for spec in specs if (address := address_of(spec)) is not None and is_protected(address)}
+    answers: dict[str, str | None] = dict.fromkeys(addresses, "")
 
     def ask(address: str) -> None:
         try:
@@ -126,50 +134,15 @@ def silent_sources(specs: Collection[str]) -> dict[str, str]:
     return {address: answer or f"{address} {late}" for address, answer in dict(answers).items() if answer is not None}
 
 
-def _download_target(url: str) -> Path:
-    base = re.sub(r"[^\w.-]", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1]) or "file"
-    return cache_folder() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
-
-
-def _download(url: str) -> Path:
-    target = _download_target(url)
-    folder = target.parent
-    if target.is_file():
-        return target
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log.info("downloading %s", url)
-        with (
-            urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer,
-            tempfile.NamedTemporaryFile(dir=folder, delete=False) as file,
-        ):
-            try:
-                expected = int(answer.headers.get("Content-Length") or -1)
-                received = 0
-                while block := answer.read(1 << 20):
-                    received += file.write(block)
-                if 0 <= expected != received:
-                    raise UniterError(f"{url}: the download ended after {received:,} of {expected:,} bytes; try again")
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(target)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except urllib.error.HTTPError as error:
-        raise UniterError(f"{url}: the server answers {error.code} {error.reason}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UniterError(f"{url}: {getattr(error, 'reason', None) or str(error) or type(error).__name__}") from error
-    return target
-
-
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for name in HUB_FILES:
         try:
-            return Path(hf_hub_download(repository, name))
+            return _as_published(Path(hf_hub_download(repository, name)), repository)
+        except BadInput:
+            raise
         except Exception as error:  # the hub's client raises errors of half a dozen libraries
             # The error for "no network" is, of all things, a kind of "no such file".
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
@@ -180,3 +153,13 @@ def _from_hub(repository: str) -> Path:
         f"hub id {repository}: holds neither {' nor '.join(HUB_FILES)}; name another file of it by its URL, "
         f"https://huggingface.co/{repository}/resolve/main/FILE"
     )
+
+
+def _as_published(path: Path, repository: str) -> Path:
+    """The file itself, once it has the SHA-256 that the hub publishes of large files: its cache names them so."""
+    named = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", named) and (got := sha256_of(path)) != named:
+        raise BadInput(
+            f"hub id {repository}: {path} has the SHA-256 {got}, not the published {named}; delete it, so that it is fetched again"
+        )
+    return path

@@ -394,9 +394,10 @@ def test_wrappers_and_prefixes_are_taken_off(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
     folder = tmp_path / "served"
     folder.mkdir()
+    monkeypatch.setattr("uniter.extract.weights.fetching._PLAIN_HOSTS", frozenset(["127.0.0.1"]))
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments: Any) -> None:
@@ -458,7 +459,7 @@ def test_a_network_that_says_nothing_costs_seconds_not_minutes(monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.hf_hub_download", no_network)
     monkeypatch.setattr(sources_module, "ANSWER_TIMEOUT_S", 0.1)
     monkeypatch.chdir(tmp_path)
-    sources = ("https://one.example/a.pkl", "https://two.example/b.pkl", "http://three.example/c.pkl", "owner/name")
+    sources = ("https://one.example/a.pkl", "https://two.example/b.pkl", "https://three.example/c.pkl", "owner/name")
     start = time.monotonic()
     with pytest.raises(UniterError) as caught:
         load_known_weights(sources, detector="butd-36")
