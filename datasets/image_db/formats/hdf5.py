@@ -23,6 +23,12 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.formats.records import MAX_REGIONS, MAX_WIDTH, Item, Skip, best_classes, from_pixels, refuse, size_from
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
+from uniter.datasets.storage.files import read_json, written_aside
+from uniter.datasets.storage.plain_pickle import load_plain_pickle
+
+FAULTS: Final = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, OverflowError)
+
 
 _MOST_PACKED: Final = 1100
 
