@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
@@ -159,7 +159,7 @@ def read_all(layout: Layout, path: Path, known: Known) -> Iterator[Item]:
     for source in sources:
         for key, regions in layout.read(source, source.name if source == path else source.relative_to(path).as_posix(), known):
             if len(sources) > 1 and not isinstance(regions, BadInput):
-                digest = zlib.crc32(np.ascontiguousarray(regions.features, dtype=np.float32))
+                digest = zlib.crc32(np.ascontiguousarray(regions.features, dtype=np.float32).data)
                 before = met.setdefault(key, -1)
                 met[key] = digest
                 if before == digest:
@@ -244,23 +244,34 @@ def record(
     known = {
         name: pair for name, pair in (("object", objects), ("attribute", attributes)) if pair is not None and (pair[0] != NO_CLASS).any()
     }
-    if conf is None and "object" in known:
-        conf = known["object"][1]
+    for name, (ids, _) in known.items():
+        if not ((ids >= NO_CLASS) & (ids < 1 << 31)).all():
+            raise BadInput(f"{name} ids are no class numbers (from {ids.min()} to {ids.max()})")
+    object_ids, object_conf = _best(known.get("object"), len(features))
+    attribute_ids, attribute_conf = _best(known.get("attribute"), len(features))
+    if conf is None:
+        conf = np.zeros(len(features), dtype=np.float32) if object_conf is None else object_conf
     regions = RegionFeatures(
         features=features if features.dtype.str in ("<f2", "<f4") else features.astype(np.float32),
         norm_bb=without_positions(len(features)) if positions is None else np.asarray(positions, dtype=np.float32),
-        conf=np.zeros(len(features), dtype=np.float32) if conf is None else np.asarray(conf, dtype=np.float32),
+        conf=np.asarray(conf, dtype=np.float32),
         boxes=None if boxes is None else np.asarray(boxes, dtype=np.float32),
         size=size,
         soft_labels=soft_labels,
+        object_ids=object_ids,
+        object_conf=object_conf,
+        attribute_ids=attribute_ids,
+        attribute_conf=attribute_conf,
     )
-    for name, (ids, probabilities) in known.items():
-        if not ((ids >= NO_CLASS) & (ids < 1 << 31)).all():
-            raise BadInput(f"{name} ids are no class numbers (from {ids.min()} to {ids.max()})")
-        certain = np.zeros(len(features), np.float32) if probabilities is None else np.asarray(probabilities, np.float32)
-        regions = replace(regions, **{f"{name}_ids": ids.astype(np.int64), f"{name}_conf": certain})
     regions.check_shapes(key)
     return regions
+
+
+def _best(pair: tuple[NDArray[Any], NDArray[Any] | None] | None, count: int) -> tuple[NDArray[np.int64] | None, NDArray[np.float32] | None]:
+    if pair is None:
+        return None, None
+    ids, probabilities = pair
+    return ids.astype(np.int64), np.zeros(count, np.float32) if probabilities is None else np.asarray(probabilities, np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------------- writing

@@ -36,7 +36,7 @@ from uniter.datasets.image_db.formats.projects.layout import (
     record,
 )
 from uniter.datasets.image_db.formats.records import Item, size_from
-from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.storage.files import read_json, write_json
 
 _MOST_LINE: Final = 1 << 28
@@ -106,7 +106,7 @@ def _labelled(key: str, features: NDArray[Any], objects: Sequence[Mapping[str, A
     return record(key, features, boxes=_rects(objects), conf=conf, objects=None if classes is None else (classes, conf), **more)
 
 
-def _parted(matrix: NDArray[np.float32], objects: Sequence[Mapping[str, Any]] | None) -> tuple[NDArray[Any], NDArray[Any]]:
+def _parted(matrix: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Features and the six box columns behind them."""
     if matrix.shape[1] <= 6:
         raise BadInput(f"its features have {matrix.shape[1]} columns, expected six box numbers behind them")
@@ -120,7 +120,8 @@ def _label_rows(regions: RegionFeatures, known: Known) -> list[dict[str, Any]]:
 
 
 def _with_boxes(regions: RegionFeatures) -> str:
-    matrix = np.concatenate([floats(regions.features), floats(regions.norm_bb)], axis=1)
+    assert regions.boxes is not None and regions.size is not None
+    matrix = np.concatenate([floats(regions.features), normalised_boxes(regions.boxes, regions.size)], axis=1)
     return base64.b64encode(matrix.tobytes()).decode()
 
 
@@ -173,7 +174,7 @@ def _of_caption(key: str, columns: list[bytes], label: tuple[int, str, list[byte
     row = _json(columns[0] if columns else b"", "its row")
     if not isinstance(row, dict):
         raise BadInput("its row is no JSON object with num_boxes and features")
-    features, fractions = _parted(_matrix(row.get("features"), row.get("num_boxes"), "features"), None)
+    features, fractions = _parted(_matrix(row.get("features"), row.get("num_boxes"), "features"))
     if label is None:
         return record(key, features, fractions=fractions)
     if label[1] != key:
@@ -260,7 +261,7 @@ def _read_retrieval(path: Path, name: str, known: Known) -> Iterator[Item]:
 def _of_retrieval(key: str, columns: list[bytes], line: bytes, known: Known) -> RegionFeatures:
     if len(columns) != 2 or not columns[0].isdigit() or len(columns[0]) > 6:
         raise BadInput("its row has no number of boxes and features")
-    features, fractions = _parted(_matrix(columns[1], int(columns[0]), "features"), None)
+    features, fractions = _parted(_matrix(columns[1], int(columns[0]), "features"))
     if not line:
         return record(key, features, fractions=fractions)
     found = _json(line, "its row of predictions.tsv")
@@ -363,7 +364,6 @@ ROWS: Final[dict[str, Layout]] = {
         means="Oscar and VinVL, captioning",
         files=("*.yaml", "*.feature.tsv", "*.label.tsv", "*.lineidx", "*_caption.json"),
         holds=("boxes", "sizes", "classes", "confidences"),
-        rounds="boxes as fractions too (float32)",
         needs=(SPLITS, PIXELS, NAMES),
         takes=(CAPTIONS,),
         parts=_PARTS,
@@ -376,7 +376,6 @@ ROWS: Final[dict[str, Layout]] = {
         means="Oscar and VinVL, retrieval and pre-training",
         files=("features.tsv", "features.lineidx", "predictions.tsv", "predictions.lineidx", "imageid2idx.json", "*_captions.pt"),
         holds=("boxes", "sizes", "classes", "confidences"),
-        rounds="boxes as fractions too (float32)",
         needs=(NUMBERS, PIXELS, NAMES),
         takes=(CAPTIONS, SPLITS),
         parts=_PARTS,
