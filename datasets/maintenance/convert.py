@@ -17,7 +17,7 @@ from uniter.datasets.image_db.regions import RegionFeatures, has_positions
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.maintenance.copying import Record, box_ids_of, folders_of, refuse_overlap, write_regions
 from uniter.datasets.progress import Progress
-from uniter.datasets.storage.claims import MADE_BY, PROVENANCE, REPORT, may_replace, note_of, source_names, write_note
+from uniter.datasets.storage.claims import MADE_BY, NOTE, PROVENANCE, REPORT, may_replace, note_of, source_names, write_note
 from uniter.datasets.storage.files import read_json, read_json_object
 from uniter.datasets.storage.index_file import hash_key
 from uniter.datasets.storage.lmdb_files import checked_key
@@ -352,7 +352,10 @@ def provenance_of(source: Path) -> dict[str, Any]:
     """
     header_path, note = source / "header.json", note_of(source)
     if not header_path.exists() and not note.is_file():
-        return {}
+        notes = sorted(source.glob(f"*/{NOTE}")) if source.is_dir() else []  # UNITER's folders have it inside
+        if len(notes) != 1:
+            return {}
+        note = notes[0]
     header = read_json(header_path) if header_path.exists() else read_json_object(note).get(PROVENANCE)
     return {name: header[name] for name in _KEPT if name in header} if isinstance(header, dict) else {}
 

@@ -103,14 +103,14 @@ _PICKLED: Final = "OUT, OUT's name with _imgid2idx.pkl"
 
 def _of_project(layout: Layout) -> Format:
     return Format(
-        means=layout.means,
+        means=f"{layout.means} (pickled: {layout.pickled})" if layout.pickled else layout.means,
         read=lambda path, _: read_all(layout, path, Known()),
         write=lambda path, records, _, note, skip: write_all(layout, path, records, Known(), note, skip),
         needs_pixels=PIXELS in layout.needs,
         holds=layout.holds,
         out=", ".join(layout.files),
         rounds=layout.rounds,
-        needs=layout.needs,
+        needs=(*layout.needs, *(f"{one} (if given)" for one in layout.takes)),
         layout=layout,
     )
 
@@ -142,9 +142,17 @@ FORMATS: Final[dict[str, Format]] = {
     ),
     "butd-tsv": Format("Caffe's TSV", _whole(tsv.read_caffe), _plainly(tsv.write_caffe), True, _LISTED[:2], needs=(PIXELS,)),
     "lxmert-tsv": Format("LXMERT's TSV", _whole(tsv.read_lxmert), _plainly(tsv.write_lxmert), True, _LISTED, needs=(PIXELS,)),
-    "hdf5": Format("adaptive HDF5", _whole(hdf5.read), _plainly(hdf5.write_adaptive), True, _LISTED[:2], out=_PICKLED, needs=(PIXELS,)),
+    "hdf5": Format(
+        "adaptive HDF5 (pickled: imgid2idx)",
+        _whole(hdf5.read),
+        _plainly(hdf5.write_adaptive),
+        True,
+        _LISTED[:2],
+        out=_PICKLED,
+        needs=(PIXELS,),
+    ),
     "hdf5-36": Format(
-        "fixed HDF5, one file of butd_vqa",
+        "fixed HDF5, one file of butd_vqa (pickled: imgid2idx)",
         _whole(hdf5.read),
         _plainly(hdf5.write_fixed),
         True,

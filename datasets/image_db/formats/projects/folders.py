@@ -1,25 +1,21 @@
-"""Layouts of one file an image: self-critical, X-modaler, OpenVQA, bottom-up-attention.pytorch, MMF's folders.
+"""Layouts of one file an image: X-modaler, OpenVQA, bottom-up-attention.pytorch, MMF's folders.
 
 What a reader would get wrong: OpenVQA's VQA features are stored (width, n), all others (n, width); its loader takes either in silence. The
 `.npz` of bottom-up-attention.pytorch and the `_info.npy` of MMF hold a pickled dict, which is read by `plain_pickle` only.
 
-Source: facts/formats.md, with its corrections 1, 5, 10, 14 and 15.
+Source: facts/formats.md, with its corrections 1, 10, 14 and 15.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.image_db.formats import hdf5
 from uniter.datasets.image_db.formats.projects.layout import (
-    NUMBERS,
     PIXELS,
     SPLITS,
     Known,
@@ -38,20 +34,19 @@ from uniter.datasets.image_db.formats.projects.layout import (
 from uniter.datasets.image_db.formats.records import Item, best_classes
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.storage.npz import map_npy, plain_npy, unpack_npz, write_npy, write_npz
-from uniter.datasets.storage.plain_pickle import plain_pickle
-from uniter.datasets.storage.streams import whole_json
 
 _MOST_BYTES: Final = 1 << 30
 
 
-def _content(path: Path) -> bytes:
+def content_of_file(path: Path) -> bytes:
+    """A file of one image; BadInput if it is larger than any of those."""
     if path.stat().st_size > _MOST_BYTES:
         raise BadInput(f"the file has more than {_MOST_BYTES:,} bytes")
     return path.read_bytes()
 
 
 def _arrays(path: Path, *needed: str, plain: str | None = None) -> dict[str, Any]:
-    arrays = unpack_npz(_content(path), scalars=True, plain=plain)
+    arrays = unpack_npz(content_of_file(path), scalars=True, plain=plain)
     if missing := [name for name in needed if name not in arrays]:
         raise BadInput(f"it has no {missing[0]} (but {', '.join(arrays)})")
     return arrays
@@ -89,117 +84,12 @@ def _names_in(files: Sequence[Path], *, of: str = ".npz") -> dict[str, tuple[int
     for file in files:
         if file.suffix == of:
             with contextlib.suppress(BadInput, OSError):
-                return {name: np.shape(array) for name, array in unpack_npz(_content(file), scalars=True, plain="info").items()}
+                return {name: np.shape(array) for name, array in unpack_npz(content_of_file(file), scalars=True, plain="info").items()}
     return {}
 
 
-# ------------------------------------------------------------------------------------------------------------- self-critical
-
-
-def _selfcritical_sources(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    folders = [file for file in inside if file.suffix == ".npz"]
-    return [*folders, *(file for file in inside if file.stem.endswith("_att") and file.suffix in (".h5", ".lmdb", ".pth"))]
-
-
-def _beside(path: Path, known: Known, key: str) -> dict[str, Any]:
-    """The boxes and the size of an image, as far as they lie beside its features."""
-    holder = path.parent if path.suffix == ".npz" else path.with_suffix("")
-    box = holder.with_name(f"{holder.name.removesuffix('_att')}_box") / f"{key}.npy"
-    if holder.parent not in known.kept:
-        sizes: dict[str, tuple[int, int]] = {}
-        for file in sorted(holder.parent.glob("*.json")):
-            for row in _rows_of(file):
-                with contextlib.suppress(KeyError, TypeError, ValueError):
-                    sizes[str(row["id"])] = int(row["height"]), int(row["width"])
-        known.kept[holder.parent] = sizes
-    return {"boxes": map_npy(box) if box.is_file() else None, "size": known.kept[holder.parent].get(key)}
-
-
-def _rows_of(file: Path) -> list[Any]:
-    rows = whole_json(file)
-    rows = rows.get("images") if isinstance(rows, dict) else None
-    return rows if isinstance(rows, list) else []
-
-
-def _read_selfcritical(path: Path, name: str, known: Known) -> Iterator[Item]:
-    reader = {".lmdb": _of_lmdbdict, ".h5": _of_hdf5, ".pth": _of_pth}.get(path.suffix, _of_npz)
-    for key, features in reader(path):
-        yield attempt(key, path, lambda key=key, features=features: record(key, features(), **_beside(path, known, key)))  # type: ignore[misc]
-
-
-_Features = Iterator[tuple[str, Callable[[], NDArray[Any]]]]
-
-
-def _of_npz(path: Path) -> _Features:
-    yield path.stem, lambda: _feat_of(_content(path))
-
-
-def _feat_of(content: bytes | memoryview) -> NDArray[Any]:
-    arrays = unpack_npz(content)
-    found = arrays.get("feat", arrays.get("z"))
-    if found is None:
-        raise BadInput(f"it has neither feat nor z (but {', '.join(arrays) or 'nothing'})")
-    return found.reshape(-1, found.shape[-1])
-
-
-def _of_hdf5(path: Path) -> _Features:
-    with hdf5.opened(path) as file:
-        for key in file:
-            yield str(key), lambda key=key: hdf5.numbers_in(file, key, 2)[:]  # type: ignore[misc]
-
-
-def _of_lmdbdict(path: Path) -> _Features:
-    try:
-        environment = lmdb.open(str(path), readonly=True, subdir=False, lock=False, create=False, max_spare_txns=0)
-    except lmdb.Error as error:
-        raise BadInput(f"{path} cannot be opened: {error}") from None
-    with contextlib.closing(environment), environment.begin(buffers=True) as transaction:
-        for name in (b"__keys__", b"__key_dumps__", b"__key_loads__", b"__value_dumps__", b"__value_loads__"):
-            value = transaction.get(name)
-            if value is not None:  # functions may be kept there; these are names
-                plain_pickle(value, f"{path}: {name.decode()}")
-        for key, value in transaction.cursor():
-            spelt = bytes(key).decode("utf-8", "replace")
-            if not (spelt.startswith("__") and spelt.endswith("__")):
-                yield spelt, lambda value=value: _feat_of(value)  # type: ignore[misc]
-
-
-def _of_pth(path: Path) -> _Features:
-    from uniter.datasets.storage.tensors import read_plain_tensors  # torch takes seconds to import
-
-    for key, tensor in read_plain_tensors(path).items():
-        yield key, lambda tensor=tensor: tensor  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def _write_selfcritical(folder: Path, known: Known) -> Iterator[Put]:
-    for name in ("att", "fc", "box"):
-        (folder / f"cocobu_{name}").mkdir()
-    sizes = 0
-    with open(folder / "cocotalk.json", "w") as information:
-
-        def put(image: Record) -> None:
-            nonlocal sizes
-            features = floats(image.regions.features)
-            write_npz(folder / "cocobu_att" / f"{image.number}.npz", {"feat": features})
-            _write_one(folder / "cocobu_fc" / f"{image.number}.npy", features.mean(axis=0, dtype=np.float32))
-            if image.regions.boxes is not None:
-                _write_one(folder / "cocobu_box" / f"{image.number}.npy", floats(image.regions.boxes))
-            if image.regions.size is not None:
-                height, width = image.regions.size
-                row = {"id": image.number, "cocoid": image.number, "height": height, "width": width}
-                row |= {"split": image.split} if image.split else {}
-                information.write(('{"images": [\n' if not sizes else ",\n") + json.dumps(row))
-                sizes += 1
-
-        yield put
-        information.write("\n]}\n" if sizes else '{"images": []}\n')
-
-
-def _write_one(path: Path, array: NDArray[Any]) -> None:
+def write_one(path: Path, array: NDArray[Any]) -> None:
+    """One .npy file."""
     with open(path, "wb") as file:
         write_npy(file, array)
 
@@ -232,7 +122,11 @@ def _write_xmodaler(folder: Path, known: Known) -> Iterator[Put]:
             raise BadInput("it has no boxes, size or soft labels, which the first image has")
         assert regions.boxes is not None and regions.size is not None and regions.soft_labels is not None
         height, width = regions.size
-        arrays = {"features": floats(regions.features), "cls_prob": floats(regions.soft_labels), "boxes": floats(regions.boxes)}
+        arrays: dict[str, NDArray[Any]] = {
+            "features": floats(regions.features),
+            "cls_prob": floats(regions.soft_labels),
+            "boxes": floats(regions.boxes),
+        }
         arrays_of_size = {"image_h": np.array([height], np.int64), "image_w": np.array([width], np.int64)}
         write_npz(file_of(folder / kind, image.key, ".npz"), {**arrays, **arrays_of_size})
 
@@ -259,7 +153,11 @@ def _write_openvqa_vqa(folder: Path, known: Known) -> Iterator[Put]:
         if "/" in image.key:
             raise BadInput("its key holds '/', and this layout has a folder for each part only")
         name = image.key if not image.key.isdigit() else f"COCO_{image.split}_{last:012d}"
-        arrays = {"x": np.ascontiguousarray(floats(regions.features).T), "bbox": floats(regions.boxes), "num_bbox": number(len(regions))}
+        arrays: dict[str, NDArray[Any]] = {
+            "x": np.ascontiguousarray(floats(regions.features).T),
+            "bbox": floats(regions.boxes),
+            "num_bbox": number(len(regions)),
+        }
         write_npz(file_of(folder / image.split, name, ".npz"), {**arrays, **_sizes(regions, "image_h", "image_w")})
 
     yield put
@@ -324,8 +222,14 @@ def _write_milvlg(folder: Path, known: Known) -> Iterator[Put]:
         regions = image.regions
         assert regions.boxes is not None and regions.size is not None
         height, width = regions.size
-        info = {"image_id": image.key, "image_h": height, "image_w": width, "num_boxes": len(regions), **best_classes(regions)}
-        arrays = {"x": floats(regions.features), "bbox": floats(regions.boxes), "num_bbox": number(len(regions))}
+        info: dict[str, Any] = {
+            "image_id": image.key,
+            "image_h": height,
+            "image_w": width,
+            "num_boxes": len(regions),
+            **best_classes(regions),
+        }
+        arrays: dict[str, NDArray[Any]] = {"x": floats(regions.features), "bbox": floats(regions.boxes), "num_bbox": number(len(regions))}
         arrays |= {**_sizes(regions, "image_h", "image_w"), "info": np.array(info, dtype=object)}
         write_npz(file_of(folder, image.key, ".npz"), arrays)
 
@@ -341,7 +245,7 @@ def _mmf_files(path: Path) -> list[Path]:
 
 def _mmf_npy(path: Path) -> RegionFeatures:
     beside = path.with_name(f"{path.stem}_info.npy")
-    info = plain_npy(_content(beside), beside.name) if beside.is_file() else {}
+    info = plain_npy(content_of_file(beside), beside.name) if beside.is_file() else {}
     if not isinstance(info, dict):
         raise BadInput(f"{beside.name} holds a {type(info).__name__}, expected a map")
     return mmf_record(path.stem, np.asarray(map_npy(path)), info)
@@ -355,16 +259,27 @@ def mmf_record(key: str, features: NDArray[Any], info: dict[str, Any]) -> Region
     fractions = None
     if isinstance(boxes, np.ndarray) and boxes.ndim == 2 and boxes.shape[1] == 6:  # VinVL's
         boxes, fractions = None, boxes
-    soft_labels = None
-    if isinstance(probabilities, np.ndarray) and probabilities.ndim == 2 and probabilities.shape[1]:
-        soft_labels = probabilities.astype(np.float32)
-        rest = 1 - soft_labels.sum(axis=1, keepdims=True)
-        if soft_labels.shape[1] != 1601 and not (np.abs(rest) < 1e-3).all():
-            soft_labels = np.concatenate([np.clip(rest, 0, 1), soft_labels], axis=1)
     objects = info.get("objects")
-    pair = (objects, None) if isinstance(objects, np.ndarray) and objects.dtype.kind in "iu" and soft_labels is None else None
+    numbers = objects if isinstance(objects, np.ndarray) and objects.dtype.kind in "iu" else None
+    soft_labels = None
+    if isinstance(probabilities, np.ndarray) and probabilities.ndim == 2 and probabilities.shape[1] and len(probabilities):
+        soft_labels = probabilities.astype(np.float32)
+        if not _has_background(soft_labels, numbers):
+            rest = np.clip(1 - soft_labels.sum(axis=1, keepdims=True), 0, 1)
+            soft_labels = np.concatenate([rest, soft_labels], axis=1)
+    pair = (numbers, None) if numbers is not None and soft_labels is None else None
     conf = info.get("scores") if isinstance(info.get("scores"), np.ndarray) else None
     return record(key, features, boxes=boxes, size=size, fractions=fractions, soft_labels=soft_labels, objects=pair, conf=conf)
+
+
+def _has_background(probabilities: NDArray[np.float32], objects: NDArray[Any] | None) -> bool:
+    """Whether column 0 is the background: `objects` are the best foreground classes, counted from 0 in either case."""
+    if objects is not None and objects.shape == (len(probabilities),) and probabilities.shape[1] > 1:
+        if (probabilities.argmax(axis=1) == objects).all():
+            return False
+        if (probabilities[:, 1:].argmax(axis=1) == objects).all():
+            return True
+    return probabilities.shape[1] == 1601
 
 
 def mmf_info(regions: RegionFeatures) -> dict[str, Any]:
@@ -386,8 +301,8 @@ def _write_mmf_npy(folder: Path, known: Known) -> Iterator[Put]:
             raise BadInput("its key ends in _info, as the files beside the features do")
         path = file_of(folder, image.key, ".npy")
         beside = file_of(folder, image.key, "_info.npy")
-        _write_one(path, floats(image.regions.features))
-        _write_one(beside, np.array(mmf_info(image.regions), dtype=object))
+        write_one(path, floats(image.regions.features))
+        write_one(beside, np.array(mmf_info(image.regions), dtype=object))
 
     yield put
 
@@ -400,14 +315,6 @@ def _fits_xmodaler(files: Sequence[Path]) -> bool:
     return set(names) == {"feat"} or {"features", "boxes", "image_h", "image_w"} <= set(names)
 
 
-def _fits_selfcritical(files: Sequence[Path]) -> bool:
-    return any(
-        (file.suffix in (".lmdb", ".h5", ".pth") and file.stem.endswith("_att"))
-        or (file.suffix == ".npz" and file.parent.name.endswith("_att"))
-        for file in files
-    )
-
-
 def _fits_openvqa_vqa(files: Sequence[Path]) -> bool:
     return any(
         {"x", "bbox", "image_h", "image_w"} <= set(names) and "info" not in names and names["x"][-1:] == names["bbox"][:1] != names["x"][:1]
@@ -416,18 +323,6 @@ def _fits_openvqa_vqa(files: Sequence[Path]) -> bool:
 
 
 ROWS: Final[dict[str, Layout]] = {
-    "selfcritical": Layout(
-        means="ImageCaptioning.pytorch (self-critical, AoANet)",
-        files=("cocobu_att/*.npz", "cocobu_fc/*.npy", "cocobu_box/*.npy", "cocotalk.json"),
-        holds=("boxes", "sizes"),
-        needs=(NUMBERS,),
-        takes=(SPLITS,),
-        parts={"train2014": "train", "val2014": "val", "test2014": "test", "test2015": "test"},
-        fits=_fits_selfcritical,
-        sources=_selfcritical_sources,
-        read=_read_selfcritical,
-        write=_write_selfcritical,
-    ),
     "xmodaler": Layout(
         means="X-modaler",
         files=("full/*.npz", "single/*.npz"),
@@ -460,6 +355,7 @@ ROWS: Final[dict[str, Layout]] = {
     ),
     "milvlg": Layout(
         means="bottom-up-attention.pytorch (MILVLG)",
+        pickled="`info` in each file",
         files=("*.npz",),
         holds=("boxes", "sizes", "classes", "attributes"),
         needs=(PIXELS,),
@@ -470,6 +366,8 @@ ROWS: Final[dict[str, Layout]] = {
     ),
     "mmf_npy": Layout(
         means="MMF, folders",
+        pickled="the info files",
+        rounds="the background becomes 1 - the rest",
         files=("*.npy", "*_info.npy"),
         holds=("boxes", "sizes", "classes", "soft labels"),
         needs=(PIXELS,),

@@ -284,6 +284,7 @@ ROWS: Final[dict[str, Layout]] = {
     ),
     "butd_vqa": Layout(
         means="bottom-up-attention-vqa (hengyuan-hu) and BAN",
+        pickled="imgid2idx",
         files=("*36.hdf5", "*36_imgid2idx.pkl"),
         holds=("boxes", "sizes"),
         needs=(NUMBERS, SPLITS, THIRTY_SIX, PIXELS),

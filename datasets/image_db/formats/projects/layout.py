@@ -129,6 +129,7 @@ class Layout:
         read: (file, its path below the folder that was named) -> items; a broken file is an exception.
         write: (folder, what is known) -> something to put records into, one after another; at the end of the context all is on disk.
         most: regions that an image may have; others are cut.
+        pickled: which of its files are, or hold, pickles, since its own readers take nothing else.
         takes: what of `CAPTIONS` and `SPLITS` it has room for without needing it.
         parts: how the splits that keys name are called there; those that `--split` names are taken as they are.
     """
@@ -145,6 +146,7 @@ class Layout:
     most: int = MAX_REGIONS
     parts: Mapping[str, str] = field(default_factory=dict)
     takes: tuple[str, ...] = ()
+    pickled: str = ""
 
 
 # ------------------------------------------------------------------------------------------------------------------- reading

@@ -232,7 +232,7 @@ def _holds(*names: str) -> Callable[[Sequence[Path]], bool]:
             if file.name == "data.mdb":
                 with contextlib.suppress(BadInput, lmdb.Error), open_reader(file.parent).begin(buffers=True) as transaction:
                     for key, value in transaction.cursor():
-                        if bytes(key) != _KEYS and value[:1] in (b"\x80", b"(", b"}"):
+                        if bytes(key) != _KEYS and bytes(value[:1]) in (b"\x80", b"(", b"}"):
                             return all(name.encode() in bytes(value) for name in names)
                 return False
         return False
@@ -243,6 +243,8 @@ def _holds(*names: str) -> Callable[[Sequence[Path]], bool]:
 ROWS: Final[dict[str, Layout]] = {
     "mmf_lmdb": Layout(
         means="MMF, LMDB",
+        pickled="every record",
+        rounds="the background becomes 1 - the rest",
         files=("names.lmdb/*", "numbers.lmdb/*"),
         holds=("boxes", "sizes", "classes", "soft labels"),
         needs=(PIXELS,),
@@ -253,6 +255,7 @@ ROWS: Final[dict[str, Layout]] = {
     ),
     "vilbert_lmdb": Layout(
         means="ViLBERT-multi-task (12-in-1)",
+        pickled="every record",
         files=("features.lmdb/*",),
         holds=("boxes", "sizes"),
         needs=(NUMBERS, PIXELS),
@@ -263,6 +266,7 @@ ROWS: Final[dict[str, Layout]] = {
     ),
     "volta_lmdb": Layout(
         means="VOLTA, LMDB",
+        pickled="every record",
         files=("raw.lmdb/*", "*_feat.lmdb/*"),
         holds=("boxes", "sizes", "classes", "attributes", "soft labels"),
         needs=(PIXELS,),

@@ -374,6 +374,7 @@ ROWS: Final[dict[str, Layout]] = {
     ),
     "oscar_retrieval": Layout(
         means="Oscar and VinVL, retrieval and pre-training",
+        pickled="the captions, by torch.save",
         files=("features.tsv", "features.lineidx", "predictions.tsv", "predictions.lineidx", "imageid2idx.json", "*_captions.pt"),
         holds=("boxes", "sizes", "classes", "confidences"),
         needs=(NUMBERS, PIXELS, NAMES),

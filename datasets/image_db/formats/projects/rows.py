@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Final
 
-from uniter.datasets.image_db.formats.projects import folders, hdf5_files, lmdbs, oscar, scan, vlbert
+from uniter.datasets.image_db.formats.projects import folders, hdf5_files, lmdbs, oscar, scan, selfcritical, vlbert
 from uniter.datasets.image_db.formats.projects.layout import Layout, some_files
 
-_FAMILIES: Final = (folders, hdf5_files, lmdbs, oscar, scan, vlbert)
+_FAMILIES: Final = (folders, hdf5_files, lmdbs, oscar, scan, selfcritical, vlbert)
 
 _ORDER: Final = (
     *("m2", "selfcritical", "xmodaler", "openvqa_vqa", "openvqa_gqa", "milvlg", "mmf_npy", "mmf_lmdb", "vilbert_lmdb", "vlt5_h5"),
