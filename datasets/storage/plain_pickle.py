@@ -210,9 +210,20 @@ class _Pickler(pickle._Pickler):
 
 def to_plain_pickle(value: Any) -> bytes:
     """A pickle of plain lists, maps, texts, numbers and arrays, for layouts whose own readers take nothing else (protocol 3)."""
+    fast = pickle.dumps(value, protocol=3)
+    # A name stands once, and is referred to after that; where it comes oftener, it is in somebody's text or array.
+    count = fast.count(_NEWER)
+    names = [name for name in (b"_reconstruct\n", b"scalar\n")[: 2 if count > 1 else 1] if count and _NEWER + name in fast]
+    if count == len(names):
+        for name in names:
+            fast = fast.replace(_NEWER + name, _OLDER + name, 1)
+        return fast
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=3).dump(value)
     return buffer.getvalue()
+
+
+_OLDER, _NEWER = (pickle.GLOBAL + f"numpy.{core}.multiarray\n".encode() for core in ("core", "_core"))
 
 
 class _Plainly:

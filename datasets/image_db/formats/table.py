@@ -20,6 +20,7 @@ from uniter.datasets.image_db.formats.projects.rows import LAYOUTS, recognise_pr
 from uniter.datasets.image_db.formats.records import Item, Selection, Skip
 from uniter.datasets.image_db.published import refuse_pickles
 from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.storage.claims import NOTE
 
 __all__ = ["FORMATS", "HOLDABLE", "Format", "format_named", "listed", "read_items", "recognise"]
 
@@ -64,8 +65,21 @@ class Format:
 
 
 def _whole(read: Callable[[Path], Iterator[Item]]) -> Callable[[Path, Selection], Iterator[Item]]:
-    """A reader whose source holds the chosen rows only."""
-    return lambda path, _: read(path)
+    """A reader whose source holds the chosen rows only; the files of a folder are read as one."""
+
+    def read_files(path: Path, _: Selection) -> Iterator[Item]:
+        for file in _parts_of(path):
+            yield from read(file)
+
+    return read_files
+
+
+def _parts_of(path: Path) -> list[Path]:
+    """The TSV or HDF5 files in a folder (`train.tsv.0`, `train.tsv.1` too); the path itself if it is a file."""
+    if not path.is_dir():
+        return [path]
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(NOTE)]
+    return [file for file in found if {".tsv", ".h5", ".hdf5"} & set(file.suffixes[-2:])]
 
 
 class _Write(Protocol):
@@ -212,6 +226,8 @@ def recognise(path: Path) -> str:
             return "uniter"
         if next(path.rglob("*.npz"), None) is not None:
             return "npz"
+        if parts := _parts_of(path):
+            return recognise(parts[0])
         raise BadInput(f"{path} holds neither a database nor .npz files; known formats: {', '.join(FORMATS)}")
     with open(path, "rb") as file:
         lines = [file.readline(1 << 28) for _ in range(4)]

@@ -275,11 +275,11 @@ def mmf_record(key: str, features: NDArray[Any], info: dict[str, Any]) -> Region
 def _has_background(probabilities: NDArray[np.float32], objects: NDArray[Any] | None) -> bool:
     """Whether column 0 is the background: `objects` are the best foreground classes, counted from 0 in either case."""
     if objects is not None and objects.shape == (len(probabilities),) and probabilities.shape[1] > 1:
-        if (probabilities.argmax(axis=1) == objects).all():
+        if bool((probabilities.argmax(axis=1) == objects).all()):
             return False
-        if (probabilities[:, 1:].argmax(axis=1) == objects).all():
+        if bool((probabilities[:, 1:].argmax(axis=1) == objects).all()):
             return True
-    return probabilities.shape[1] == 1601
+    return int(probabilities.shape[1]) == 1601
 
 
 def mmf_info(regions: RegionFeatures) -> dict[str, Any]:

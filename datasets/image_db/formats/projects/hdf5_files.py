@@ -16,10 +16,11 @@ from typing import Any, Final
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.formats import hdf5
-from uniter.datasets.image_db.formats.hdf5 import numbers_in, opened
+from uniter.datasets.image_db.formats.hdf5 import Growing, numbers_in, opened, put_array
 from uniter.datasets.image_db.formats.projects.layout import (
     NUMBERS,
     PIXELS,
@@ -86,11 +87,10 @@ def _write_m2(folder: Path, known: Known) -> Iterator[Put]:
 
         def put(image: Record) -> None:
             regions = image.regions
-            file[f"{image.number}_features"] = floats(regions.features)
-            if regions.boxes is not None:
-                file[f"{image.number}_boxes"] = floats(regions.boxes)
-            if regions.soft_labels is not None:
-                file[f"{image.number}_cls_prob"] = floats(regions.soft_labels)
+            arrays = {"features": regions.features, "boxes": regions.boxes, "cls_prob": regions.soft_labels}
+            for name, array in arrays.items():
+                if array is not None:
+                    put_array(file, f"{image.number}_{name}", floats(array))
 
         yield put
 
@@ -172,25 +172,26 @@ def _of_gqa(key: str, row: dict[str, Any], features: Any, boxes: Any) -> RegionF
 @contextlib.contextmanager
 def _write_gqa(folder: Path, known: Known) -> Iterator[Put]:
     count = 0
-    file: Any = None
+    arrays: dict[str, Growing] = {}
     with contextlib.ExitStack() as stack, open(folder / "gqa_objects_info.json", "w") as information:
 
         def put(image: Record) -> None:
-            nonlocal count, file
+            nonlocal count
             regions, row = image.regions, count % _GQA_IMAGES
             assert regions.boxes is not None and regions.size is not None
             width = regions.features.shape[1]
-            if file is not None and file["features"].shape[2] != width:
-                raise BadInput(f"its features are {width} wide, the first image's {file['features'].shape[2]}")
+            if arrays and arrays["features"].tail[1] != width:
+                raise BadInput(f"its features are {width} wide, the first image's {arrays['features'].tail[1]}")
             if row == 0:
                 stack.pop_all().close()
                 file = stack.enter_context(h5py.File(folder / f"gqa_objects_{count // _GQA_IMAGES}.h5", "w"))
                 for name, columns in (("features", width), ("bboxes", 4)):
-                    shape = (_GQA_ROWS, columns)
-                    file.create_dataset(name, (0, *shape), maxshape=(None, *shape), dtype="<f4", chunks=(1, *shape))
+                    arrays[name] = Growing(file, name, (_GQA_ROWS, columns))
+                    stack.callback(arrays[name].flush)
             for name, array in (("features", regions.features), ("bboxes", regions.boxes)):
-                file[name].resize(row + 1, axis=0)
-                file[name][row, : len(regions)] = floats(array)
+                padded = np.zeros((1, *arrays[name].tail), dtype=np.float32)
+                padded[0, : len(regions)] = array
+                arrays[name].put(padded)
             told = {"width": regions.size[1], "height": regions.size[0], "objectsNum": len(regions)}
             told |= {"idx": row, "file": count // _GQA_IMAGES}
             information.write(("{" if not count else ",\n") + f"{json.dumps(image.key)}: {json.dumps(told)}")
@@ -227,32 +228,30 @@ def _of_visdial(key: str, row: int, features: Any, beside: dict[str, Any]) -> Re
 
 @contextlib.contextmanager
 def _write_visdial(folder: Path, known: Known) -> Iterator[Put]:
-    files: dict[str, Any] = {}
+    files: dict[str, dict[str, Growing]] = {}
     with contextlib.ExitStack() as stack:
 
         def put(image: Record) -> None:
             regions = image.regions
-            arrays = {"features": floats(regions.features)}
+            arrays: dict[str, NDArray[Any]] = {"image_id": np.array(image.number, np.int64), "features": floats(regions.features)}
             if regions.boxes is not None:
                 arrays["boxes"] = floats(regions.boxes)
             if regions.best_objects() is not None:
                 best = best_classes(regions)
                 arrays |= {"classes": floats(best["objects_id"] + 1), "scores": floats(best["objects_conf"])}
-            file = files.get(image.split)
-            if file is None:
+            held = files.get(image.split)
+            if held is None:
                 path = _named(folder, f"features_faster_rcnn_x101_{image.split}", ".h5")
-                file = files[image.split] = stack.enter_context(h5py.File(path, "w"))
+                file = stack.enter_context(h5py.File(path, "w"))
                 file.attrs["split"] = image.split
-                file.create_dataset("image_id", (0,), maxshape=(None,), dtype="<i8", chunks=(1024,))
+                held = files[image.split] = {}
                 for name, array in arrays.items():
-                    file.create_dataset(name, (0, *array.shape), maxshape=(None, *array.shape), dtype="<f4", chunks=(1, *array.shape))
-            held = {name: file[name].shape[1:] for name in file if name != "image_id"}
-            if held != {name: array.shape for name, array in arrays.items()}:
+                    held[name] = Growing(file, name, array.shape, dtype=array.dtype.str, rows=1024 if name == "image_id" else 1)
+                    stack.callback(held[name].flush)
+            if {name: one.tail for name, one in held.items()} != {name: array.shape for name, array in arrays.items()}:
                 raise BadInput(f"it holds {', '.join(arrays)} otherwise than the first image")
-            count = len(file["image_id"])
-            for name, value in {"image_id": np.int64(image.number), **arrays}.items():
-                file[name].resize(count + 1, axis=0)
-                file[name][count] = value
+            for name, array in arrays.items():
+                held[name].put(array[None])
 
         yield put
 

@@ -39,7 +39,11 @@ def _read(path: Path, name: str, known: Known) -> Iterator[Item]:
         raise BadInput(f"{path} has shape {features.shape}, expected (images, regions, width)")
     split = path.name.removesuffix("_ims.npy")
     beside = path.with_name(f"{split}_ids.txt")
-    ids = beside.read_text(encoding="utf-8").split("\n") if beside.is_file() else [f"{split}_{row}" for row in range(len(features))]
+    ids = (
+        beside.read_text(encoding="utf-8", errors="replace").split("\n")
+        if beside.is_file()
+        else [f"{split}_{row}" for row in range(len(features))]
+    )
     ids = [one.strip() for one in ids if one.strip()]
     if len(ids) == _EACH * len(features):
         ids = ids[::_EACH]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from uniter.cli.db import main
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
+from uniter.datasets.image_db.formats.projects import layout as layout_file
 from uniter.datasets.image_db.formats.projects.layout import CAPTIONS, NUMBERS, SPLITS, THIRTY_SIX, Known, read_all, split_in, write_all
 from uniter.datasets.image_db.formats.projects.rows import LAYOUTS
 from uniter.datasets.image_db.formats.records import refuse
@@ -218,6 +220,60 @@ def test_formats_written_again_are_complete_and_others_files_stay(tmp_path: Path
     with pytest.raises(BadInput, match=r"holds thesis\.txt, which is no part of this layout"):
         convert(source, out, to="milvlg", overwrite=True)
     assert (out / "thesis.txt").exists()
+
+
+def _killed_in_the_middle(source: Path, out: Path, name: str, **how: Any) -> None:
+    """Convert in another process, which ends without another word when it has two images to write."""
+    child = os.fork()
+    if child == 0:
+        real, calls = layout_file._prepared, iter(range(100))
+
+        def ending(*words: Any) -> Any:
+            return os._exit(9) if next(calls) == 2 else real(*words)
+
+        layout_file._prepared = ending
+        try:
+            convert(source, out, to=name, **how)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_formats_killed_and_repeated_equal_unbroken(name: str, tmp_path: Path) -> None:
+    source = ours(tmp_path / "ours.lmdb", *(f"COCO_val2014_{number:012d}" for number in range(1, 5)))
+    how: dict[str, Any] = {"key": "{id}"} if NUMBERS in LAYOUTS[name].needs else {}
+    if CAPTIONS in LAYOUTS[name].needs:
+        how["captions"] = tmp_path / "captions.jsonl"
+        rows = [{"image": f"{number}.jpg", "caption": f"text {text}"} for number in range(1, 5) for text in range(5)]
+        how["captions"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unbroken, out = tmp_path / "unbroken", tmp_path / "out"
+    report = convert(source, unbroken, to=name, **how)
+    _killed_in_the_middle(source, out, name, **how)
+    assert not out.exists(), "a folder is there whole or not at all"
+    assert convert(source, out, to=name, **how) == report
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")], "what the killed one left is cleared away"
+    theirs, mine = ({path.relative_to(root): path for path in root.rglob("*") if path.is_file()} for root in (unbroken, out))
+    assert mine.keys() == theirs.keys()
+    for place, path in theirs.items():
+        assert mine[place].read_bytes() == path.read_bytes(), place
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    _killed_in_the_middle(source, out, name, overwrite=True, **how)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}, "nothing goes before its successor is whole"
+
+
+@pytest.mark.parametrize("name", ["butd-tsv", "lxmert-tsv", "hdf5", "milvlg", "vilbert_lmdb"])
+def test_formats_of_several_files_are_read_as_one(name: str, tmp_path: Path) -> None:
+    for part in range(2):
+        out = (
+            tmp_path
+            / "parts"
+            / (f"part.{name.rpartition('-')[2]}.{part}" if "tsv" in name else f"part{part}{'.hdf5' if name == 'hdf5' else ''}")
+        )
+        convert(ours(tmp_path / f"{part}.lmdb", str(2 * part), str(2 * part + 1)), out, to=name)
+    assert recognise(tmp_path / "parts") == name
+    convert(tmp_path / "parts", tmp_path / "whole.lmdb")
+    assert sorted(key[-1] for key in ImageDB(tmp_path / "whole.lmdb")) == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("key", ["../evil", "/tmp/evil", "a\0b", "x" * 300])
