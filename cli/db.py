@@ -13,7 +13,7 @@ from uniter.cli.common import FAILED, SKIPPED_UNDER_STRICT, common_options, prin
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.database import open_image_dbs
 from uniter.datasets.image_db.formats.records import Selection
-from uniter.datasets.image_db.formats.table import FORMATS
+from uniter.datasets.image_db.formats.table import FORMATS, format_named, listed
 from uniter.datasets.maintenance.check import check_coverage, check_database
 from uniter.datasets.maintenance.check_report import CheckReport
 from uniter.datasets.maintenance.convert import convert
@@ -23,6 +23,23 @@ from uniter.datasets.maintenance.merge import merge
 from uniter.datasets.maintenance.repair import repair
 from uniter.datasets.maintenance.split import split
 from uniter.datasets.text_db import TextDB
+
+
+class FormatName(click.Choice[str]):
+    """A name in `FORMATS`, hyphens and underscores alike."""
+
+    def __init__(self) -> None:
+        super().__init__(list(FORMATS))
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "FORMAT"  # there are thirty; `--list` shows them
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return format_named(value)
+        except BadInput as error:
+            self.fail(str(error), param, ctx)
+
 
 HELP = {"help_option_names": ["-h", "--help"]}
 DATABASE = click.Path(path_type=Path)
@@ -133,11 +150,15 @@ def _print_check(reports: Sequence[CheckReport], summary: dict[str, Any]) -> Non
 
 
 @main.command("convert", context_settings=HELP)
-@click.argument("source", metavar="IN", type=DATABASE)
-@click.argument("out", type=DATABASE)
-@click.option("--to", default="lmdb", show_default=True, type=click.Choice(list(FORMATS)), help="The format to write.")
-@click.option("--from", "source_format", type=click.Choice(list(FORMATS)), help="The format of IN.  [default: recognised by content]")
+@click.argument("source", metavar="IN", type=DATABASE, required=False)
+@click.argument("out", metavar="OUT", type=DATABASE, required=False)
+@click.option("--to", default="lmdb", show_default=True, type=FormatName(), help="The format to write.")
+@click.option("--from", "source_format", type=FormatName(), help="The format of IN.  [default: recognised by content]")
+@click.option("--list", "shows_formats", is_flag=True, help="Show all formats: what each holds, lacks, rounds and needs.")
 @click.option("--images", type=click.Path(file_okay=False, path_type=Path), help="A folder of the pictures: their sizes, where needed.")
+@click.option("--key", metavar="RULE", help="What images are called in OUT, from their keys: '{id}' is the number in them.")
+@click.option("--captions", metavar="FILE|TEXTDB", type=DATABASE, help="Captions of the images, for formats that hold them.")
+@click.option("--split", metavar="NAME", help="The part of the data that all are of.  [default: as their keys say]")
 @click.option("--conf-threshold", default=0.2, show_default=True, help="Of candidates keep those above it; -1: the first --num-boxes.")
 @click.option("--min-boxes", default=10, show_default=True, type=click.IntRange(0), help="But at least so many.")
 @click.option("--max-boxes", default=100, show_default=True, type=click.IntRange(1), help="And at most so many.")
@@ -147,11 +168,15 @@ def _print_check(reports: Sequence[CheckReport], summary: dict[str, Any]) -> Non
 @click.option("--strict", is_flag=True, help="Exit code 3 if an image was skipped.")
 @common_options
 def convert_command(
-    source: Path,
-    out: Path,
+    source: Path | None,
+    out: Path | None,
     to: str,
     source_format: str | None,
+    shows_formats: bool,
     images: Path | None,
+    key: str | None,
+    captions: Path | None,
+    split: str | None,
     conf_threshold: float,
     min_boxes: int,
     max_boxes: int,
@@ -171,7 +196,14 @@ def convert_command(
       uniter-db convert train2014_obj36.tsv coco.lmdb
       uniter-db convert img_db/coco_train2014 coco.lmdb
       uniter-db convert out.lmdb out.tsv --to lxmert-tsv
+      uniter-db convert out.lmdb m2/ --to m2 --key '{id}'
+      uniter-db convert --list
     """
+    if shows_formats:
+        _print_formats(source, as_json=as_json)
+        return
+    if source is None or out is None:
+        raise click.UsageError("expected IN and OUT, or --list")
     given = click.get_current_context().get_parameter_source
     named = {name: given(name) is ParameterSource.COMMANDLINE for name in ("conf_threshold", "min_boxes", "max_boxes", "num_boxes")}
     idle = ["num_boxes"] if conf_threshold != -1 else ["min_boxes", "max_boxes"]
@@ -180,7 +212,18 @@ def convert_command(
         raise click.UsageError(f"--{pointless[0].replace('_', '-')} has no meaning here, since {reason}")
     threshold = -1 if conf_threshold == -1 else conf_threshold
     selection = Selection(threshold, min_boxes, max_boxes, num_boxes, keep_all)
-    report = convert(source, out, to=to, source_format=source_format, selection=selection, images=images, overwrite=overwrite)
+    report = convert(
+        source,
+        out,
+        to=to,
+        source_format=source_format,
+        selection=selection,
+        images=images,
+        key=key,
+        captions=captions,
+        split=split,
+        overwrite=overwrite,
+    )
     for row in report.skipped[:5]:
         click.echo(f"skipped: {row['error']}", err=True)
     if len(report.skipped) > 5:
@@ -191,6 +234,17 @@ def convert_command(
     _print_written(summary, as_json=as_json, out=out)
     if report.skipped and strict:
         sys.exit(SKIPPED_UNDER_STRICT)
+
+
+def _print_formats(source: Path | None, *, as_json: bool) -> None:
+    """The table of the formats."""
+    if source is not None:
+        raise click.UsageError("--list shows the formats and converts nothing")
+    if as_json:
+        rows = [{"format": name, "means": form.means, "holds": form.holds, "needs": form.needs} for name, form in FORMATS.items()]
+        print_summary({"formats": rows}, as_json=True, title="")
+        return
+    click.echo(listed())
 
 
 def _print_written(summary: Mapping[str, Any], *, as_json: bool, out: Path) -> None:

@@ -29,7 +29,8 @@ FOLDERS = {
     "datasets/runs": {"datasets/storage"},
     "datasets/image_db": {"datasets/storage"},
     "datasets/image_db/writing": _RECORDS,
-    "datasets/image_db/formats": {*_RECORDS, "datasets/image_db/writing"},
+    "datasets/image_db/formats": {*_RECORDS, "datasets/image_db/formats/projects", "datasets/image_db/writing"},
+    "datasets/image_db/formats/projects": {*_RECORDS, "datasets/image_db/formats"},  # families build on the files that stand there
     "datasets/text_db": {"datasets/storage", "datasets/text_db/captions"},  # exclusions know SBU's names of photographs
     "datasets/text_db/captions": {*_TEXTS, "datasets/image_db"},  # which members of a tar are images
     "datasets/text_db/annotations": {*_TEXTS, "datasets/text_db/captions"},
@@ -38,7 +39,9 @@ FOLDERS = {
     "datasets/maintenance": {
         *_ON_DISK,
         "datasets/image_db/formats",
+        "datasets/image_db/formats/projects",
         "datasets/image_db/writing",
+        "datasets/text_db/captions",  # layouts that hold captions beside the regions
         "datasets/text_db/annotations",
         "datasets/text_db/building",
     },

@@ -113,6 +113,16 @@ def normalised_boxes(boxes: FloatArray, size: tuple[int, int]) -> NDArray[np.flo
     return np.concatenate([scaled, extent], axis=1)
 
 
+def without_positions(count: int) -> NDArray[np.float32]:
+    """The `norm_bb` of regions whose place in the image the source does not say: (count, 6) zeros, which no region of an image has."""
+    return np.zeros((count, 6), dtype=np.float32)
+
+
+def has_positions(regions: RegionFeatures) -> bool:
+    """Whether `norm_bb` says where the regions are."""
+    return len(regions) == 0 or bool(np.any(regions.norm_bb))
+
+
 def pixel_boxes(norm_bb: FloatArray, size: tuple[int, int]) -> NDArray[np.float32]:
     """The inverse of `normalised_boxes`: (N, 6) fractions to (N, 4) float32 pixels of an image of (height, width)."""
     height, width = size

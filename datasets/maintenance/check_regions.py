@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput, UniterError, shown
 from uniter.datasets.image_db.records import decode_record
-from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.image_db.regions import RegionFeatures, has_positions
 from uniter.datasets.maintenance.check_report import CheckReport, records_of, salvaged, shown_first
 from uniter.datasets.maintenance.kinds import database_kind
 from uniter.datasets.storage.files import read_json
@@ -112,6 +112,8 @@ def _good_record(
         return
     for fault, sentence in faults:
         report.problem(fault, f"{path}: image {name!r} {sentence}")
+    if not has_positions(regions):
+        report.note_once("of some images it is not known where their regions are (their norm_bb is zero): the source did not say")
     if not faults:
         report.good += 1
         yield name, value, regions
@@ -128,6 +130,11 @@ def faults_of(regions: RegionFeatures) -> list[tuple[str, str]]:
         return faults
     if not len(regions):
         return [("no regions", "has no regions")]
+    return faults + (_box_faults(regions) if has_positions(regions) else []) + _probability_faults(regions)
+
+
+def _box_faults(regions: RegionFeatures) -> list[tuple[str, str]]:
+    faults: list[tuple[str, str]] = []
     box = np.asarray(regions.norm_bb, dtype=np.float32)
     extent = box[:, 2:4] - box[:, :2]
     if (box[:, :4] < -2e-3).any() or (box[:, :4] > 1 + 2e-3).any():
@@ -138,6 +145,11 @@ def faults_of(regions: RegionFeatures) -> list[tuple[str, str]]:
         faults.append(("box", "has boxes with x1 <= x0 or y1 <= y0; are they x, y, width, height?"))
     if regions.boxes is not None and regions.size is not None:
         faults += _pixel_faults(regions.boxes, box, regions.size)
+    return faults
+
+
+def _probability_faults(regions: RegionFeatures) -> list[tuple[str, str]]:
+    faults: list[tuple[str, str]] = []
     if (regions.conf < -1e-3).any() or (regions.conf > 1 + 1e-3).any():
         faults.append(("confidence", f"has confidences from {float(regions.conf.min()):.3g} to {float(regions.conf.max()):.3g}"))
     for name in ("soft_labels", "attributes"):

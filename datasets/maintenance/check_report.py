@@ -40,6 +40,11 @@ class CheckReport:
         if len(self.examples) < SHOWN:
             self.examples.append(sentence)
 
+    def note_once(self, sentence: str) -> None:
+        """A note that many records may give rise to."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return {

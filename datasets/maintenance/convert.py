@@ -1,23 +1,27 @@
 """`uniter-db convert`: from any layout to any other. What a layout lacks is said, never invented."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from uniter.datasets.errors import BadInput, UniterError, unknown_name
+from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.image_db.formats.projects.layout import Known, write_all
 from uniter.datasets.image_db.formats.records import ImageSizes, Item, Selection, with_pixels
-from uniter.datasets.image_db.formats.table import FORMATS, read_items, recognise
+from uniter.datasets.image_db.formats.table import CAPTIONS, FORMATS, SPLITS, Format, format_named, read_items, recognise
+from uniter.datasets.image_db.keys import key_maker
 from uniter.datasets.image_db.records import encode_record
-from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.image_db.regions import RegionFeatures, has_positions
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.maintenance.copying import Record, box_ids_of, folders_of, refuse_overlap, write_regions
 from uniter.datasets.progress import Progress
-from uniter.datasets.storage.claims import REPORT, may_replace, note_of, source_names, write_note
+from uniter.datasets.storage.claims import MADE_BY, NOTE, PROVENANCE, REPORT, may_replace, note_of, source_names, write_note
 from uniter.datasets.storage.files import read_json, read_json_object
 from uniter.datasets.storage.index_file import hash_key
 from uniter.datasets.storage.lmdb_files import checked_key
+from uniter.datasets.text_db.captions.by_image import captions_by_image
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
 
 
@@ -32,6 +36,7 @@ class ConvertReport:
         soft_labels: whether the records written hold the detector's distribution (MRC-KL needs it).
         lacks: what the target lacks because the source or the format has it not, in words.
         already_complete: nothing was done, it was there already, made from the same.
+        said: what was done to images on the way, in words ("cut to their first 36 regions: 12").
     """
 
     source: str
@@ -42,6 +47,7 @@ class ConvertReport:
     soft_labels: bool
     lacks: str
     already_complete: bool = False
+    said: list[str] = field(default_factory=list)
 
 
 class _Seen:
@@ -52,6 +58,7 @@ class _Seen:
         self.images = self.regions = self.width = self.label_columns = self.attribute_columns = 0
         self.top_object = self.top_attribute = -1
         self.confidences = False
+        self.without_boxes = self.without_positions = 0
         self.skipped: list[dict[str, Any]] = []
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -66,6 +73,9 @@ class _Seen:
                 self.label_columns = 0 if regions.soft_labels is None else regions.soft_labels.shape[1]
                 self.attribute_columns = 0 if regions.attributes is None else regions.attributes.shape[1]
                 self.confidences = self.confidences or bool((regions.conf > 0).any())
+                if not has_positions(regions):
+                    self.without_positions += 1
+                    self.without_boxes += regions.boxes is None
                 if regions.object_ids is not None and len(regions):
                     self.top_object = max(self.top_object, int(regions.object_ids.max()))
                 if regions.attribute_ids is not None and len(regions):
@@ -81,14 +91,23 @@ class _Seen:
     def lacks(self, holds: tuple[str, ...]) -> str:
         labels = self.label_columns > 0 and "soft labels" in holds
         known = {
+            "boxes": not self.without_boxes and "boxes" in holds,
+            "positions": self.without_boxes or not self.without_positions or "boxes" not in holds,
             "soft labels": labels,
             "classes": labels or ("classes" in holds and (self.label_columns > 0 or self.top_object >= 0)),
             "confidences": self.confidences and "confidences" in holds,
         }
-        reasons = {"soft labels": " (MRC and MRC-KL cannot be trained on it)", "classes": "", "confidences": ""}
-        return ", ".join(name + reasons[name] for name, there in known.items() if not there) or "nothing"
+        reasons = {
+            "soft labels": " (MRC and MRC-KL cannot be trained on it)",
+            "boxes": f" (of {self.without_boxes:,} images: the source has none, and a model reads zeros)" if self.without_boxes else "",
+            "positions": f" (of {self.without_positions:,} images, whose sizes are not known: pass --images FOLDER)",
+        }
+        return ", ".join(name + reasons.get(name, "") for name, there in known.items() if not there) or "nothing"
 
-    def header(self) -> dict[str, Any]:
+    def header(self, names: Sequence[str] = ()) -> dict[str, Any]:
+        """What is known of the classes; `names` are the source's own."""
+        if names:
+            return {**self.header(), "class_names": list(names), "class_names_from": "the source's own"}
         objects, attributes = visual_genome_objects(), visual_genome_attributes()
         known = self.label_columns == len(objects) + 1 or 0 <= self.top_object < len(objects)
         known_attributes = self.attribute_columns == len(attributes) + 1 or 0 <= self.top_attribute < len(attributes)
@@ -107,6 +126,9 @@ def convert(
     source_format: str | None = None,
     selection: Selection | None = None,
     images: Path | None = None,
+    key: str | None = None,
+    captions: Path | None = None,
+    split: str | None = None,
     overwrite: bool = False,
 ) -> ConvertReport:
     """Convert region features from one format to another.
@@ -114,41 +136,75 @@ def convert(
     Args:
         source: a file or folder; its format is recognised unless `source_format` names it.
         target: the file or folder to write.
-        to: a name in `FORMATS`.
+        to: a name in `FORMATS`, hyphens and underscores alike.
         selection: which rows of sources with candidates are taken (docker's npz, UNITER's `all`).
         images: a folder of pictures; gives sizes to formats that need pixels.
+        key: how the images are called in the target, made from their keys (`keys.key_rule`).
+        captions: a file of captions or a text database, for layouts that hold captions.
+        split: the part of the data that all images are of, for layouts that have parts.
         overwrite: replace what is at `target`.
 
     Raises:
         BadInput: unknown format, unreadable source, or not one image could be converted.
     """
-    if to not in FORMATS:
-        raise BadInput(unknown_name("format", to, FORMATS))
-    name = source_format or recognise(source)
+    to = format_named(to)
+    name = format_named(source_format) if source_format else recognise(source)
     rule = selection or Selection()
     if target.exists() and target.resolve() == source.resolve():
         raise BadInput(f"{target} is both source and target")
+    for given, what, option in ((captions, CAPTIONS, "--captions"), (split, SPLITS, "--split")):
+        if given is not None and what not in FORMATS[to].takes:
+            raise BadInput(f"{option} has no meaning here, since {to} holds no {what}")
     sizes = ImageSizes(images) if images is not None else None
     folders = folders_of(source) if name == "lmdb" else [source]
-    sources = source_names(folders) | ({} if images is None else {"images": images})
+    sources = source_names(folders) | {what: path for what, path in (("images", images), ("captions", captions)) if path is not None}
     settings = {
-        "made_by": "uniter-db convert",
+        "made_by": MADE_BY,
         "source": source.name,
         "source_format": name,
         "selection": asdict(rule),
         "images": None if images is None else images.name,
+        # Databases of older versions know nothing of these.
+        **{what: value for what, value in (("key", key), ("split", split)) if value is not None},
     }
     refuse_overlap(FORMATS[to].place(target, rule), [source, *folders])
+    known = Known(class_names=_names_of(source, name), split=split)
+    if captions is not None:
+        known.captions = captions_by_image(captions)
     with Progress(None, unit="images", label=f"{name} to {to}") as progress:
         seen = _Seen(progress)
-        items: Iterable[Item] = read_items(source, selection=rule, source=name)
+        items: Iterable[Item] = read_items(source, selection=rule, source=name, known=known)
         if FORMATS[to].needs_pixels or sizes is not None:
             items = with_pixels(items, sizes, needed=FORMATS[to].needs_pixels)
+        make = None if key is None else key_maker(key)
+        if make is not None:
+            items = _renamed(items, make, known.renamed if FORMATS[to].layout is not None else None)
         watched = _not_in_vain(seen.watch(items), seen, source, name)
         box_ids = box_ids_of(folders) if name == "lmdb" else {}
+        if make is not None:
+            box_ids = {make(one): ids for one, ids in box_ids.items()}
         if FORMATS[to].write is None:
-            return _to_ours(target, watched, seen, (name, source, folders), settings, sources, box_ids, overwrite)
-        return _to_others(target, watched, seen, (name, to), rule, settings, sources, box_ids, overwrite)
+            return _to_ours(target, watched, seen, (name, source, folders), settings, sources, box_ids, overwrite, known)
+        return _to_others(target, watched, seen, (name, to, source), rule, settings, sources, box_ids, overwrite, known)
+
+
+def _renamed(items: Iterable[Item], make: Callable[[str], str], renamed: dict[str, str] | None) -> Iterator[Item]:
+    """The items under the keys that `--key` makes; `renamed` takes up what they were called."""
+    for key, regions in items:
+        try:
+            called = make(key.removesuffix(".npz"))
+        except BadInput as error:
+            yield key, regions if isinstance(regions, BadInput) else error
+            continue
+        if renamed is not None and not isinstance(regions, BadInput):
+            renamed[called] = key
+        yield called, regions
+
+
+def _names_of(source: Path, name: str) -> list[str]:
+    """The names of the classes that a database of ours knows."""
+    names = provenance_of(source).get("class_names") if name == "lmdb" and source.is_dir() else None
+    return [str(one) for one in names] if isinstance(names, list) else []
 
 
 def _to_ours(
@@ -160,6 +216,7 @@ def _to_ours(
     sources: Mapping[str, Path],
     box_ids: Mapping[str, Sequence[Any]],
     overwrite: bool,
+    known: Known,
 ) -> ConvertReport:
     name, source, folders = origin
     handed_on = [row for folder in folders for row in read_failures(folder / "failures.jsonl")] if name == "lmdb" else []
@@ -170,7 +227,7 @@ def _to_ours(
         settings=settings,
         sources=sources,
         header=lambda: {
-            **{**records.widths, **seen.header(), **_origin(source)},
+            **{**records.widths, **seen.header(known.class_names), **provenance_of(source)},
             "converted_from": name,
             "lacks": seen.lacks(FORMATS["lmdb"].holds),
         },
@@ -188,30 +245,36 @@ def _to_others(
     target: Path,
     items: Iterator[Item],
     seen: _Seen,
-    formats: tuple[str, str],
+    formats: tuple[str, str, Path],
     rule: Selection,
     settings: Mapping[str, Any],
     sources: Mapping[str, Path],
     box_ids: Mapping[str, Any],
     overwrite: bool,
+    known: Known,
 ) -> ConvertReport:
-    name, to = formats
+    name, to, source = formats
     form = FORMATS[to]
     assert form.write is not None
     place = form.place(target, rule)
     note = may_replace(place, {**settings, "format": to}, sources=sources, overwrite=overwrite)
     if note is None:
         return ConvertReport(**{**read_json_object(note_of(place))[REPORT], "already_complete": True})
+    note |= {PROVENANCE: {**provenance_of(source), "software": f"uniter-toolkit {version('uniter-toolkit')}"}}
     try:
-        if not place.exists() and place == target and to != "npz":
+        if not place.exists() and place == target and not _is_folder(form, to):
             place.parent.mkdir(parents=True, exist_ok=True)
             write_note(place, note)
-        form.write(target, _good(items, seen, target), rule, note, seen.skip)
+        if form.layout is not None:
+            write_all(form.layout, target, _good(items, seen, target), known, note, seen.skip)
+        else:
+            form.write(target, _good(items, seen, target), rule, note, seen.skip)
         lacks = seen.lacks(form.holds)
         if box_ids:
             lacks = "the ids of given boxes" if lacks == "nothing" else f"{lacks}, the ids of given boxes"
         labels = seen.label_columns > 0 and "soft labels" in form.holds
-        report = ConvertReport(name, to, seen.images, seen.regions, seen.skipped, labels, lacks)
+        said = [f"{what}: {count:,}" for what, count in known.said.items()]
+        report = ConvertReport(name, to, seen.images, seen.regions, seen.skipped, labels, lacks, said=said)
         write_note(place, note, asdict(report))
         return report
     except UniterError:
@@ -220,6 +283,11 @@ def _to_others(
         raise
     except OSError as error:
         raise UniterError(f"writing {target} failed ({error.strerror or error}); make room and run the same command again") from None
+
+
+def _is_folder(form: Format, name: str) -> bool:
+    """Whether the note of a layout lies in a folder, which appears with it."""
+    return form.layout is not None or name == "npz"
 
 
 class Encoded:
@@ -278,12 +346,17 @@ def _good(items: Iterable[Item], seen: _Seen, target: Path) -> Iterator[tuple[st
         raise BadInput(f"no image could be written to {target}: {seen.skipped[-1]['error']}")
 
 
-def _origin(source: Path) -> dict[str, Any]:
-    """What a database of ours says of its detector, to be kept through a conversion."""
-    header_path = source / "header.json"
-    if not header_path.exists():
-        return {}
-    header = read_json(header_path)
+def provenance_of(source: Path) -> dict[str, Any]:
+    """What is known of the detector that made a source, to be kept through a conversion: a database of ours says it in its header, a layout
+    that was converted in the note beside it.
+    """
+    header_path, note = source / "header.json", note_of(source)
+    if not header_path.exists() and not note.is_file():
+        notes = sorted(source.glob(f"*/{NOTE}")) if source.is_dir() else []  # UNITER's folders have it inside
+        if len(notes) != 1:
+            return {}
+        note = notes[0]
+    header = read_json(header_path) if header_path.exists() else read_json_object(note).get(PROVENANCE)
     return {name: header[name] for name in _KEPT if name in header} if isinstance(header, dict) else {}
 
 

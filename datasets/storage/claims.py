@@ -59,6 +59,8 @@ from uniter.datasets.storage.locks import file_lock, is_held_here, only_writer
 log = logging.getLogger(__name__)
 
 REPORT: Final = "report"
+PROVENANCE: Final = "provenance"  # in a note: the detector and what else is known of the contents
+MADE_BY: Final = "uniter-db convert"
 NOTE: Final = "made_by.json"  # what settings.json is to us, in layouts of others
 _ASIDE, _REPLACED, _CLAIMING = ".overwriting", ".replaced", ".claim"
 _GOING: Final = ".replaced"  # a file in a folder that is being replaced: what is called OUT.replaced without it is somebody's own
@@ -291,7 +293,7 @@ def may_replace(out: Path, settings: Mapping[str, Any], *, sources: Mapping[str,
     stored = read_json_object(note_of(out))
     if overwrite:
         return asked
-    if phrases := differences_of_settings(stored, asked, (REPORT,)):
+    if phrases := differences_of_settings(stored, asked, (REPORT, PROVENANCE)):
         raise SettingsDiffer(f"{out} is there already, made otherwise ({first_phrases(phrases)}): choose another OUT, or --overwrite")
     return None if REPORT in stored else asked
 

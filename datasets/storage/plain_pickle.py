@@ -11,6 +11,7 @@ RefCOCO's 50,000 refs), a bound on what a file may unfold to, and names that are
 """
 
 import io
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ class _Type:
         if not isinstance(spelling, str) or len(spelling) > 16:
             raise pickle.UnpicklingError("it holds an array of unknown type")
         self.type = np.dtype(spelling)
-        if self.type.kind not in _NUMBER_KINDS:
+        if self.type.kind not in _NUMBER_KINDS and self.type != np.dtype(object):
             raise pickle.UnpicklingError(f"it holds an array of {self.type}, expected numbers")
 
     def __setstate__(self, state: Any) -> None:
@@ -46,13 +47,20 @@ class _Type:
 
 
 class _Array:
-    """What a pickle says of an array."""
+    """What a pickle says of an array; an array of objects is the list of what it holds, one without dimensions what it holds."""
 
     def __init__(self) -> None:
         self.array = np.zeros(0)
+        self.members: list[Any] | None = None
+        self.single = False
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, column_order, content = state
+        if kind.type == np.dtype(object):
+            if not isinstance(content, list) or len(content) != math.prod(shape):
+                raise pickle.UnpicklingError("it holds an array of objects without them")
+            self.members, self.single = content, shape == ()
+            return
         self.array = np.frombuffer(_raw(content), dtype=kind.type).reshape(shape, order="F" if column_order else "C").copy()
 
 
@@ -63,6 +71,8 @@ def _raw(content: Any) -> bytes:
 
 
 def _number(kind: _Type, content: Any) -> Any:
+    if kind.type == np.dtype(object):
+        raise pickle.UnpicklingError("it holds a number that is an object")
     return np.frombuffer(_raw(content), dtype=kind.type, count=1)[0].item()
 
 
@@ -159,18 +169,61 @@ def load_plain_pickle(path: Path) -> Any:
             raise BadInput(
                 f"{path} is {size / 1e6:,.0f} MB, expected a pickle of at most {MOST_BYTES / 1e6:,.0f}; RefCOCO's are some 20 MB"
             )
-        value, unfolded = _Plainly()(_Plain(io.BytesIO(path.read_bytes()), encoding="latin1").load())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise BadInput(f"{path} is not there") from None
-    except BadInput:
-        raise
+    return plain_pickle(content, str(path))
+
+
+def plain_pickle(content: bytes | memoryview, name: str) -> Any:
+    """The same of a pickle in memory.
+
+    Args:
+        name: what it is, for messages.
+    """
+    try:
+        value, unfolded = _Plainly()(_Plain(io.BytesIO(content), encoding="latin1").load())
     except KeyError as error:  # an instruction that is none of ours, or a reference to nothing
-        raise BadInput(f"{path} is no pickle of plain lists and maps (instruction or reference {error})") from None
+        raise BadInput(f"{name} is no pickle of plain lists and maps (instruction or reference {error})") from None
     except Exception as error:  # a hostile pickle can raise nearly anything from the unpickler
-        raise BadInput(f"{path} is no pickle of plain lists and maps ({error or type(error).__name__})") from None
-    if unfolded > UNFOLDS_TO * size + AT_LEAST:
-        raise BadInput(f"{path} is no pickle of plain lists and maps: its {size:,} bytes unfold to {unfolded:.3g} values and characters")
+        raise BadInput(f"{name} is no pickle of plain lists and maps ({error or type(error).__name__})") from None
+    if unfolded > UNFOLDS_TO * len(content) + AT_LEAST:
+        raise BadInput(
+            f"{name} is no pickle of plain lists and maps: its {len(content):,} bytes unfold to {unfolded:.3g} values and characters"
+        )
     return value
+
+
+class _Pickler(pickle._Pickler):
+    """Names NumPy's functions as NumPy 1 did: every NumPy reads that, while those before 1.26 know nothing of `numpy._core`."""
+
+    write: Callable[[bytes], Any]
+    memoize: Callable[[Any], None]
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if getattr(obj, "__module__", None) != "numpy._core.multiarray":
+            super().save_global(obj, name)  # type: ignore[misc]
+            return
+        self.write(pickle.GLOBAL + f"numpy.core.multiarray\n{obj.__name__}\n".encode())
+        self.memoize(obj)
+
+
+def to_plain_pickle(value: Any) -> bytes:
+    """A pickle of plain lists, maps, texts, numbers and arrays, for layouts whose own readers take nothing else (protocol 3)."""
+    fast = pickle.dumps(value, protocol=3)
+    # A name stands once, and is referred to after that; where it comes oftener, it is in somebody's text or array.
+    count = fast.count(_NEWER)
+    names = [name for name in (b"_reconstruct\n", b"scalar\n")[: 2 if count > 1 else 1] if count and _NEWER + name in fast]
+    if count == len(names):
+        for name in names:
+            fast = fast.replace(_NEWER + name, _OLDER + name, 1)
+        return fast
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=3).dump(value)
+    return buffer.getvalue()
+
+
+_OLDER, _NEWER = (pickle.GLOBAL + f"numpy.{core}.multiarray\n".encode() for core in ("core", "_core"))
 
 
 class _Plainly:
@@ -194,6 +247,9 @@ class _Plainly:
         return self._done[id(value)]
 
     def _looked_at(self, value: Any) -> tuple[Any, int]:
+        if isinstance(value, _Array) and value.members is not None:
+            inside, size = self(value.members)
+            return inside[0] if value.single else inside, size
         if isinstance(value, _Array):
             return value.array, 1 + value.array.nbytes
         if isinstance(value, dict):

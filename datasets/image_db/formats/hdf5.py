@@ -10,9 +10,11 @@ executing anything) or, in files that this project wrote, in the dataset `image_
 Source: facts/butd.md section 8.
 """
 
+import contextlib
+import functools
 import itertools
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.image_db.formats.records import MAX_REGIONS, MAX_WIDTH, Item, Skip, best_classes, from_pixels, refuse
+from uniter.datasets.image_db.formats.records import MAX_REGIONS, MAX_WIDTH, Item, Skip, best_classes, from_pixels, refuse, size_from
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.storage.files import read_json, written_aside
 from uniter.datasets.storage.plain_pickle import load_plain_pickle
 
-_FAULTS: Final = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, OverflowError)
+FAULTS: Final = (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError, OverflowError)
 
 
 _MOST_PACKED: Final = 1100
@@ -35,20 +37,35 @@ _MOST_PACKED: Final = 1100
 """How many times smaller than itself deflate can make an array."""
 
 
-_CHUNK_ROWS: Final = 1024
+_CHUNK_ROWS: Final = 64
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A file for reading.
+
+    Raises:
+        BadInput: it is no HDF5, or is damaged where it was read.
+    """
+    try:
+        file = h5py.File(path, "r")
+    except FAULTS as error:
+        raise BadInput(f"{path} cannot be read as HDF5 ({error}); was it cut off?") from None
+    with file:
+        try:
+            yield file
+        except FAULTS as error:
+            raise BadInput(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 
 def kind_of(path: Path) -> str:
     """ "hdf5" (adaptive), "hdf5-36" (fixed) or "hdf5-volta"."""
-    try:
-        with h5py.File(path, "r") as file:
-            if "image_features" in file:
-                return "hdf5" if "pos_boxes" in file else "hdf5-36"
-            first = next(iter(file), None)
-            if first is not None and isinstance(file.get(first, getlink=True), h5py.HardLink) and isinstance(file[first], h5py.Group):
-                return "hdf5-volta"
-    except _FAULTS as error:
-        raise BadInput(f"{path} cannot be read as HDF5 ({error}); was it cut off?") from None
+    with opened(path) as file:
+        if "image_features" in file:
+            return "hdf5" if "pos_boxes" in file else "hdf5-36"
+        first = next(iter(file), None)
+        if first is not None and isinstance(file.get(first, getlink=True), h5py.HardLink) and isinstance(file[first], h5py.Group):
+            return "hdf5-volta"
     raise BadInput(f"{path} is HDF5 but holds neither image_features nor a group for each image")
 
 
@@ -58,12 +75,12 @@ def read(path: Path) -> Iterator[Item]:
     items = _read_volta(path) if kind == "hdf5-volta" else _read_rows(path, adaptive=kind == "hdf5")
     try:
         yield from items
-    except _FAULTS as error:
+    except FAULTS as error:
         raise BadInput(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 
-def _dataset(file: Any, name: str, dimensions: int) -> Any:
-    """A plain array of numbers that lies in this very file."""
+def numbers_in(file: Any, name: str, dimensions: int) -> Any:
+    """A plain array of numbers that lies in this very file; BadInput says what it is otherwise."""
     link = file.get(name, getlink=True)
     if link is None:
         raise BadInput(f"{file.file.filename}{file.name} has no {name}")
@@ -76,11 +93,11 @@ def _dataset(file: Any, name: str, dimensions: int) -> Any:
         raise BadInput(
             f"{file.file.filename}: {name} has type {dataset.dtype} and shape {dataset.shape}, expected numbers in {dimensions} dimensions"
         )
-    _check_stored(dataset, f"{file.file.filename}: {name}")
+    check_stored(dataset, f"{file.file.filename}: {name}")
     return dataset
 
 
-def _check_stored(dataset: Any, what: str) -> None:
+def check_stored(dataset: Any, what: str) -> None:
     """Refuse arrays of which only the size was written: reading them fills the memory."""
     if dataset.nbytes > _MOST_PACKED * max(dataset.id.get_storage_size(), 1):
         raise BadInput(
@@ -91,8 +108,8 @@ def _check_stored(dataset: Any, what: str) -> None:
 def _read_rows(path: Path, *, adaptive: bool) -> Iterator[Item]:
     with h5py.File(path, "r") as file:
         depth = 2 if adaptive else 3
-        features = _dataset(file, "image_features", depth)
-        boxes, spatial = _dataset(file, "image_bb", depth), _dataset(file, "spatial_features", depth)
+        features = numbers_in(file, "image_features", depth)
+        boxes, spatial = numbers_in(file, "image_bb", depth), numbers_in(file, "spatial_features", depth)
         if (
             features.shape[:-1] != boxes.shape[:-1]
             or features.shape[:-1] != spatial.shape[:-1]
@@ -104,11 +121,11 @@ def _read_rows(path: Path, *, adaptive: bool) -> Iterator[Item]:
             )
         if features.shape[-1] > MAX_WIDTH or (not adaptive and features.shape[1] > MAX_REGIONS):
             raise BadInput(f"{path}: image_features has shape {features.shape}, which is larger than any detector's")
-        places = _dataset(file, "pos_boxes", 2)[:].astype(np.int64) if adaptive else None
+        places = numbers_in(file, "pos_boxes", 2)[:].astype(np.int64) if adaptive else None
         if places is not None and places.shape[1] != 2:
             raise BadInput(f"{path}: pos_boxes has shape {places.shape}, expected (images, 2)")
         count = len(features) if places is None else len(places)
-        sizes = _dataset(file, "image_sizes", 2)[:] if "image_sizes" in file else None
+        sizes = numbers_in(file, "image_sizes", 2)[:] if "image_sizes" in file else None
         if sizes is not None and sizes.shape != (count, 2):
             raise BadInput(f"{path}: image_sizes has shape {sizes.shape}, expected ({count}, 2)")
         for row, key in sorted(_image_ids(path, file, count).items()):
@@ -136,27 +153,16 @@ def _from_rows(
         norm_bb=spatial,
         conf=np.zeros(len(features), dtype=np.float32),
         boxes=boxes,
-        size=size or _size_from(boxes, spatial),
+        size=size or size_from(boxes, spatial),
     )
     regions.check_shapes(key)
     return regions
 
 
-def _size_from(boxes: NDArray[np.float32], spatial: NDArray[np.float32]) -> tuple[int, int] | None:
-    """The image's (height, width), from pixels and fractions of the same boxes."""
-    if not len(boxes) or not (np.isfinite(boxes).all() and np.isfinite(spatial).all()):
-        return None
-    right, bottom = int(boxes[:, 2].argmax()), int(boxes[:, 3].argmax())
-    if spatial[right, 2] <= 0 or spatial[bottom, 3] <= 0:
-        return None
-    width, height = float(boxes[right, 2]) / float(spatial[right, 2]), float(boxes[bottom, 3]) / float(spatial[bottom, 3])
-    return (round(height), round(width)) if 1 <= width < 1 << 24 and 1 <= height < 1 << 24 else None
-
-
 def _image_ids(path: Path, file: Any, count: int) -> dict[int, str]:
     """Row -> key."""
     if "image_ids" in file and isinstance(file.get("image_ids", getlink=True), h5py.HardLink):
-        _check_stored(file["image_ids"], f"{path}: image_ids")
+        check_stored(file["image_ids"], f"{path}: image_ids")
         ids = file["image_ids"].asstr()[:]
         if len(ids) != count:
             raise BadInput(f"{path}: {len(ids)} image_ids for {count} images")
@@ -183,19 +189,19 @@ def _read_volta(path: Path) -> Iterator[Item]:
                 if not isinstance(file.get(key, getlink=True), h5py.HardLink) or not isinstance(file[key], h5py.Group):
                     raise BadInput("is no group of this file")
                 yield str(key), _from_group(str(key), file[key])
-            except (BadInput, *_FAULTS) as error:
+            except (BadInput, *FAULTS) as error:
                 yield str(key), BadInput(f"{path}, image {key!r}: {error}")
 
 
 def _from_group(key: str, group: Any) -> RegionFeatures:
-    features = _dataset(group, "features", 2)
+    features = numbers_in(group, "features", 2)
     if len(features) > MAX_REGIONS or features.shape[1] > MAX_WIDTH:
         raise BadInput(f"features has shape {features.shape}, which is larger than any detector's")
 
     def column(name: str, spelling: str) -> NDArray[Any] | None:
-        return _dataset(group, name, 1)[:].astype(spelling) if name in group else None
+        return numbers_in(group, name, 1)[:].astype(spelling) if name in group else None
 
-    boxes = _dataset(group, "boxes", 2)
+    boxes = numbers_in(group, "boxes", 2)
     if boxes.shape != (len(features), 4):
         raise BadInput(f"boxes has shape {boxes.shape} beside {len(features)} feature rows")
     return from_pixels(
@@ -235,57 +241,145 @@ def write_fixed(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip
 
 
 def _write_rows(path: Path, items: Iterable[tuple[str, RegionFeatures]], skip: Skip, *, fixed: bool) -> None:
-    rows: dict[str, int] = {}
-    sizes: list[tuple[int, int]] = []
-    ends = [0]
     with written_aside(path, large=True) as temporary:
-        with h5py.File(temporary, "w") as file:
-            datasets: dict[str, Any] = {}
-            per_image = 0
+        with RowFile(temporary, fixed=fixed) as rows:
             for key, regions in items:
-                assert regions.size is not None
-                assert regions.boxes is not None
-                arrays = {
-                    "image_features": np.asarray(regions.features, dtype=np.float32),
-                    "image_bb": np.asarray(regions.boxes, dtype=np.float32),
-                    "spatial_features": normalised_boxes(regions.boxes, regions.size),
-                }
-                if fixed and datasets and len(regions) != per_image:
-                    raise BadInput(
-                        f"image {key!r} has {len(regions)} regions but the first has {per_image}; use --to hdf5, which holds any number"
-                    )
-                fault = _row_fault(key, arrays, datasets, rows)
-                if fault is not None:
-                    skip(key, regions, BadInput(f"image {key!r} {fault}"))
-                    continue
-                if not datasets:
-                    per_image = len(regions)
-                    for name, array in arrays.items():
-                        tail = array.shape if fixed else array.shape[1:]
-                        chunk = (1, *array.shape) if fixed else (_CHUNK_ROWS // 16, array.shape[1])
-                        datasets[name] = file.create_dataset(name, (0, *tail), maxshape=(None, *tail), dtype="<f4", chunks=chunk)
-                for name, array in arrays.items():
-                    grown = len(datasets[name]) + (1 if fixed else len(array))
-                    datasets[name].resize(grown, axis=0)
-                    datasets[name][grown - (1 if fixed else len(array)) :] = array
-                rows[key] = len(rows)
-                sizes.append(regions.size)
-                ends.append(ends[-1] + len(regions))
-            if not fixed:
-                places = np.array(list(itertools.pairwise(ends)), dtype=np.int32 if ends[-1] < 1 << 31 else np.int64)
-                file.create_dataset("pos_boxes", data=places.reshape(-1, 2))
-            file.create_dataset("image_sizes", data=np.array(sizes, dtype=np.int32).reshape(-1, 2))
-            file.create_dataset("image_ids", data=list(rows), dtype=h5py.string_dtype())
-            file.attrs["image_sizes"] = "height, width"
-        # Other people's readers look rows up in this pickle; numbers stay numbers there.
+                try:
+                    rows.put(key, regions)
+                except Unequal:
+                    raise
+                except BadInput as error:
+                    skip(key, regions, error)
+        path.with_name(f"{path.stem}_imgid2idx.pkl").write_bytes(rows.pickled_ids())
+
+
+_AT_ONCE: Final = 1 << 22  # bytes
+
+
+class Growing:
+    """An array of a file that is written to bit by bit, along its first axis; `flush` before the file is closed.
+
+    Args:
+        tail: the shape of a row.
+        rows: of a chunk.
+    """
+
+    def __init__(self, file: Any, name: str, tail: tuple[int, ...], *, dtype: str = "<f4", rows: int = 1) -> None:
+        self._array = file.create_dataset(name, (0, *tail), maxshape=(None, *tail), dtype=dtype, chunks=(rows, *tail))
+        self.tail = tail
+        self._waiting: list[NDArray[Any]] = []
+        self._bytes = 0
+
+    def put(self, rows: NDArray[Any]) -> None:
+        """Add rows, (k, *tail)."""
+        self._waiting.append(rows)
+        self._bytes += rows.nbytes
+        if self._bytes > _AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._waiting:
+            together = np.concatenate(self._waiting)
+            count = len(self._array)
+            self._array.resize(count + len(together), axis=0)
+            self._array[count:] = together
+            self._waiting, self._bytes = [], 0
+
+
+def put_array(group: Any, name: str, array: NDArray[Any]) -> None:
+    """`group[name] = array`, of numbers, in a fifth of the time: millions of small arrays are written so."""
+    kind, properties = _as_stored(array.dtype.str)
+    space = h5py.h5s.create_simple(array.shape)
+    h5py.h5d.create(group.id, name.encode(), kind, space, properties).write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(array))
+
+
+@functools.cache
+def _as_stored(spelling: str) -> tuple[Any, Any]:
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_obj_track_times(False)  # the same contents are the same bytes
+    return h5py.h5t.py_create(np.dtype(spelling), logical=True), properties
+
+
+class Unequal(BadInput):
+    """An image has another number of regions than the first; no fault of the image."""
+
+
+class RowFile:
+    """A file of the fixed or adaptive kind that is written image by image; a context, at whose end it is whole.
+
+    Attributes:
+        rows: key -> row.
+    """
+
+    def __init__(self, path: Path, *, fixed: bool) -> None:
+        self._file = h5py.File(path, "w")
+        self._fixed = fixed
+        self._datasets: dict[str, Growing] = {}
+        self.rows: dict[str, int] = {}
+        self._sizes: list[tuple[int, int]] = []
+        self._ends = [0]
+        self._per_image = 0
+
+    def put(self, key: str, regions: RegionFeatures) -> None:
+        """Add an image that knows `size` and `boxes`.
+
+        Raises:
+            Unequal: the kind is fixed and it has another number of regions than the first.
+            BadInput: the file cannot hold it.
+        """
+        assert regions.size is not None
+        assert regions.boxes is not None
+        arrays = {
+            "image_features": np.asarray(regions.features, dtype=np.float32),
+            "image_bb": np.asarray(regions.boxes, dtype=np.float32),
+            "spatial_features": normalised_boxes(regions.boxes, regions.size),
+        }
+        if self._fixed and self._datasets and len(regions) != self._per_image:
+            raise Unequal(
+                f"image {key!r} has {len(regions)} regions but the first has {self._per_image}; use --to hdf5, which holds any number"
+            )
+        fault = _row_fault(key, arrays, self._datasets, self.rows)
+        if fault is not None:
+            raise BadInput(f"image {key!r} {fault}")
+        if not self._datasets:
+            self._per_image = len(regions)
+            for name, array in arrays.items():
+                tail = array.shape if self._fixed else array.shape[1:]
+                self._datasets[name] = Growing(self._file, name, tail, rows=1 if self._fixed else _CHUNK_ROWS)
+        for name, array in arrays.items():
+            self._datasets[name].put(array[None] if self._fixed else array)
+        self.rows[key] = len(self.rows)
+        self._sizes.append(regions.size)
+        self._ends.append(self._ends[-1] + len(regions))
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        self._file.close()
+
+    def _finish(self) -> None:
+        for one in self._datasets.values():
+            one.flush()
+        if not self._fixed:
+            places = np.array(list(itertools.pairwise(self._ends)), dtype=np.int32 if self._ends[-1] < 1 << 31 else np.int64)
+            self._file.create_dataset("pos_boxes", data=places.reshape(-1, 2))
+        self._file.create_dataset("image_sizes", data=np.array(self._sizes, dtype=np.int32).reshape(-1, 2))
+        self._file.create_dataset("image_ids", data=list(self.rows), dtype=h5py.string_dtype())
+        self._file.attrs["image_sizes"] = "height, width"
+
+    def pickled_ids(self) -> bytes:
+        """What other people's readers look rows up in; numbers stay numbers there."""
         numbered: dict[int | str, int] = {
             int(key) if key.isascii() and key.isdigit() and len(key) <= 18 and str(int(key)) == key else key: row
-            for key, row in rows.items()
+            for key, row in self.rows.items()
         }
-        path.with_name(f"{path.stem}_imgid2idx.pkl").write_bytes(pickle.dumps(numbered, protocol=2))
+        return pickle.dumps(numbered, protocol=2)
 
 
-def _row_fault(key: str, arrays: dict[str, NDArray[Any]], datasets: dict[str, Any], rows: dict[str, int]) -> str | None:
+def _row_fault(key: str, arrays: dict[str, NDArray[Any]], datasets: Mapping[str, Growing], rows: dict[str, int]) -> str | None:
     """Why an image cannot be one of the rows."""
     if not len(arrays["image_features"]):
         return "has no regions"
@@ -294,7 +388,7 @@ def _row_fault(key: str, arrays: dict[str, NDArray[Any]], datasets: dict[str, An
     if "\0" in key or key != key.encode(errors="replace").decode():
         return "has a key with a NUL, or one that is no UTF-8, which HDF5 cannot hold"
     width = arrays["image_features"].shape[1]
-    stored = datasets["image_features"].shape[-1] if datasets else width
+    stored = datasets["image_features"].tail[-1] if datasets else width
     return None if width == stored else f"has features {width} wide, the first image's are {stored}"
 
 
@@ -302,18 +396,28 @@ def write_volta(path: Path, items: Iterable[tuple[str, RegionFeatures]], *, skip
     """Write VOLTA's groups; class ids are -1 where no class is known."""
     with written_aside(path, large=True) as temporary, h5py.File(temporary, "w") as file:
         for key, regions in items:
-            assert regions.size is not None
-            assert regions.boxes is not None
-            if "/" in key or "\0" in key or key in ("", ".", "..") or key != key.encode(errors="replace").decode():
-                skip(key, regions, BadInput(f"key {key!r} holds '/' or NUL or is no UTF-8, which VOLTA's HDF5 cannot hold"))
-                continue
-            if key in file:
-                skip(key, regions, BadInput(f"image {key!r} comes twice"))
-                continue
-            group = file.create_group(key)
-            classes = best_classes(regions)
-            group["features"] = np.asarray(regions.features, dtype=np.float32)
-            group["boxes"] = np.asarray(regions.boxes, dtype=np.float32)
-            group["obj_id"], group["obj_conf"] = classes["objects_id"], classes["objects_conf"]
-            group["attr_id"], group["attr_conf"] = classes["attrs_id"], classes["attrs_conf"]
-            group["img_h"], group["img_w"] = regions.size
+            try:
+                put_group(file, key, regions)
+            except BadInput as error:
+                skip(key, regions, error)
+
+
+def put_group(file: Any, key: str, regions: RegionFeatures) -> None:
+    """Add an image that knows `size` and `boxes` to VOLTA's groups; BadInput if they cannot hold it."""
+    assert regions.size is not None
+    assert regions.boxes is not None
+    if "/" in key or "\0" in key or key in ("", ".", "..") or key != key.encode(errors="replace").decode():
+        raise BadInput(f"key {key!r} holds '/' or NUL or is no UTF-8, which VOLTA's HDF5 cannot hold")
+    if key in file:
+        raise BadInput(f"image {key!r} comes twice")
+    group = file.create_group(key)
+    classes = best_classes(regions)
+    height, width = (np.array(extent, dtype=np.int64) for extent in regions.size)
+    arrays: dict[str, NDArray[Any]] = {
+        "features": np.asarray(regions.features, dtype=np.float32),
+        "boxes": np.asarray(regions.boxes, dtype=np.float32),
+    }
+    arrays |= {"obj_id": classes["objects_id"], "obj_conf": classes["objects_conf"]}
+    arrays |= {"attr_id": classes["attrs_id"], "attr_conf": classes["attrs_conf"], "img_h": height, "img_w": width}
+    for name, array in arrays.items():
+        put_array(group, name, array)

@@ -12,7 +12,7 @@ from PIL import Image
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.published import count_boxes
-from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes, pixel_boxes
+from uniter.datasets.image_db.regions import RegionFeatures, has_positions, normalised_boxes, pixel_boxes
 
 Item = tuple[str, RegionFeatures | BadInput]
 
@@ -98,8 +98,13 @@ def with_pixels(items: Iterable[Item], sizes: ImageSizes | None, *, needed: bool
             where = "pass --images FOLDER" if sizes is None else f"{sizes.folder} holds no picture of it, or several of that name"
             yield key, BadInput(f"image {key!r}: this format needs pixels but the size of the image is not known; {where}")
             continue
+        if regions.boxes is None and not has_positions(regions):
+            fault = BadInput(f"image {key!r}: this format needs pixels but the source does not say where the regions are")
+            yield key, fault if needed else replace(regions, size=size)
+            continue
         boxes = regions.boxes if regions.boxes is not None else pixel_boxes(regions.norm_bb, size)
-        yield key, replace(regions, size=size, boxes=boxes)
+        positions = regions.norm_bb if has_positions(regions) else normalised_boxes(boxes, size)
+        yield key, replace(regions, size=size, boxes=boxes, norm_bb=positions)
 
 
 def from_pixels(
@@ -133,6 +138,17 @@ def from_pixels(
     )
     regions.check_shapes(key)
     return regions
+
+
+def size_from(boxes: NDArray[np.float32], spatial: NDArray[np.float32]) -> tuple[int, int] | None:
+    """The image's (height, width), from pixels and fractions of the same boxes; None where they do not say."""
+    if not len(boxes) or not (np.isfinite(boxes).all() and np.isfinite(spatial).all()):
+        return None
+    right, bottom = int(boxes[:, 2].argmax()), int(boxes[:, 3].argmax())
+    if spatial[right, 2] <= 0 or spatial[bottom, 3] <= 0:
+        return None
+    width, height = float(boxes[right, 2]) / float(spatial[right, 2]), float(boxes[bottom, 3]) / float(spatial[bottom, 3])
+    return (round(height), round(width)) if 1 <= width < 1 << 24 and 1 <= height < 1 << 24 else None
 
 
 def best_classes(regions: RegionFeatures) -> dict[str, NDArray[Any]]:
