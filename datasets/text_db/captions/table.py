@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.tables import PARQUET_MAGIC, table_rows
 from uniter.datasets.storage.streams import first_character, json_events, lines_of, open_stream
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.coco import read_coco
 from uniter.datasets.text_db.captions.conceptual import is_url, read_conceptual
-from uniter.datasets.text_db.captions.downloads import PARQUET_MAGIC, URL_COLUMNS, parquet_rows
+from uniter.datasets.text_db.captions.downloads import URL_COLUMNS
 from uniter.datasets.text_db.captions.img2dataset import read_img2dataset
 from uniter.datasets.text_db.captions.karpathy import read_karpathy
 from uniter.datasets.text_db.captions.rows import CAPTION_COLUMNS, DELIMITERS, IMAGE_COLUMNS, column_named, read_csv, read_jsonl
@@ -59,7 +60,7 @@ def detect(path: Path) -> str:
     if not start.strip():
         raise BadInput(f"{path} is empty; expected captions")
     if start[:4] == PARQUET_MAGIC:
-        row = next(parquet_rows(path, ("key", *URL_COLUMNS, *CAPTION_COLUMNS)), {})
+        row = next(table_rows(path, ("key", *URL_COLUMNS, *CAPTION_COLUMNS)), {})
         return "cc" if row and "key" not in row else "img2dataset"
     if start[257:262] == b"ustar" or path.suffix == ".tar":
         return "img2dataset"
