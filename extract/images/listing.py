@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.keys import KeyRule, NameParts, key_rule
-from uniter.datasets.image_db.photographs import IMAGE_SUFFIXES
+from uniter.datasets.image_db.photographs import HEIF_SUFFIXES, HEIF_WANTS, IMAGE_SUFFIXES, READS_HEIF
 from uniter.datasets.image_db.tables import is_saved_dataset, is_table, tables_in
 from uniter.datasets.storage.files import expand_braces
 from uniter.extract.images.decoding import refuse_no_image
@@ -49,7 +49,7 @@ _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
-NOT_READ = frozenset((".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", *_RAW))
+NOT_READ = frozenset((*HEIF_SUFFIXES, ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", *_RAW)) - IMAGE_SUFFIXES
 
 
 """Pictures of kinds that are not read: in folders they are counted aloud, not passed over in silence."""
@@ -94,7 +94,10 @@ def list_images(
             files = _walk(path, left_out)
             if left_out:
                 kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
-                log.warning("%s holds pictures of kinds that are not read: %s; convert them to JPEG or PNG if they are wanted", path, kinds)
+                heif = f", or for HEIC install {HEIF_WANTS}" if set(left_out) & set(HEIF_SUFFIXES) else ""
+                log.warning(
+                    "%s holds pictures of kinds that are not read: %s; convert them to JPEG or PNG if they are wanted%s", path, kinds, heif
+                )
             if not files:
                 raise BadInput(f"{path} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}) and no tar shards")
             found += [(str(path / name), NameParts.of_file(name, root=path.resolve().name), None) for name in files]
@@ -181,6 +184,8 @@ def _refuse_no_image(path: Path) -> None:
             raise BadInput(f"{path} is JSON and no image; a list of images is a .txt file (a path a line) or .jsonl") from None
         if suffix in _TABLES:
             raise BadInput(f"{path} is a table ({suffix[1:]}) and no image; write the paths in it into a .txt or .jsonl list") from None
+        if suffix in HEIF_SUFFIXES:  # by its name at least
+            raise BadInput(f"{path}: {error}" if READS_HEIF else f"{path}: HEIC pictures are read with {HEIF_WANTS}") from None
         if suffix in NOT_READ:
             raise BadInput(f"{path}: pictures of the kind {suffix[1:].upper()} are not read; convert it to JPEG or PNG") from None
         if suffix in _VIDEOS:
