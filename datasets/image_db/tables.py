@@ -134,6 +134,12 @@ def table_rows(path: Path, names: Sequence[str], *, batch_rows: int = ROWS) -> I
             yield from ({**row, **{name: {} for name in bare}} for row in rows) if bare else rows
 
 
+def table_batches(path: Path, names: Sequence[str], *, batch_rows: int = ROWS) -> Iterator[Any]:
+    """The same as batches of pyarrow, bytes and all: only those columns whose name is one of `names`."""
+    with _opened(path) as (schema, batches):
+        yield from batches([name for name in schema.names if name in names], batch_rows)
+
+
 def _is_bytes(kind: Any) -> bool:
     import pyarrow
 
@@ -154,10 +160,10 @@ def _beside_bytes(kind: Any) -> list[str] | None:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The schema, and from (columns, rows) to batches; a column with a dot means a part of a column (`image.path`)."""
-    with _said(path):
+    with said_of_table(path):
         table, close = _open(path)
         try:
-            if hasattr(table, "iter_batches"):
+            if hasattr(table, "iter_batches"):  # parquet
                 yield table.schema_arrow, lambda columns, rows: table.iter_batches(batch_size=rows, columns=columns)
             else:
                 yield table.schema, lambda columns, rows: _pieces(table, columns, rows)
@@ -166,7 +172,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _said(path: Path) -> Iterator[None]:
+def said_of_table(path: Path) -> Iterator[None]:
     """What pyarrow says of a damaged file, as a sentence."""
     import pyarrow
 
@@ -259,7 +265,7 @@ class PictureBytes:
     def __init__(self, path: Path, column: str) -> None:
         self._path, self._column = path, column
         self._lock = threading.Lock()
-        with _said(path):
+        with said_of_table(path):
             self._table, _ = _open(path)  # closed when nobody holds it
             self._groups = [0]
             if hasattr(self._table, "iter_batches"):
@@ -275,7 +281,7 @@ class PictureBytes:
         Raises:
             BadInput: the row has none, or the table is damaged there.
         """
-        with self._lock, _said(self._path):
+        with self._lock, said_of_table(self._path):
             value = self._value(number)
         content = value.get("bytes") if isinstance(value, Mapping) else value
         if not isinstance(content, bytes):

@@ -105,6 +105,8 @@ def _fractions(record: Regions, place: int) -> NDArray[np.float32]:
     if record.boxes is not None and record.size is not None:
         height, width = record.size
         boxes = np.divide(record.boxes, np.array([width, height, width, height]), dtype=np.float32)
+    if len(boxes) and not boxes.any():
+        raise BadInput(f"picture {place}: the record does not say where its regions are, and LXMERT needs that; give records with boxes")
     outside = ~((boxes >= -_ROUNDING) & (boxes <= 1 + _ROUNDING)).all(axis=1)
     if outside.any():
         row = int(outside.argmax())

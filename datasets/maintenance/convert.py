@@ -203,7 +203,7 @@ def _to_others(
     if note is None:
         return ConvertReport(**{**read_json_object(note_of(place))[REPORT], "already_complete": True})
     try:
-        if not place.exists() and place == target and to != "npz":
+        if not place.exists() and place == target and to not in ("npz", "npy"):
             place.parent.mkdir(parents=True, exist_ok=True)
             write_note(place, note)
         form.write(target, _good(items, seen, target), rule, note, seen.skip)

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db.database import kind_of
-from uniter.datasets.image_db.formats import hdf5, lmdbs, npz, tsv
+from uniter.datasets.image_db.formats import hdf5, lmdbs, npy, npz, parquet, tsv
 from uniter.datasets.image_db.formats.records import Item, Selection, Skip
 from uniter.datasets.image_db.published import refuse_pickles
 from uniter.datasets.image_db.regions import RegionFeatures
@@ -76,7 +76,14 @@ def _compressed(path: Path, selection: Selection) -> Path:
     return lmdbs.uniter_folder(path, selection, compressed=True)
 
 
+def _write_npy(path: Path, records: _Records, _: Selection, note: Note, skip: Skip) -> None:
+    npy.write(path, records, note=note, skip=skip)
+
+
 _LABELS: Final = ("soft labels", "classes", "confidences")
+
+
+_IN_TABLES: Final = ("boxes", "sizes", "classes", "attributes", "confidences", "soft labels")
 
 
 _NO_IDS: Final = ("soft labels", "confidences")
@@ -92,6 +99,8 @@ FORMATS: Final[dict[str, Format]] = {
     "hdf5": Format("adaptive HDF5", _whole(hdf5.read), _plainly(hdf5.write_adaptive), True, ()),
     "hdf5-36": Format("fixed HDF5", _whole(hdf5.read), _plainly(hdf5.write_fixed), True, ()),
     "hdf5-volta": Format("VOLTA's HDF5", _whole(hdf5.read), _plainly(hdf5.write_volta), True, _LABELS[1:]),
+    "npy": Format("plain .npy files: features and boxes of each image", _whole(npy.read), _write_npy, True, ("boxes", "sizes")),
+    "parquet": Format("a table, for Hugging Face's datasets", _whole(parquet.read), _plainly(parquet.write), False, _IN_TABLES),
 }
 
 
@@ -104,6 +113,8 @@ def recognise(path: Path) -> str:
     if not path.exists():
         raise BadInput(f"{path} does not exist")
     if path.is_dir():
+        if npy.is_npy_folder(path):
+            return "npy"
         kind = kind_of(path)
         if kind in ("complete", "unfinished", "folder"):
             return "lmdb"
@@ -116,6 +127,8 @@ def recognise(path: Path) -> str:
     with open(path, "rb") as file:
         lines = [file.readline(1 << 28) for _ in range(4)]
     head = lines[0]
+    if head.startswith(b"PAR1"):
+        return "parquet"
     if head.startswith(b"\x89HDF\r\n"):
         return hdf5.kind_of(path)
     if head.startswith(b"PK\x03\x04"):

@@ -97,6 +97,8 @@ def test_boxes_are_fractions_and_no_method_gives_pixels_under_the_models_names()
     pixels = np.concatenate([record.boxes, record.boxes[:, 2:]], axis=1)
     with pytest.raises(BadInput, match=r"picture 0, region 0: the box is 0, 0, 500, 300 of the image, and 0 to 1 was expected; are the"):
         replace(record, norm_bb=pixels, boxes=None).to_lxmert()
+    with pytest.raises(BadInput, match="picture 0: the record does not say where its regions are"):
+        replace(record, norm_bb=np.zeros((5, 6), np.float32), boxes=None).to_lxmert()
     with pytest.raises(BadInput, match="of an image of another size"):
         replace(record, size=(200, 300)).to_lxmert()
 
