@@ -8,19 +8,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uniter.extract.detector.detectron import Detectron2Detector, build_detector
     from uniter.extract.detector.protocol import Detector
+    from uniter.extract.notebook import PhotographRegions, extract_regions
     from uniter.extract.on_demand import RegionExtractor
     from uniter.extract.run.extraction import extract_images
     from uniter.extract.run.summary import ExtractSummary
 
-__all__ = ["Detector", "Detectron2Detector", "ExtractSummary", "RegionExtractor", "build_detector", "extract_images"]
+__all__ = [
+    "Detector",
+    "Detectron2Detector",
+    "ExtractSummary",
+    "PhotographRegions",
+    "RegionExtractor",
+    "build_detector",
+    "extract_images",
+    "extract_regions",
+]
 
 _HOMES = {
     "Detector": "detector.protocol",
     "Detectron2Detector": "detector.detectron",
     "ExtractSummary": "run.summary",
+    "PhotographRegions": "notebook",
     "RegionExtractor": "on_demand",
     "build_detector": "detector.detectron",
     "extract_images": "run.extraction",
+    "extract_regions": "notebook",
 }
 
 

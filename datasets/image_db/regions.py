@@ -63,7 +63,7 @@ class RegionFeatures:
         """The same record with the selected rows only, in the selection's order."""
         changed = {
             field.name: value[selection]
-            for field in fields(self)
+            for field in fields(RegionFeatures)
             if field.name != "size" and (value := getattr(self, field.name)) is not None
         }
         return replace(self, **changed)
@@ -91,6 +91,12 @@ class RegionFeatures:
             return self.attribute_ids, unknown if self.attribute_conf is None else self.attribute_conf
         return None
 
+    def numpy(self) -> dict[str, NDArray[Any]]:
+        """All that is known, as plain arrays that may be written to: numbers as float32, ids as int64, `size` (2,) height and width."""
+        found = {field.name: getattr(self, field.name) for field in fields(RegionFeatures)}
+        arrays = {name: np.asarray(value) for name, value in found.items() if value is not None}
+        return {name: np.array(array, np.float32 if array.dtype.kind == "f" else np.int64) for name, array in arrays.items()}
+
     def to_lxmert(self, *, labels: bool = False) -> dict[str, Any]:
         """What `transformers.LxmertModel` takes of this picture, as a batch of one; of several: `lxmert_inputs([...])`.
 
@@ -106,7 +112,7 @@ class RegionFeatures:
         """Raise BadInput, naming the image, unless all fields hold the same number of rows and fitting widths."""
         count = len(self.features)
         widths = {"norm_bb": 6, "boxes": 4}
-        for field in fields(self):
+        for field in fields(RegionFeatures):
             value = getattr(self, field.name)
             if value is None or field.name == "size":
                 continue
