@@ -95,7 +95,8 @@ def main(
     """Make a text database of CAPTIONS in the folder OUT (by default beside it: captions.json -> captions.db).
 
     CAPTIONS: COCO captions, Karpathy's dataset_*.json, Visual Genome's region_descriptions.json, Conceptual Captions' TSV, SBU,
-    img2dataset's output, JSONL or CSV. Several files as 'captions_{train,val}2014.json' or 'cc3m/{00000..00331}.tar'.
+    img2dataset's output, Flickr's .token files, JSONL, CSV or parquet with an image and a caption column, what Hugging Face's `datasets`
+    saved to disk, or a folder of name.jpg with name.txt. Several files as 'captions_{train,val}2014.json' or 'data/*.parquet'.
 
     \b
     Examples:
@@ -209,8 +210,16 @@ def _refuse_to_replace(out: Path, sources: Sequence[Path]) -> None:
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files that a name with braces stands for; a file that exists is itself."""
-    return [Path(pattern)] if Path(pattern).exists() else [Path(name) for name in expand_braces(pattern)]
+    """The files that a name with braces, `*` or `?` stands for, in order; a file that exists is itself."""
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    names = [Path(name) for name in expand_braces(pattern)]
+    if not any(character in pattern for character in "*?["):
+        return names
+    found = [sorted(name.parent.glob(name.name)) for name in names]
+    if not all(found):
+        raise BadInput(f"nothing matches {pattern!r}; expected files or folders of captions")
+    return list(chain.from_iterable(found))
 
 
 def _default_out(path: Path) -> Path:

@@ -17,6 +17,7 @@ from uniter.datasets.image_db.formats.table import FORMATS, format_named, listed
 from uniter.datasets.maintenance.check import check_coverage, check_database
 from uniter.datasets.maintenance.check_report import CheckReport
 from uniter.datasets.maintenance.convert import convert
+from uniter.datasets.maintenance.convert_texts import convert_texts, holds_texts
 from uniter.datasets.maintenance.describe import describe
 from uniter.datasets.maintenance.kinds import database_kind
 from uniter.datasets.maintenance.merge import merge
@@ -188,6 +189,8 @@ def convert_command(
 ) -> None:
     """Convert region features IN to OUT. IN's format is recognised; OUT is a region database unless --to says otherwise.
 
+    A text database IN becomes UNITER's (--to uniter, whose keys fit regions converted so) or a table (--to parquet).
+
     The thresholds count for sources that hold candidates (docker's .npz folders, UNITER's `all`); other sources are kept whole.
     What the target lacks (soft labels, classes, confidences) is said in the summary. Broken images are skipped and listed.
 
@@ -198,6 +201,7 @@ def convert_command(
       uniter-db convert out.lmdb out.tsv --to lxmert-tsv
       uniter-db convert out.lmdb m2/ --to m2 --key '{id}'
       uniter-db convert --list
+      uniter-db convert captions.db txt_db/captions.db --to uniter
     """
     if shows_formats:
         _print_formats(source, as_json=as_json)
@@ -205,6 +209,10 @@ def convert_command(
     if source is None or out is None:
         raise click.UsageError("expected IN and OUT, or --list")
     given = click.get_current_context().get_parameter_source
+    if holds_texts(source):
+        _refuse_about_regions()
+        _print_written(asdict(convert_texts(source, out, to=to, overwrite=overwrite)), as_json=as_json, out=out)
+        return
     named = {name: given(name) is ParameterSource.COMMANDLINE for name in ("conf_threshold", "min_boxes", "max_boxes", "num_boxes")}
     idle = ["num_boxes"] if conf_threshold != -1 else ["min_boxes", "max_boxes"]
     if pointless := [name for name in (named if keep_all else idle) if named[name]]:
@@ -245,6 +253,17 @@ def _print_formats(source: Path | None, *, as_json: bool) -> None:
         print_summary({"formats": rows}, as_json=True, title="")
         return
     click.echo(listed())
+
+
+def _refuse_about_regions() -> None:
+    """UsageError for options that say nothing about texts."""
+    context = click.get_current_context()
+    about_both = ("source", "out", "to", "overwrite", "as_json")
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    named = [name for name in given if name not in about_both]
+    if named:
+        option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == named[0])
+        raise click.UsageError(f"{option} is about regions, and IN is a text database; leave it out")
 
 
 def _print_written(summary: Mapping[str, Any], *, as_json: bool, out: Path) -> None:

@@ -125,9 +125,9 @@ def main(
 ) -> None:
     """Extract region features of IMAGES into the database OUT.
 
-    IMAGES is a folder (searched recursively), one image, a .txt or .jsonl list, or tar shards as img2dataset and WebDataset write them
-    ('cc3m/{00000..00331}.tar'). The same command again continues where it stopped, and does what is new where IMAGES has grown. Every
-    image ends up in OUT or in OUT/failures.jsonl.
+    IMAGES is a folder (searched recursively), one image, a .txt or .jsonl list, tar shards as img2dataset and WebDataset write them
+    ('cc3m/{00000..00331}.tar'), or tables that hold the images (parquet, what Hugging Face's `datasets` saved to disk). The same command
+    again continues where it stopped, and does what is new where IMAGES has grown. Every image ends up in OUT or in OUT/failures.jsonl.
 
     Transparent pixels are laid on white; colour profiles are left alone, as cv2.imread does; images are turned as EXIF says.
     """

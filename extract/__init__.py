@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uniter.extract.detector.detectron import Detectron2Detector, build_detector
     from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions
+    from uniter.extract.notebook import PhotographRegions, extract_regions
     from uniter.extract.on_demand import RegionExtractor
     from uniter.extract.run.extraction import extract_images
     from uniter.extract.run.summary import ExtractSummary
@@ -16,22 +17,26 @@ __all__ = [
     "Detector",
     "Detectron2Detector",
     "ExtractSummary",
+    "PhotographRegions",
     "PreparedImage",
     "RawRegions",
     "RegionExtractor",
     "build_detector",
     "extract_images",
+    "extract_regions",
 ]
 
 _HOMES = {
     "Detector": "detector.protocol",
     "Detectron2Detector": "detector.detectron",
     "ExtractSummary": "run.summary",
+    "PhotographRegions": "notebook",
     "PreparedImage": "detector.protocol",
     "RawRegions": "detector.protocol",
     "RegionExtractor": "on_demand",
     "build_detector": "detector.detectron",
     "extract_images": "run.extraction",
+    "extract_regions": "notebook",
 }
 
 

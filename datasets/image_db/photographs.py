@@ -3,6 +3,8 @@
 What a reader would get wrong: where several files could be meant, none is found: another picture's size would be wrong in silence.
 """
 
+import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -11,8 +13,26 @@ from uniter.datasets.errors import BadInput
 
 _JPEG, _PNG, _TIFF, _BMP = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), (".png", ".apng"), (".tif", ".tiff"), (".bmp", ".dib")
 
-IMAGE_SUFFIXES: Final = frozenset((*_JPEG, *_PNG, ".webp", ".gif", *_BMP, *_TIFF, ".ppm", ".pgm", ".pbm", ".pnm", ".avif"))
+HEIF_SUFFIXES: Final = (".heic", ".heif", ".hif")
+"""Phones' photographs; they count as images where pillow-heif is installed."""
+
+READS_HEIF: Final = importlib.util.find_spec("pillow_heif") is not None
+HEIF_WANTS: Final = "pillow-heif: pip install 'uniter-toolkit[heic]'"
+"""What HEIC takes, for the sentences that say so."""
+
+_OTHERS: Final = (".webp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", *(HEIF_SUFFIXES if READS_HEIF else ()))
+
+IMAGE_SUFFIXES: Final = frozenset((*_JPEG, *_PNG, *_BMP, *_TIFF, *_OTHERS))
 """What counts as an image in folders and tars, in upper or lower case."""
+
+
+@functools.cache
+def let_pillow_read_heif() -> None:
+    """`PIL.Image.open` opens HEIC from here on, where pillow-heif is installed."""
+    if READS_HEIF:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
 class Photographs:
@@ -32,6 +52,8 @@ class Photographs:
         paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         if not paths:
             raise BadInput(f"no image in {self.folder}; --images wants the folder of the photographs that the regions were taken from")
+        if any(path.suffix.lower() in HEIF_SUFFIXES for path in paths):
+            let_pillow_read_heif()
         self._count = len(paths)
         self._named: dict[str, list[PurePosixPath]] = {}
         for path in paths:

@@ -5,11 +5,13 @@ upright image (what people draw). Column 0 of `soft_labels` is the background, s
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.transformers_inputs import lxmert_inputs, visualbert_inputs
 
 FloatArray = NDArray[np.floating]
 
@@ -61,7 +63,7 @@ class RegionFeatures:
         """The same record with the selected rows only, in the selection's order."""
         changed = {
             field.name: value[selection]
-            for field in fields(self)
+            for field in fields(RegionFeatures)
             if field.name != "size" and (value := getattr(self, field.name)) is not None
         }
         return replace(self, **changed)
@@ -76,11 +78,41 @@ class RegionFeatures:
             return self.object_ids, self.conf if self.object_conf is None else self.object_conf
         return None
 
+    def best_attributes(self) -> tuple[IntArray, FloatArray] | None:
+        """Best attribute of each region, (N,) counted from 0 without "no attribute", -1 where a source knows none, and its probability
+        (N,); None where all are unknown.
+        """
+        if self.attributes is not None and self.attributes.shape[1] > 1:
+            foreground = self.attributes[:, 1:]
+            best = foreground.argmax(axis=1)
+            return best, foreground[np.arange(len(best)), best].astype(np.float32)
+        if self.attribute_ids is not None:
+            unknown = np.zeros(len(self), np.float32)
+            return self.attribute_ids, unknown if self.attribute_conf is None else self.attribute_conf
+        return None
+
+    def numpy(self) -> dict[str, NDArray[Any]]:
+        """All that is known, as plain arrays that may be written to: numbers as float32, ids as int64, `size` (2,) height and width."""
+        found = {field.name: getattr(self, field.name) for field in fields(RegionFeatures)}
+        arrays = {name: np.asarray(value) for name, value in found.items() if value is not None}
+        return {name: np.array(array, np.float32 if array.dtype.kind == "f" else np.int64) for name, array in arrays.items()}
+
+    def to_lxmert(self, *, labels: bool = False) -> dict[str, Any]:
+        """What `transformers.LxmertModel` takes of this picture, as a batch of one; of several: `lxmert_inputs([...])`.
+
+        `model(**tokenizer(text, return_tensors="pt"), **regions.to_lxmert())`. Boxes are fractions of the image, as it wants them.
+        """
+        return lxmert_inputs([self], labels=labels)
+
+    def to_visualbert(self) -> dict[str, Any]:
+        """What `transformers.VisualBertModel` takes of this picture, as a batch of one; of several: `visualbert_inputs([...])`."""
+        return visualbert_inputs([self])
+
     def check_shapes(self, key: str) -> None:
         """Raise BadInput, naming the image, unless all fields hold the same number of rows and fitting widths."""
         count = len(self.features)
         widths = {"norm_bb": 6, "boxes": 4}
-        for field in fields(self):
+        for field in fields(RegionFeatures):
             value = getattr(self, field.name)
             if value is None or field.name == "size":
                 continue

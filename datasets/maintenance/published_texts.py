@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ def write_published_texts(
     settings: Mapping[str, Any],
     contents: Mapping[str, Path],
     overwrite: bool,
+    side_files: Callable[[Mapping[str, Any], Container[str]], Mapping[str, Any]] = lambda files, _: files,
 ) -> tuple[int, bool]:
     """Write a text database in UNITER's layout; what meta.json and RefCOCO's side files say is taken from the sources.
 
     Args:
         settings, contents: see `claims.may_replace`.
+        side_files: from the task's files of the sources and the ids written to the files that are written.
 
     Returns:
         How many texts it holds, and whether it was there already.
@@ -56,7 +58,8 @@ def write_published_texts(
         if not tables.lengths and not tables.images:
             raise BadInput(f"there is not one good text to write to {out}")
         side: dict[str, Any] = {f"{name}.json": table for name, table in tables.lengths.items()}
-        side |= {"txt2img.json": tables.images, "img2txts.json": tables.texts_of, **side_files_of(sources)}
+        side |= {"txt2img.json": tables.images, "img2txts.json": tables.texts_of}
+        side |= side_files(side_files_of(sources), tables.images)
         side["meta.json"] = next((meta for source in sources if (meta := stated_settings(source, "meta.json"))), {})
         for name, value in side.items():
             write_json(folder / name, value)

@@ -39,7 +39,7 @@ def photograph(
         except BadInput as error:
             sentence = str(error)
         else:
-            if known is None or _same_shape(size, known):
+            if known is None or same_shape(size, known):
                 return resized(image, PICTURE_LONGEST), size, []
             sentence = (
                 f"the photograph {path.name} is {size[1]} × {size[0]}, the regions are of an image of {known[1]} × {known[0]}: another one?"
@@ -47,6 +47,6 @@ def photograph(
     return empty_canvas(known, longest=PICTURE_LONGEST), known, [sentence]
 
 
-def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two sizes are the same picture, perhaps at different scales."""
     return abs(one[0] / one[1] - other[0] / other[1]) < 0.02 * max(one[0] / one[1], 0.02)

@@ -33,6 +33,7 @@ from PIL import (
 )
 
 from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.image_db.photographs import HEIF_WANTS, READS_HEIF
 
 MAX_PIXELS = 178_956_970
 """The most pixels an image may claim before it is refused unread: where Pillow, too, refuses; 512 MiB of RGB."""
@@ -93,8 +94,9 @@ _TURNS: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode to upright BGR.
 
-    JPEG, PNG, WebP, GIF and other animations (the first picture), BMP, TIFF, PNM, AVIF. Equal to `cv2.imread` but for transparency, which
-    is laid on white, and for CMYK JPEGs without Adobe's marker, whose values are not inverted. 16 bit is scaled by 1/256.
+    JPEG, PNG, WebP, GIF and other animations (the first picture), BMP, TIFF, PNM, AVIF, with pillow-heif HEIC. Equal to `cv2.imread` but
+    for transparency, which is laid on white, and for CMYK JPEGs without Adobe's marker, whose values are not inverted. 16 bit is scaled by
+    1/256.
 
     Args:
         data: the file.
@@ -123,6 +125,8 @@ def _decoded(header: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint8]:
     try:
         if kind == "PNG":
             _refuse_damaged_png(data)
+            return _with_pillow(header, data)
+        if kind == "HEIF":
             return _with_pillow(header, data)
         if kind == "WEBP":
             _refuse_zeros_in_webp(data, header.width * header.height)
@@ -160,6 +164,8 @@ Plugin = Callable[[io.BytesIO], ImageFile.ImageFile]
 def refuse_no_image(data: bytes) -> Plugin:
     """What opens a file that begins so; BadInput, which says what it is, where nothing does."""
     plugin = next((plugin for begins, plugin in _PLUGINS if begins(data)), None)
+    if plugin is None and _is_heif(data):
+        raise BadInput(f"it is a HEIC picture, as phones take them, which is read with {HEIF_WANTS}")
     if plugin is None:
         start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
         if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"{")):
@@ -189,6 +195,19 @@ except ImportError:  # Pillow before 11.3
     pass
 else:
     _PLUGINS.append((lambda data: data[4:8] == b"ftyp" and b"avif" in data[8:64], AvifImagePlugin.AvifImageFile))
+
+
+def _is_heif(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and b"avif" not in data[8:64]
+
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+if READS_HEIF:
+    from pillow_heif import HeifImageFile
+
+    _PLUGINS.append((_is_heif, HeifImageFile))
 
 
 def _has_alpha(header: Image.Image) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.keys import key_fault
+from uniter.datasets.image_db.tables import picture_of_row
 from uniter.extract.images.decoding import MAX_PIXELS
 
 UNIT_IMAGES = 128
@@ -38,6 +39,7 @@ class ImageItem:
         path: as messages show it; `shard.tar/member` within a tar.
         file: the file to open.
         offset, size: the bytes within the file; size -1 means the whole file.
+        row: of a table that holds the bytes in a column; -1 where the file is no table.
         fault: why it cannot be read, where that is known already.
     """
 
@@ -47,6 +49,7 @@ class ImageItem:
     offset: int = 0
     size: int = -1
     fault: str | None = None
+    row: int = -1
 
 
 class ImageList(Protocol):
@@ -74,9 +77,9 @@ class ImageList(Protocol):
         ...
 
 
-def image_item(key: str, path: str, file: str, offset: int = 0, size: int = -1, fault: str | None = None) -> ImageItem:
+def image_item(key: str, path: str, file: str, offset: int = 0, size: int = -1, fault: str | None = None, *, row: int = -1) -> ImageItem:
     key = text_of(key)
-    return ImageItem(key, text_of(path), file, offset, size, fault or key_fault(key))
+    return ImageItem(key, text_of(path), file, offset, size, fault or key_fault(key), row)
 
 
 def text_of(name: str) -> str:
@@ -134,14 +137,19 @@ def read_bytes(item: ImageItem, *, max_pixels: int = MAX_PIXELS) -> bytes:
     if item.fault is not None:
         raise (CutTar if item.key.endswith(CUT_TAR) else NeverReadable)(item.fault)
     limit = 8 * max_pixels + (16 << 20)  # four channels of 16 bit, and whatever stands beside the pixels
+    if item.row >= 0:
+        content = picture_of_row(item.file, item.row)
+        _refuse_large(len(content), limit, max_pixels)
+        if not content:
+            raise BadInput("its bytes in the table are empty")
+        return content
     # Opening a named pipe would wait for ever.
     with open(os.open(item.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise BadInput("it is no ordinary file")
         size = item.size if item.size >= 0 else status.st_size
-        if size > limit:
-            raise BadInput(f"the file has {size:,} bytes, more than {max_pixels:,} pixels need; raise --max-pixels if it is an image")
+        _refuse_large(size, limit, max_pixels)
         file.seek(item.offset)
         data = file.read(size)
     if len(data) < size:
@@ -149,3 +157,8 @@ def read_bytes(item: ImageItem, *, max_pixels: int = MAX_PIXELS) -> bytes:
     if not data:
         raise BadInput("the file is empty")
     return data
+
+
+def _refuse_large(size: int, limit: int, max_pixels: int) -> None:
+    if size > limit:
+        raise BadInput(f"the file has {size:,} bytes, more than {max_pixels:,} pixels need; raise --max-pixels if it is an image")

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.keys import KeyRule, NameParts, key_rule
-from uniter.datasets.image_db.photographs import IMAGE_SUFFIXES
+from uniter.datasets.image_db.photographs import HEIF_SUFFIXES, HEIF_WANTS, IMAGE_SUFFIXES, READS_HEIF
+from uniter.datasets.image_db.tables import is_saved_dataset, is_table, tables_in
 from uniter.datasets.storage.files import expand_braces
 from uniter.extract.images.decoding import refuse_no_image
 from uniter.extract.images.items import (
@@ -28,6 +29,7 @@ from uniter.extract.images.items import (
     refuse_equal_keys,
     text_of,
 )
+from uniter.extract.images.tables import TableImages, fetching
 from uniter.extract.images.tars import TarImages
 
 log = logging.getLogger(__name__)
@@ -35,13 +37,19 @@ log = logging.getLogger(__name__)
 _RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
 
 
-_TABLES = (".parquet", ".csv", ".tsv", ".xlsx", ".arrow", ".feather")
+_TABLES = (".csv", ".tsv", ".xlsx", ".feather")
+
+
+_NAMING = ("image", "path", "file_name", "filename")
+"""Fields of a .jsonl list that name an image."""
+
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 _VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
-NOT_READ = frozenset((".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", *_RAW))
+NOT_READ = frozenset((*HEIF_SUFFIXES, ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", *_RAW)) - IMAGE_SUFFIXES
 
 
 """Pictures of kinds that are not read: in folders they are counted aloud, not passed over in silence."""
@@ -55,7 +63,8 @@ def list_images(
     Args:
         images: a folder (searched recursively; hidden files and folders are left out), an image, a `.txt` list (a path a line) or
             `.jsonl` list (`{"image": path, "key": optional}` or a string a line), tar shards (a `.tar`, a brace or glob pattern, a folder
-            of tars), or several of one kind. Paths in a list are relative to the list's folder or, if the first is not there, to the
+            of tars), tables that hold the images' bytes (`.parquet`, a folder of them, a folder of `datasets.save_to_disk`), or several
+            of one kind. Paths in a list are relative to the list's folder or, if the first is not there, to the
             current folder.
         key: see `keys.key_rule`; None: `stem` for files, `path` (WebDataset's `__key__`) for tars.
         unit_images: how many images make a unit, where there are no tars.
@@ -67,6 +76,11 @@ def list_images(
     paths = [path for source in sources for path in _expanded(os.fspath(source))]
     if not paths:
         raise BadInput("no images were named; expected a folder, an image, a list or tar shards")
+    tables = [_tables(path) for path in paths]
+    if any(tables):
+        if not all(tables):
+            raise BadInput("tables of images and other images were named together; extract them one after the other")
+        return TableImages(list(itertools.chain.from_iterable(tables)), key_rule(key or "stem"), unit_images=unit_images)
     shards = [_tars(path) for path in paths]
     if any(shards):
         if not all(shards):
@@ -80,7 +94,10 @@ def list_images(
             files = _walk(path, left_out)
             if left_out:
                 kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
-                log.warning("%s holds pictures of kinds that are not read: %s; convert them to JPEG or PNG if they are wanted", path, kinds)
+                heif = f", or for HEIC install {HEIF_WANTS}" if set(left_out) & set(HEIF_SUFFIXES) else ""
+                log.warning(
+                    "%s holds pictures of kinds that are not read: %s; convert them to JPEG or PNG if they are wanted%s", path, kinds, heif
+                )
             if not files:
                 raise BadInput(f"{path} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}) and no tar shards")
             found += [(str(path / name), NameParts.of_file(name, root=path.resolve().name), None) for name in files]
@@ -133,6 +150,11 @@ def _expanded(text: str) -> list[Path]:
     """Brace patterns (`{00000..00331}`, `{train,val}`) and globs to paths, in order; a path that exists is taken as it is."""
     if os.path.lexists(text):
         return [Path(text)]
+    if _ADDRESS.match(text):
+        raise BadInput(
+            f"{text[:80]} is an address (URL), and files are read; write it into urls.txt, one a line, and download: "
+            f"{fetching(Path('urls.txt'))}"
+        )
     names = expand_braces(text)
     if any(character in text for character in "*?["):
         globbed = [sorted(Path(name).parent.glob(Path(name).name)) for name in names]
@@ -160,14 +182,25 @@ def _refuse_no_image(path: Path) -> None:
     except BadInput as error:
         if start[:1] in (b"{", b"[") or suffix == ".json":
             raise BadInput(f"{path} is JSON and no image; a list of images is a .txt file (a path a line) or .jsonl") from None
-        if start[:4] == b"PAR1" or suffix in _TABLES:
-            kind = suffix[1:] or "parquet"
-            raise BadInput(f"{path} is a table ({kind}) and no image; write the paths in it into a .txt or .jsonl list") from None
+        if suffix in _TABLES:
+            raise BadInput(f"{path} is a table ({suffix[1:]}) and no image; write the paths in it into a .txt or .jsonl list") from None
+        if suffix in HEIF_SUFFIXES:  # by its name at least
+            raise BadInput(f"{path}: {error}" if READS_HEIF else f"{path}: HEIC pictures are read with {HEIF_WANTS}") from None
         if suffix in NOT_READ:
             raise BadInput(f"{path}: pictures of the kind {suffix[1:].upper()} are not read; convert it to JPEG or PNG") from None
         if suffix in _VIDEOS:
             raise BadInput(f"{path} is a video and no image; write its frames into a folder first") from None
         raise BadInput(f"{path}: {error}") from None
+
+
+def _tables(path: Path) -> list[Path]:
+    """The tables that a path names: itself, or those of a folder in which there are no images."""
+    if is_saved_dataset(path):
+        return tables_in(path)
+    if path.is_dir():
+        there = next((file for file in path.rglob("*.parquet") if not file.name.startswith(".")), None)
+        return tables_in(path) if there is not None and not _tars(path) and not _walk(path, Counter()) else []
+    return [path] if path.is_file() and is_table(path) else []
 
 
 def _tars(path: Path) -> list[Path]:
@@ -254,9 +287,13 @@ def _listed(path: Path) -> list[tuple[str, NameParts, str | None]]:
         raise BadInput(f"the list {path} does not exist") from error
     if not entries:
         raise BadInput(f"the list {path} is empty; expected one image a line")
-    address = next((name for name, _ in entries if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name)), None)
+    address = next((name for name, _ in entries if _ADDRESS.match(name)), None)
     if address is not None:
-        raise BadInput(f"the list {path} names addresses (URLs, such as {address[:80]}), and files are read; download them first")
+        column = _field_of(path) if as_json else None
+        raise BadInput(
+            f"the list {path} names addresses (URLs, such as {address[:80]}), and files are read; download them first: "
+            f"{fetching(path, column=column)}"
+        )
     base = path.parent
     first = next((name for name, _ in entries if not name.startswith("/")), None)
     if first is not None and not (base / first).exists() and Path(first).exists():
@@ -272,6 +309,13 @@ def _listed(path: Path) -> list[tuple[str, NameParts, str | None]]:
     return found
 
 
+def _field_of(path: Path) -> str:
+    """The field of a .jsonl list that names its images."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        first = json.loads(next(line for line in lines if line.strip()))
+    return next((field for field in _NAMING if isinstance(first, dict) and isinstance(first.get(field), str)), "url")
+
+
 def _json_entry(text: str, where: str) -> tuple[str, str | None]:
     try:
         value = json.loads(text)
@@ -280,7 +324,7 @@ def _json_entry(text: str, where: str) -> tuple[str, str | None]:
     if isinstance(value, str):
         return value, None
     if isinstance(value, dict):
-        name = next((value[field] for field in ("image", "path", "file_name", "filename") if isinstance(value.get(field), str)), None)
+        name = next((value[field] for field in _NAMING if isinstance(value.get(field), str)), None)
         key = value.get("key")
         if name is not None and (key is None or isinstance(key, str)):
             return name, key

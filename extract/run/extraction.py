@@ -59,7 +59,7 @@ def extract_images(
     """Extract region features; the same call again continues where the last one stopped.
 
     Args:
-        images: a folder, an image, a list, or tar shards; see `images.list_images`.
+        images: a folder, an image, a list, tar shards or tables; see `images.list_images`.
         out: the database's folder.
         detector: see `detector.build_detector`.
         boxes: a file of given boxes (`given_boxes.GivenBoxes`) instead of detection.

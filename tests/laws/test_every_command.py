@@ -45,6 +45,12 @@ def convert_to_npz(folder: Path, out: Path, version: int, trained: Any) -> Words
     return ("db", "convert", source, out, "--to", "npz")
 
 
+def convert_texts(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    source = folder / "in.db"
+    done(*build_db(folder, source, version, trained), *(("--overwrite",) if version else ()))
+    return ("db", "convert", source, out, "--to", "uniter")
+
+
 def merge(folder: Path, out: Path, version: int, trained: Any) -> Words:
     both = [world.region_database(folder / name, keys, seed=version, again=version > 0) for name, keys in (("x", "abc"), ("y", "de"))]
     return ("db", "merge", *both, out)
@@ -114,6 +120,7 @@ def scores(folder: Path, out: Path, version: int, trained: Any) -> Words:
 ROWS: dict[str, Row] = {
     "convert": convert,
     "convert --to npz": convert_to_npz,
+    "convert texts": convert_texts,
     "merge": merge,
     "split": split,
     "check --repair": repair,
@@ -239,7 +246,16 @@ def conversion_of_nothing(folder: Path, out: Path, trained: Any) -> Words:
     return ("db", "convert", folder / "in.lmdb", out, "--to", "npz", "--overwrite")
 
 
-FAILING: dict[str, Callable[[Path, Path, Any], Words]] = {"view": view_of_a_damaged_database, "convert --to npz": conversion_of_nothing}
+def conversion_of_damaged_texts(folder: Path, out: Path, trained: Any) -> Words:
+    (folder / "in.db" / "data.mdb").write_bytes(b"damaged")
+    return ("db", "convert", folder / "in.db", out, "--to", "uniter", "--overwrite")
+
+
+FAILING: dict[str, Callable[[Path, Path, Any], Words]] = {
+    "view": view_of_a_damaged_database,
+    "convert --to npz": conversion_of_nothing,
+    "convert texts": conversion_of_damaged_texts,
+}
 
 
 @pytest.mark.parametrize("name", cells("fails"))
@@ -254,7 +270,7 @@ def test_what_fails_leaves_what_was_there(name: str, tmp_path: Path, trained: An
 
 def inside(name: str, folder: Path, trained: Any) -> tuple[Path, Words]:
     """A folder that holds the source of a command, and the command that would write to that folder."""
-    if name in ("convert --to npz", "build-db", "view", "export"):
+    if name in ("convert --to npz", "convert texts", "build-db", "view", "export"):
         (folder / "sources").mkdir()
         return folder / "sources", ROWS[name](folder / "sources", folder / "sources", 0, trained)
     if name == "extract":
@@ -269,7 +285,7 @@ def inside(name: str, folder: Path, trained: Any) -> tuple[Path, Words]:
 def test_a_source_inside_out_is_refused(name: str, tmp_path: Path, trained: Any) -> None:
     folder, words = inside(name, tmp_path, trained)
     before = tree(folder)
-    for more in ((), ("--overwrite",)) if name in ("convert --to npz", "build-db", "extract", "detector") else ((),):
+    for more in ((), ("--overwrite",)) if name in ("convert --to npz", "convert texts", "build-db", "extract", "detector") else ((),):
         result = run(*words, *more)
         assert not world.differences(before, tree(folder))
         refused(result)

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db.database import kind_of
-from uniter.datasets.image_db.formats import hdf5, lmdbs, npz, tsv
+from uniter.datasets.image_db.formats import hdf5, lmdbs, npy, npz, parquet, tsv
 from uniter.datasets.image_db.formats.projects.layout import CAPTIONS as CAPTIONS
 from uniter.datasets.image_db.formats.projects.layout import PIXELS as PIXELS
 from uniter.datasets.image_db.formats.projects.layout import SPLITS as SPLITS
@@ -75,11 +75,11 @@ def _whole(read: Callable[[Path], Iterator[Item]]) -> Callable[[Path, Selection]
 
 
 def _parts_of(path: Path) -> list[Path]:
-    """The TSV or HDF5 files in a folder (`train.tsv.0`, `train.tsv.1` too); the path itself if it is a file."""
+    """The TSV, HDF5 or parquet files in a folder (`train.tsv.0`, `train.tsv.1` too); the path itself if it is a file."""
     if not path.is_dir():
         return [path]
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.endswith(NOTE)]
-    return [file for file in found if {".tsv", ".h5", ".hdf5"} & set(file.suffixes[-2:])]
+    return [file for file in found if {".tsv", ".h5", ".hdf5", ".parquet"} & set(file.suffixes[-2:])]
 
 
 class _Write(Protocol):
@@ -105,6 +105,10 @@ def _write_uniter_compressed(path: Path, records: _Records, selection: Selection
 
 def _compressed(path: Path, selection: Selection) -> Path:
     return lmdbs.uniter_folder(path, selection, compressed=True)
+
+
+def _write_npy(path: Path, records: _Records, _: Selection, note: Note, skip: Skip) -> None:
+    npy.write(path, records, note=note, skip=skip)
 
 
 HOLDABLE: Final = ("boxes", "sizes", "classes", "attributes", "confidences", "soft labels")
@@ -177,6 +181,18 @@ FORMATS: Final[dict[str, Format]] = {
     "hdf5-volta": Format(
         "VOLTA's HDF5, one file of vlt5_h5", _whole(hdf5.read), _plainly(hdf5.write_volta), True, _LISTED, needs=(PIXELS,)
     ),
+    "npy": Format(
+        "plain .npy files: features and boxes of each image",
+        lambda path, _: npy.read(path),
+        _write_npy,
+        True,
+        _LISTED[:2],
+        out="features/*.npy, boxes/*.npy, images.jsonl",
+        needs=(PIXELS,),
+    ),
+    "parquet": Format(
+        "a table, for Hugging Face's datasets", _whole(parquet.read), _plainly(parquet.write), False, HOLDABLE, rounds=_HALVES
+    ),
     **{name: _of_project(layout) for name, layout in LAYOUTS.items()},
 }
 
@@ -213,6 +229,8 @@ def recognise(path: Path) -> str:
     if not path.exists():
         raise BadInput(f"{path} does not exist")
     if path.is_dir():
+        if npy.is_npy_folder(path):
+            return "npy"
         kind = kind_of(path)
         if kind in ("complete", "unfinished"):
             return "lmdb"
@@ -232,6 +250,8 @@ def recognise(path: Path) -> str:
     with open(path, "rb") as file:
         lines = [file.readline(1 << 28) for _ in range(4)]
     head = lines[0]
+    if head.startswith(b"PAR1"):
+        return "parquet"
     if head.startswith(b"\x89HDF\r\n"):
         found = recognise_project(path)
         # The files of two layouts go by their old names as well.

@@ -7,7 +7,7 @@ that of `iid_to_ann_ids` where it is given (UNITER's published features), else t
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -63,19 +63,43 @@ def read_referring(path: Path, *, split: str | None, join: Sequence[Path], count
 
 
 def side_files(paths: Sequence[Path], *, split: str | None, join: Sequence[Path]) -> dict[str, Any]:
-    """refs.json (of the split), images.json (with `ann_ids`), annotations.json and categories.json, as UNITER keeps them."""
+    """refs.json, images.json (with `ann_ids`), annotations.json and categories.json as UNITER keeps them: of the split's images only."""
     refs = [ref for path in paths for _, ref in _of_split(path, _refs(path), split, Counter())]
     boxes = _boxes(paths[0], join)
-    images = [{**image, "ann_ids": boxes.rows[number]} for number, image in boxes.images.items() if number in boxes.rows]
+    wanted = {ref.get("image_id") for ref in refs} & boxes.rows.keys()
+    images = [{**image, "ann_ids": boxes.rows[number]} for number, image in boxes.images.items() if number in wanted]
     return {
         "refs.json": refs,
         "images.json": [{name: image.get(name) for name in _IMAGE_FIELDS} for image in images],
         "annotations.json": [
             {name: annotation[name] for name in _ANNOTATION_FIELDS if name in annotation}
             for annotation in boxes.annotations.values()
-            if annotation["image_id"] in boxes.rows
+            if annotation["image_id"] in wanted
         ],
         "categories.json": boxes.categories,
+    }
+
+
+def side_files_of_texts(files: Mapping[str, Any], sentences: Container[str]) -> dict[str, Any]:
+    """The same files for UNITER's own reader, which looks up every sentence that `sent_ids` of refs.json names: of these texts only.
+
+    Args:
+        files: what `side_files` gives, or whatever a task keeps; files of other names stay as they are.
+        sentences: the ids of the texts that there are.
+    """
+    if not isinstance(files.get("refs.json"), list):
+        return dict(files)
+    refs = []
+    for row, value in enumerate(files["refs.json"]):
+        ref = object_of(value, f"entry {row:,} of refs.json")
+        listed = ref.get("sent_ids") or [object_of(one, "a sentence").get("sent_id") for one in ref.get("sentences", ())]
+        if kept := [number for number in listed if str(number) in sentences]:
+            refs.append({**ref, "sent_ids": kept})
+    images = {ref.get("image_id") for ref in refs}
+    narrowed = {"images.json": "id", "annotations.json": "image_id"}
+    return {
+        name: refs if name == "refs.json" else [row for row in rows if row.get(narrowed[name]) in images] if name in narrowed else rows
+        for name, rows in files.items()
     }
 
 

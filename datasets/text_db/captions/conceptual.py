@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.tables import PARQUET_MAGIC, table_columns, table_rows
 from uniter.datasets.storage.streams import lines_of, starts_with, text_of
 from uniter.datasets.text_db.caption import Caption
-from uniter.datasets.text_db.captions.downloads import PARQUET_MAGIC, URL_COLUMNS, find_urls, names_of_urls, parquet_columns, parquet_rows
+from uniter.datasets.text_db.captions.downloads import URL_COLUMNS, find_urls, names_of_urls
 from uniter.datasets.text_db.captions.rows import CAPTION_COLUMNS, column_named
 
 BATCH = 4096
@@ -69,9 +70,9 @@ def _pairs(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _parquet_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    for number, row in enumerate(parquet_rows(path, (*URL_COLUMNS, *CAPTION_COLUMNS))):
+    for number, row in enumerate(table_rows(path, (*URL_COLUMNS, *CAPTION_COLUMNS))):
         url, caption = column_named(row, URL_COLUMNS), column_named(row, CAPTION_COLUMNS)
         if url is None or caption is None:
             missing = "url" if url is None else "caption"
-            raise BadInput(f"{path} has no {missing} column (it has: {', '.join(parquet_columns(path))})")
+            raise BadInput(f"{path} has no {missing} column (it has: {', '.join(table_columns(path))})")
         yield text_of(row[caption], f"row {number} of {path}"), str(row[url] or "")

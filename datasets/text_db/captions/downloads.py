@@ -1,11 +1,11 @@
 """What became of urls: tables of downloaders (img2dataset's parquet or JSON, CSV and TSV reports) as url -> the image's name."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.tables import PARQUET_MAGIC, table_rows
 from uniter.datasets.storage.streams import (
     first_character,
     json_events,
@@ -29,10 +29,6 @@ FILE_COLUMNS = ("key", "file", "file_name", "filename", "image", "path", "name")
 DONE = ("success", "200", "200.0", "ok")  # what downloaders write of a file that they have
 
 
-PARQUET_MAGIC = b"PAR1"
-
-
-ROWS = 8192
 LARGEST_OBJECT = 16 << 20  # bytes of what a downloader says of one image
 
 
@@ -85,7 +81,7 @@ def tables_in(path: Path) -> list[Path]:
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if starts_with(path, PARQUET_MAGIC):
-        yield from parquet_rows(path, (*URL_COLUMNS, *FILE_COLUMNS, "status"))
+        yield from table_rows(path, (*URL_COLUMNS, *FILE_COLUMNS, "status"))
         return
     first = first_character(path)
     if first == "[":
@@ -115,33 +111,3 @@ def _json_objects(path: Path) -> Iterator[Mapping[str, Any]]:
         yield object_of(whole_json(path, "a downloader's table", most_bytes=LARGEST_OBJECT), str(path))
         return
     yield from (row for _, row in json_lines(path))
-
-
-def parquet_rows(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, only those columns whose name is one of `names` (in lower case); memory for one batch.
-
-    Raises:
-        BadInput: it is no parquet file, or cut off.
-    """
-    with _parquet(path) as file:
-        columns = [name for name in file.schema_arrow.names if name.lower() in names]
-        for batch in file.iter_batches(batch_size=ROWS, columns=columns):
-            yield from batch.to_pylist()
-
-
-def parquet_columns(path: Path) -> list[str]:
-    """The names of the columns of a parquet file."""
-    with _parquet(path) as file:
-        return list(file.schema_arrow.names)
-
-
-@contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield file
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is no readable parquet file ({str(error).strip().partition(chr(10))[0]}); was it cut off?") from None

@@ -11,9 +11,10 @@ from typing import Any
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.photographs import IMAGE_SUFFIXES
+from uniter.datasets.image_db.tables import table_rows
 from uniter.datasets.storage.streams import first_character, id_of, json_items, json_value, object_of, text_of
 from uniter.datasets.text_db.caption import Caption
-from uniter.datasets.text_db.captions.downloads import DONE, URL_COLUMNS, parquet_rows
+from uniter.datasets.text_db.captions.downloads import DONE, URL_COLUMNS
 from uniter.datasets.text_db.captions.rows import CAPTION_COLUMNS, column_named
 
 LARGEST_TEXT = 1 << 20  # bytes of a caption or of an image's JSON in a tar
@@ -39,7 +40,7 @@ def read_img2dataset(
             yield from (_caption(row, counts, f"{shard}") for row in _json_rows(shard))
         else:
             names = (*CAPTION_COLUMNS, *URL_COLUMNS, "key", "status")
-            for number, row in enumerate(parquet_rows(shard, names)):
+            for number, row in enumerate(table_rows(shard, names)):
                 yield _caption(row, counts, f"row {number} of {shard}")
 
 

@@ -1,10 +1,15 @@
-"""JSONL and CSV with an image and a caption in each row, under the names that such columns go by; also a JSON array of such rows."""
+"""JSONL and CSV with an image and a caption in each row, under the names that such columns go by; also a JSON array of such rows.
+
+And Flickr's `.token` files: `1000092795.jpg#0`, a tab, the caption.
+"""
 
 import csv
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from uniter.datasets.errors import BadInput, shown
 from uniter.datasets.storage.streams import first_character, id_of, json_items, json_lines, lines_of, object_of, text_of
@@ -26,7 +31,10 @@ IMAGE_COLUMNS = (
 )
 
 
-CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "sent", "comment", "raw", "description")
+CAPTION_COLUMNS = (
+    *("caption", "captions", "text", "sentence", "sent", "comment", "raw", "description"),
+    *("sentences", "sentences_raw", "title", "alt_text"),
+)
 
 
 ID_COLUMNS = ("id", "caption_id", "sentid")
@@ -43,12 +51,42 @@ def column_named(columns: Iterable[str], names: Sequence[str]) -> str | None:
 
 def read_jsonl(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
     """Rows {"image": ..., "caption": ...} (or a list of captions), optionally "id" and "split"."""
-    yield from _captions(path, _json_rows(path), split=split, join=join, counts=counts, row_prefix=row_prefix)
+    yield from captions_of_rows(path, _json_rows(path), split=split, join=join, counts=counts, row_prefix=row_prefix)
 
 
 def read_csv(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
     """Rows under a header line that names an image and a caption column; separated by commas, tabs, semicolons or bars."""
-    yield from _captions(path, csv_rows(path), split=split, join=join, counts=counts, row_prefix=row_prefix)
+    yield from captions_of_rows(path, csv_rows(path), split=split, join=join, counts=counts, row_prefix=row_prefix)
+
+
+def read_token(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
+    """Lines of Flickr8k's and Flickr30k's `.token` files; an id is what stands before the tab."""
+    if split is not None:
+        raise BadInput(f"{path} is a .token file, which has no parts; leave --split away")
+    if join:
+        raise BadInput(f"{path} is a .token file, which names its images itself; leave --join away")
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        found = TOKEN_LINE.match(line)
+        if found is None:
+            raise BadInput(f"line {number} of {path} is {shown(line)}; expected an image's name, #, a number, a tab and the caption")
+        yield Caption(f"{row_prefix}{found['id']}", found["image"], found["text"])
+
+
+TOKEN_LINE: Final = re.compile(r"(?P<id>(?P<image>[^\t]+\.[A-Za-z]{3,4})#\d+)\t(?P<text>.*)")
+
+
+def _several(caption: Any) -> list[Any]:
+    """The captions of a cell: of a list each, also where CSV holds the list as JSON (Flickr30k's `raw` on the hub)."""
+    if isinstance(caption, str) and caption.startswith('["') and caption.rstrip().endswith("]"):
+        try:
+            found = json.loads(caption)
+        except (ValueError, RecursionError):
+            return [caption]
+        if isinstance(found, list) and all(isinstance(text, str) for text in found):
+            return found
+    return caption if isinstance(caption, list) else [caption]
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,7 +140,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from json_lines(path)
 
 
-def _captions(
+def captions_of_rows(
     path: Path,
     rows: Iterable[tuple[str, Mapping[str, Any]]],
     *,
@@ -111,6 +149,7 @@ def _captions(
     counts: Counter[str],
     row_prefix: str,
 ) -> Iterator[Caption]:
+    """What rows of an image and a caption column say; other arguments as of the readers."""
     if join:
         raise BadInput(f"{path} names its images itself; leave --join away")
     wanted = set(split.split(",")) if split is not None else None
@@ -134,7 +173,7 @@ def _captions(
             raise BadInput(f"the image of {where} is {shown(image)}; expected its name")
         id_column = column_named(row, ID_COLUMNS)
         example = id_of(row[id_column] if id_column is not None else None, number, row_prefix)
-        captions = caption if isinstance(caption, list) else [caption]
+        captions = _several(caption)
         for place, text in enumerate(captions):
             yield Caption(f"{example}-{place}" if len(captions) > 1 else example, str(image), text_of(text, where))
     for part in sorted((wanted or set()) - seen):

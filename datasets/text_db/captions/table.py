@@ -7,15 +7,27 @@ from pathlib import Path
 from typing import Protocol
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.tables import PARQUET_MAGIC, is_saved_dataset, is_table, table_columns
 from uniter.datasets.storage.streams import first_character, json_events, lines_of, open_stream
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.coco import read_coco
 from uniter.datasets.text_db.captions.conceptual import is_url, read_conceptual
-from uniter.datasets.text_db.captions.downloads import PARQUET_MAGIC, URL_COLUMNS, parquet_rows
+from uniter.datasets.text_db.captions.downloads import URL_COLUMNS
+from uniter.datasets.text_db.captions.folders import is_folder_of_pairs, read_folder
 from uniter.datasets.text_db.captions.img2dataset import read_img2dataset
 from uniter.datasets.text_db.captions.karpathy import read_karpathy
-from uniter.datasets.text_db.captions.rows import CAPTION_COLUMNS, DELIMITERS, IMAGE_COLUMNS, column_named, read_csv, read_jsonl
+from uniter.datasets.text_db.captions.rows import (
+    CAPTION_COLUMNS,
+    DELIMITERS,
+    IMAGE_COLUMNS,
+    TOKEN_LINE,
+    column_named,
+    read_csv,
+    read_jsonl,
+    read_token,
+)
 from uniter.datasets.text_db.captions.sbu import read_sbu, two_files
+from uniter.datasets.text_db.captions.tables import has_pictures_or_names, read_tables
 from uniter.datasets.text_db.captions.visual_genome import read_visual_genome
 
 __all__ = ["CAPTIONS", "CaptionReader", "detect"]
@@ -40,6 +52,10 @@ CAPTIONS: dict[str, CaptionReader] = {
     "img2dataset": read_img2dataset,
     "jsonl": read_jsonl,
     "csv": read_csv,
+    "parquet": read_tables,
+    "datasets": read_tables,
+    "folder": read_folder,
+    "token": read_token,
 }
 
 
@@ -53,14 +69,15 @@ def detect(path: Path) -> str:
         BadInput: it is none of them.
     """
     if path.is_dir():
-        return "sbu" if any(path.glob("*captions*.txt")) and any(path.glob("*urls*.txt")) else "img2dataset"
+        return _detect_folder(path)
     with open_stream(path) as stream:
         start = stream.read(1024)
     if not start.strip():
         raise BadInput(f"{path} is empty; expected captions")
     if start[:4] == PARQUET_MAGIC:
-        row = next(parquet_rows(path, ("key", *URL_COLUMNS, *CAPTION_COLUMNS)), {})
-        return "cc" if row and "key" not in row else "img2dataset"
+        return _detect_parquet(path)
+    if path.suffix == ".arrow" and is_table(path):
+        return "datasets"
     if start[257:262] == b"ustar" or path.suffix == ".tar":
         return "img2dataset"
     found = _detect_json(path) if first_character(path) in ("{", "[") else _detect_lines(path)
@@ -68,9 +85,31 @@ def detect(path: Path) -> str:
         raise BadInput(
             f"{path} is no caption file that is known here (it begins {start[:40].decode('utf-8', 'replace')!r}); "
             "expected COCO, Karpathy, Visual Genome, Conceptual "
-            "Captions, SBU, img2dataset, or JSONL or CSV with the columns `image` and `caption`: name it with --format if it is one"
+            "Captions, SBU, img2dataset, Flickr's .token, or JSONL, CSV or parquet with the columns `image` and `caption`: name it with "
+            "--format if it is one"
         )
     return found
+
+
+def _detect_folder(path: Path) -> str:
+    if any(path.glob("*captions*.txt")) and any(path.glob("*urls*.txt")):
+        return "sbu"
+    if is_saved_dataset(path):
+        return "datasets"
+    parquet = next(iter(sorted(path.glob("*.parquet")) or sorted(path.rglob("*.parquet"))), None)
+    if parquet is not None:
+        return _detect_parquet(parquet)
+    shards = next(path.glob("*.tar"), None) is not None or next(path.glob("*/*.json"), None) is not None
+    return "folder" if not shards and is_folder_of_pairs(path) else "img2dataset"
+
+
+def _detect_parquet(path: Path) -> str:
+    names = {name.lower() for name in table_columns(path)}
+    if "key" in names and column_named(names, (*URL_COLUMNS, "status")):
+        return "img2dataset"
+    if has_pictures_or_names(path):
+        return "parquet"
+    return "cc" if column_named(names, (*URL_COLUMNS, *CAPTION_COLUMNS)) and "key" not in names else "img2dataset"
 
 
 def _detect_json(path: Path) -> str | None:
@@ -106,6 +145,8 @@ def _has_both(path: Path) -> bool:
 
 def _detect_lines(path: Path) -> str | None:
     first = next((line for line in lines_of(path) if line.strip()), "")
+    if TOKEN_LINE.match(first):
+        return "token"
     cells = [cell.strip().lower() for cell in first.split("\t")]
     if len(cells) > 1 and (any(map(is_url, cells)) or (column_named(cells, URL_COLUMNS) and column_named(cells, CAPTION_COLUMNS))):
         return "cc"

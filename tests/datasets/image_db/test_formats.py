@@ -48,6 +48,8 @@ HOLDS = {
     "hdf5": {"size"},
     "hdf5-36": {"size"},
     "hdf5-volta": {"size", "class_ids"},
+    "npy": {"size"},
+    "parquet": {"soft_labels", "conf", "class_ids", "size"},
 }
 
 
@@ -661,7 +663,7 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(written: dict[str, Path
     (tmp_path / "photo.jpg").write_bytes(b"dear")
     for to in FILES:
         for overwrite in (False, True):
-            name = "photos" if to.endswith("tsv") or to.startswith("hdf5") else "photo.jpg"
+            name = "photos" if to.endswith("tsv") or to.startswith(("hdf5", "parquet")) else "photo.jpg"
             with pytest.raises((UniterError, OSError), match=r"is a folder|is a file|is there already|exists|Not a directory"):
                 convert(written["lmdb"], tmp_path / name, to=to, overwrite=overwrite)
     assert (tmp_path / "photos" / "a.jpg").exists() and (tmp_path / "photo.jpg").read_bytes() == b"dear"

@@ -308,6 +308,21 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def arrow(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """As Hugging Face's `datasets` writes them."""
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return path
+
+
+PICTURES = [
+    {"image": {"bytes": b"one", "path": "dog.jpg"}, "caption": ["a dog", "the dog"]},
+    {"image": {"bytes": b"two", "path": None}, "caption": ["a cat"]},
+    {"image": {"bytes": b"three", "path": "/home/somebody/b.jpg"}, "caption": []},
+]
+
+
 IMG2DATASET = [
     {"url": "http://x.org/a.jpg", "key": "000000000", "caption": "a dog", "status": "success", "width": 3},
     {"url": "https://x.org/b c.jpg", "key": "000000001", "caption": None, "status": "failed_to_download", "width": None},
@@ -534,6 +549,10 @@ def good_files(folder: Path) -> dict[str, bytes]:
         "img2dataset": tar(folder / "x.tar", {"1.jpg": b"x", "1.json": b'{"caption": "b"}', "2.jpg": b"", "2.txt": b"c"}).read_bytes(),
         "jsonl": b'{"image": "a.jpg", "caption": ["a", "b"]}\n{"image": "b.jpg", "caption": "c"}\n',
         "csv": b'image,caption\na.jpg,"a dog"\nb.jpg,c\n',
+        "parquet": parquet(folder / "x.parquet", PICTURES).read_bytes(),
+        "datasets": arrow(folder / "x.arrow", PICTURES).read_bytes(),
+        "folder": b"a dog\n",
+        "token": b"1.jpg#0\ta dog\n1.jpg#1\tthe dog\n2.jpg#0\ta cat\n",
     }
 
 
@@ -553,7 +572,8 @@ def test_fuzzed_files_give_captions_or_an_error_of_ours(tmp_path: Path, fuzzing:
     content = fuzzing.damaged(data, good_files(tmp_path)[kind])
     if kind not in ("img2dataset", "cc") and data.draw(st.booleans()):
         content = gzip.compress(content) if data.draw(st.booleans()) else fuzzing.damaged(data, gzip.compress(content))
-    path = written(tmp_path / f"fuzzed{'.tar' if kind == 'img2dataset' else '.txt'}", content)
+    suffixes = {"img2dataset": ".tar", "parquet": ".parquet", "datasets": ".arrow"}
+    path = written(tmp_path / f"fuzzed{suffixes.get(kind, '.txt')}", content)
     right_or_ours(path, kind)
     right_or_ours(path, None)
 

@@ -302,18 +302,18 @@ def test_equal_keys_are_answered_with_a_rule_that_helps(files: list[str], said: 
 
 def test_pictures_that_are_not_read_are_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path / "a.jpg")
-    for name in ("IMG_1.HEIC", "sub/IMG_2.heic", "b.jxl", "notes.txt", ".hidden.heic"):
+    for name in ("IMG_1.TGA", "sub/IMG_2.tga", "b.jxl", "notes.txt", ".hidden.tga"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert keys(tmp_path) == ["a"]
-    assert "kinds that are not read: 2 .heic, 1 .jxl; convert them" in caplog.text
+    assert "kinds that are not read: 1 .jxl, 2 .tga; convert them" in caplog.text
     with pytest.raises(BadInput, match=r"b\.jxl: the file is empty"):
         list_images(tmp_path / "b.jxl")
     (tmp_path / "b.jxl").write_bytes(b"\xff\x0a" + bytes(50))
     with pytest.raises(BadInput, match=r"b\.jxl: pictures of the kind JXL are not read"):
         list_images(tmp_path / "b.jxl")
     with pytest.raises(BadInput, match="no image of a known kind"):
-        decode_image(b"\0\0\0\x18ftypheic" + b"\0" * 50)
+        decode_image(b"\0\0\0\x18ftypisom" + b"\0" * 50)
 
 
 def test_names_that_differ_in_case_are_two_images(tmp_path: Path) -> None:
