@@ -64,15 +64,36 @@ def map_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[A
     Raises:
         BadInput: the file is damaged or of another kind, or one of the needed arrays is not in it.
     """
-    damaged = BadInput(f"index file {path} is damaged or no index; remove it and run `uniter-db check --repair OUT` on the database")
     if not path.is_file():
-        raise BadInput(f"index file {path} is missing; write a whole database with `uniter-db check --repair OUT`")
+        raise _missing(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise damaged
-        text = file.read(length)
+        start = file.read(8)
+        start += file.read(min(int.from_bytes(start, "little"), _MAX_HEADER_BYTES))
+    whole = np.memmap(path, dtype=np.uint8, mode="r") if size > len(start) else np.zeros(0, dtype=np.uint8)
+    return _arrays(path, start, size, whole, needed)
+
+
+def load_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[Any]]:
+    """`map_arrays` of a small file, read instead of mapped: what a loop over many of them wants."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise _missing(path) from None
+    return _arrays(path, content, len(content), np.frombuffer(content, dtype=np.uint8), needed)
+
+
+def _missing(path: Path) -> BadInput:
+    return BadInput(f"index file {path} is missing; write a whole database with `uniter-db check --repair OUT`")
+
+
+def _arrays(path: Path, start: bytes, size: int, whole: NDArray[np.uint8], needed: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """The arrays that the beginning of a file of `size` bytes names, as views of the whole."""
+    damaged = BadInput(f"index file {path} is damaged or no index; remove it and run `uniter-db check --repair OUT` on the database")
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise damaged
+    text = start[8 : 8 + length]
     try:
         header = json.loads(text)
         entries = {
@@ -81,7 +102,6 @@ def map_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[A
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise damaged from None
     data_start = 8 + length
-    whole = np.memmap(path, dtype=np.uint8, mode="r") if size > data_start else np.zeros(0, dtype=np.uint8)
     arrays: dict[str, NDArray[Any]] = {}
     for name, (code, shape, offsets) in entries.items():
         if not (
@@ -113,9 +133,14 @@ def hash_key(key: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def key_columns(keys: Sequence[bytes]) -> dict[str, NDArray[Any]]:
-    """The arrays that a `KeyList` needs: all keys end to end, where each ends, and their hashes in order with the rows they belong to."""
-    hashes = np.fromiter(map(hash_key, keys), dtype=np.uint64, count=len(keys))
+def key_columns(keys: Sequence[bytes], *, hashes: NDArray[np.uint64] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays that a `KeyList` needs: all keys end to end, where each ends, and their hashes in order with the rows they belong to.
+
+    Args:
+        hashes: (len(keys),) of the keys, where they are known.
+    """
+    if hashes is None:
+        hashes = np.fromiter(map(hash_key, keys), dtype=np.uint64, count=len(keys))
     order = np.argsort(hashes, kind="stable")
     return {
         "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
