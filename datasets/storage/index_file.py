@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ _CODE_OF = {np.dtype(spelling): code for code, spelling in _CODES.items()}
 
 
 _MAX_HEADER_BYTES = 1 << 20
+
+
+_JOINED: Final = 1 << 16  # keys that are joined at a time, which bounds the memory
 
 
 KEY_COLUMNS = ("key_bytes", "key_ends", "hashes", "hash_rows")
@@ -205,7 +208,10 @@ class KeyList(Sequence[str]):
 
     def find(self, key: str) -> int:
         """The row of a key, -1 if it is not there."""
-        raw = key.encode(errors="surrogatepass")
+        return self.find_raw(key.encode(errors="surrogatepass"))
+
+    def find_raw(self, raw: bytes) -> int:
+        """`find` of a key as it stands in the database."""
         wanted = hash_key(raw)
         place = bisect.bisect_left(self._hash_view, wanted)
         while place < len(self._hash_view) and self._hash_view[place] == wanted:
@@ -214,6 +220,43 @@ class KeyList(Sequence[str]):
                 return row
             place += 1
         return -1
+
+    def find_all(self, keys: "KeyList") -> NDArray[np.int64]:
+        """(len(keys),) the row of each of some keys, -1 where it is not there: the two lists joined by their sorted hashes."""
+        found = np.full(len(keys), -1, dtype=np.int64)
+        if not len(self):
+            return found
+        wanted = np.asarray(keys._hashes)
+        for start in range(0, len(keys), _JOINED):
+            part = wanted[start : start + _JOINED]
+            places = np.searchsorted(self._hashes, part)
+            met = np.flatnonzero(self._hashes[np.minimum(places, len(self) - 1)] == part)
+            theirs, mine = keys._rows[start + met], self._rows[places[met]]
+            inside = (theirs >= 0) & (theirs < len(keys)) & (mine >= 0) & (mine < len(self))
+            theirs, mine = theirs[inside], mine[inside]
+            equal = self._equal(mine, keys, theirs)
+            found[theirs[equal]] = mine[equal]
+            for row in theirs[~equal].tolist():  # another key has the same hash
+                found[row] = self.find(keys[row])
+        return found
+
+    def _spans(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the keys of some rows begin, and how long they are."""
+        begins = np.where(rows > 0, self._ends[np.maximum(rows, 1) - 1], 0)
+        return begins, self._ends[rows] - begins
+
+    def _equal(self, rows: NDArray[np.int64], other: "KeyList", others: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the keys of some rows are, byte for byte, those of rows of another list."""
+        begins, lengths = self._spans(rows)
+        their_begins, their_lengths = other._spans(others)
+        equal: NDArray[np.bool_] = lengths == their_lengths
+        for length in np.unique(lengths[equal]).tolist():
+            same = np.flatnonzero(equal & (lengths == length))
+            places = np.arange(length)
+            mine = self._bytes[begins[same, None] + places]
+            theirs = other._bytes[their_begins[same, None] + places]
+            equal[same] = (mine == theirs).all(axis=1)
+        return equal
 
     def __reduce__(self) -> tuple[Any, ...]:
         return KeyList, ({"key_bytes": self._bytes, "key_ends": self._ends, "hashes": self._hashes, "hash_rows": self._rows},)

@@ -1,17 +1,19 @@
 """One `.npz` in memory, to arrays and back, without pickles."""
 
+import functools
 import io
+import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.array_codec import ALLOWED_TYPES, MAX_ARRAYS, MAX_DIMENSIONS, MAX_UNPACKED_BYTES
+from uniter.datasets.storage.array_codec import ALLOWED_TYPES, MAX_ARRAYS, MAX_DIMENSIONS, MAX_UNPACKED_BYTES, ArrayPlace
 
 # ----------------------------------------------------------------------------------------------------------------------- npz
 
@@ -25,6 +27,18 @@ def unpack_npz(value: bytes | memoryview, *, limit: int = MAX_UNPACKED_BYTES) ->
     Raises:
         BadInput: no .npz, damaged, object arrays, a type that is not allowed, more than `limit` bytes.
     """
+    return unpack_some(value, None, limit=limit)[1]
+
+
+def unpack_some(
+    value: bytes | memoryview, wanted: Collection[str] | None, *, limit: int = MAX_UNPACKED_BYTES
+) -> tuple[dict[str, ArrayPlace], dict[str, NDArray[Any]]]:
+    """`unpack_npz` of the wanted arrays (None: all) only; of the others no more than the headers is unpacked.
+
+    Returns:
+        Types and shapes of all arrays (their places mean nothing), and the wanted arrays.
+    """
+    places: dict[str, ArrayPlace] = {}
     arrays: dict[str, NDArray[Any]] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(value)) as archive:
@@ -37,10 +51,10 @@ def unpack_npz(value: bytes | memoryview, *, limit: int = MAX_UNPACKED_BYTES) ->
                     shape, fortran, dtype = _npy_header(file, name)
                     if not shape:
                         continue
-                    count = 1
-                    for extent in shape:
-                        count *= extent
-                    size = count * dtype.itemsize
+                    places[name] = ArrayPlace(dtype, shape, 0)
+                    if wanted is not None and name not in wanted:
+                        continue
+                    size = math.prod(shape) * dtype.itemsize
                     limit -= size
                     if limit < 0:
                         raise BadInput(f"the npz unpacks to more than the allowed size at array {name!r} of shape {shape}")
@@ -61,7 +75,7 @@ def unpack_npz(value: bytes | memoryview, *, limit: int = MAX_UNPACKED_BYTES) ->
         KeyError,
     ) as error:
         raise BadInput(f"no readable npz ({error or type(error).__name__})") from None
-    return arrays
+    return places, arrays
 
 
 def npz_rows(value: bytes | memoryview, name: str) -> int | None:
@@ -80,8 +94,10 @@ def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, "np.dtype[
     version = np.lib.format.read_magic(file)
     if version != (1, 0):  # later versions exist for structured types, and their header may be 4 GiB long
         raise BadInput(f"array {name!r} has .npy version {version}, expected 1.0")
+    size = file.read(2)
+    text = file.read(int.from_bytes(size, "little"))
     try:
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=4096)
+        shape, fortran, dtype = _parsed_header(size + text)
     except (SyntaxError, TypeError, RecursionError, MemoryError, AttributeError) as error:
         raise BadInput(f"array {name!r} has a damaged header ({type(error).__name__})") from None
     if dtype.hasobject or dtype.str not in ALLOWED_TYPES:
@@ -89,6 +105,12 @@ def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, "np.dtype[
     if len(shape) > MAX_DIMENSIONS or not all(0 <= extent < 1 << 40 for extent in shape):
         raise BadInput(f"array {name!r} has shape {shape}")
     return shape, bool(fortran), dtype
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed_header(text: bytes) -> tuple[tuple[int, ...], bool, "np.dtype[Any]"]:
+    """NumPy's reading of a header, which is slow; a database has few different ones."""
+    return np.lib.format.read_array_header_1_0(io.BytesIO(text), max_header_size=4096)
 
 
 def pack_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
