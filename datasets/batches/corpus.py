@@ -25,6 +25,8 @@ from uniter.datasets.text_db.annotations.vcr import TAG_WORDS
 
 SPECIAL_TOKENS = 2
 
+_ANNOTATED, _DETECTED = "visual_grounding_coco_gt_", "visual_grounding_det_coco_"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Corpus:
@@ -186,11 +188,10 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
     for number, text in enumerate(texts):
         lengths = np.asarray(text.lengths, dtype=np.int32)
         # Each picture is looked up once, however many texts speak of it.
-        places = np.fromiter((_place(images, key) for key in text.image_keys), np.int32, len(text.image_keys))
+        places = _places(images, text.image_keys)
         pictures = places[text.image_numbers] if len(lengths) else np.empty((0, 1), dtype=np.int32)
         if images.has_pairs and pictures.shape[1] == 2:  # VCR's second picture is the detected regions, under whatever key
-            detected = np.fromiter((_place(images, key, detected=True) for key in text.image_keys), np.int32, len(text.image_keys))
-            pictures[:, 1] = detected[text.image_numbers[:, 1]]
+            pictures[:, 1] = _places(images, text.image_keys, detected=True)[text.image_numbers[:, 1]]
         keep = np.ones(len(lengths), dtype=np.bool_)
         for reason, wrong in (
             ("empty", lengths < 1),
@@ -230,13 +231,14 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
     )
 
 
-def _place(images: ImageDB, key: str, *, detected: bool = False) -> int:
-    """The row of a picture, -1 where it is not there."""
-    if key in images:
-        return images.index_of(key, detected=detected)
+def _places(images: ImageDB, keys: Sequence[str], *, detected: bool = False) -> NDArray[np.int32]:
+    """The row of each picture, -1 where it is not there."""
+    rows = images.rows_of(keys, detected=detected)
     # Published RefCOCO texts name the record of annotated boxes; the same picture's detected ones have a key of their own.
-    other = key.replace("visual_grounding_coco_gt_", "visual_grounding_det_coco_")
-    return images.index_of(other) if other in images else -1
+    missing = [row for row in np.flatnonzero(rows < 0).tolist() if _ANNOTATED in keys[row]]
+    if missing:
+        rows[missing] = images.rows_of([keys[row].replace(_ANNOTATED, _DETECTED) for row in missing])
+    return rows.astype(np.int32)
 
 
 def tells_choices(text: TextDB) -> bool:

@@ -9,7 +9,7 @@ max_bb, num_bb`), by the `nbb_*.json` beside the database where there is one. Ou
 Source: facts/uniter.md sections 1.2, 1.3 and 8 (rows 16, 17, 18, 20: mended, not copied).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +22,7 @@ from uniter.datasets.image_db.published import VARIANT, Published, open_publishe
 from uniter.datasets.image_db.records import ALL_FIELDS, DEFAULT_FIELDS, MissingImage, decode, is_npz, plan_of, present
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.storage.claims import is_passing
-from uniter.datasets.storage.index_file import KeyList
+from uniter.datasets.storage.index_file import KeyList, key_columns
 
 _Part = Complete | Live | Published
 
@@ -169,13 +169,35 @@ class ImageDB(Mapping[str, RegionFeatures]):
         Raises:
             MissingImage: it is not there.
         """
-        order: Iterable[int] = range(len(self._parts))
-        for which in sorted(order, key=lambda which: not self._detected[which]) if detected else order:
+        for which in self._order(detected):
             start, part = self._starts[which], self._parts[which]
             row = part.keys.find(key)
             if row >= 0:
                 return int(start) + row
         raise MissingImage(f"image {key!r} is not in {self._name()}; was it extracted, and under this key?")
+
+    def rows_of(self, keys: Sequence[str], *, detected: bool = False) -> NDArray[np.int64]:
+        """(len(keys),) `index_of` of each key, -1 where it is not there. Millions at once, where `keys` is an index's `KeyList`."""
+        wanted = keys if isinstance(keys, KeyList) else KeyList(key_columns([key.encode(errors="surrogatepass") for key in keys]))
+        rows = np.full(len(wanted), -1, dtype=np.int64)
+        for which in self._order(detected):
+            found = self._parts[which].keys.find_all(wanted)
+            rows = np.where((rows < 0) & (found >= 0), found + self._starts[which], rows)
+        return rows
+
+    def named_in(self, keys: Sequence[str]) -> NDArray[np.bool_]:
+        """(len,) whether each of `keys_list` is among some keys."""
+        wanted = keys if isinstance(keys, KeyList) else KeyList(key_columns([key.encode(errors="surrogatepass") for key in keys]))
+        parts = [part.keys.find_all(wanted) for part in self._parts]
+        named = np.zeros(len(self), dtype=np.bool_)
+        for start, found in zip(self._starts[:-1], parts, strict=True):
+            named[start + found[found >= 0]] = True
+        return named
+
+    def _order(self, detected: bool) -> list[int]:
+        """The databases in the order in which a key is looked for."""
+        order = list(range(len(self._parts)))
+        return sorted(order, key=lambda which: not self._detected[which]) if detected else order
 
     def _name(self) -> str:
         return ", ".join(str(part.path) for part in self._parts[:3]) + (" ..." if len(self._parts) > 3 else "")

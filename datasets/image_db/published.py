@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.ours import DataFile
-from uniter.datasets.image_db.records import MissingImage, decode_record, is_npz
+from uniter.datasets.image_db.records import MissingImage, decode, is_npz
 from uniter.datasets.storage.array_codec import find_arrays
 from uniter.datasets.storage.claims import is_passing
 from uniter.datasets.storage.files import read_json
@@ -52,7 +52,7 @@ class Published:
                     sizes.append(found.size)
         self.keys = KeyList(key_columns(keys))
         self._offsets, self._sizes = np.array(offsets, dtype=np.int64), np.array(sizes, dtype=np.int64)
-        self._counts: NDArray[np.int32] | None = None
+        self._counts = np.full(len(keys), -1, dtype=np.int32)  # of the records that were counted so far
 
     def value(self, key: str) -> memoryview | None:
         row = self.keys.find(key)
@@ -64,24 +64,34 @@ class Published:
     @property
     def region_counts(self) -> NDArray[np.int32]:
         """Rows that a read returns, never more than the record has (facts, section 8, row 16)."""
-        if self._counts is None:
-            self._counts = np.fromiter((self._count(row) for row in range(len(self.keys))), dtype=np.int32, count=len(self.keys))
+        for row in np.flatnonzero(self._counts < 0).tolist():
+            self._count(row)
         return self._counts
 
     def _count(self, row: int) -> int:
-        key = self.keys[row]
-        try:
-            value = self.value_in_row(row)
+        if self._counts[row] < 0:
+            key = self.keys[row]
+            try:
+                self._counts[row] = self._counted(key, self.value_in_row(row))
+            except BadInput as error:
+                raise BadInput(f"image {key!r} of {self.path}: {error}; see `uniter-db check`") from None
+        return int(self._counts[row])
+
+    def _counted(self, key: str, value: memoryview) -> int:
+        if self._conf_th == -1 or (self._stated is not None and key in self._stated):
             if is_npz(value):
                 stored = npz_rows(value, "norm_bb")
             else:
                 place = find_arrays(value).get("norm_bb")
                 stored = place.shape[0] if place else None
-        except BadInput as error:
-            raise BadInput(f"image {key!r} of {self.path}: {error}; see `uniter-db check`") from None
-        if stored is None:
-            raise BadInput(f"image {key!r} of {self.path} has no norm_bb; is it a region database?")
-        return min(self.stated(key), stored)
+            if stored is None:
+                raise BadInput("it has no norm_bb; is it a region database?")
+            return min(self.stated(key), stored)
+        record = decode(value, fields=("conf",), rows=None)
+        return min(self._by_rule(record.conf), len(record.norm_bb))
+
+    def _by_rule(self, conf: NDArray[Any]) -> int:
+        return count_boxes(conf, conf_th=self._conf_th, min_bb=self._min_bb, max_bb=self._max_bb)
 
     def stated(self, key: str) -> int:
         """What UNITER's reader calls the number of boxes of this name: the JSON's, or by the rule, or `num_bb`."""
@@ -92,12 +102,15 @@ class Published:
         value = self.value(key)
         if value is None:
             raise MissingImage(f"image {key!r} is not in {self.path}")
-        conf = decode_record(value, key=key).conf
-        return count_boxes(conf, conf_th=self._conf_th, min_bb=self._min_bb, max_bb=self._max_bb)
+        try:
+            return self._by_rule(decode(value, fields=("conf",), rows=None).conf)
+        except BadInput as error:
+            raise BadInput(f"image {key!r}: {error}") from None
 
     def rows_of(self, key: str) -> int | None:
-        """How many rows of a record are read, if it has them."""
-        return self.stated(key)
+        """How many rows of a record are read."""
+        row = self.keys.find(key)
+        return None if row < 0 else self._count(row)
 
 
 def refuse_pickles(path: Path) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.storage.array_codec import ArrayPlace, find_layout, guess_layout, pack_arrays
-from uniter.datasets.storage.npz import unpack_npz
+from uniter.datasets.storage.npz import unpack_some
 
 DEFAULT_FIELDS: Final = ("features", "norm_bb")
 
@@ -158,8 +158,8 @@ def decode(
     """Views of the wanted fields, `norm_bb` and `conf`; `rows` says how many to take (None: all)."""
     fields = (*fields, "norm_bb", "conf")
     if value[:4] == _NPZ_MAGIC:
-        whole = unpack_npz(value)
-        plan = _plan({name: ArrayPlace(array.dtype, array.shape, 0) for name, array in whole.items()}, fields)
+        places, whole = unpack_some(value, fields)
+        plan = _plan(places, fields)
         kept: dict[str, Any] = {name: whole[name].reshape(shape) for name, shape, _, _ in plan.arrays}
         size = whole["size"] if plan.size_place is not None else None
     else:

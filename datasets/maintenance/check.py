@@ -71,14 +71,15 @@ class Coverage:
 def check_coverage(texts: Sequence[TextDB], images: ImageDB) -> Coverage:
     """Compare the images that texts name with those that region databases hold."""
     total = covered = 0
-    named: set[str] = set()
+    named, found = np.zeros(len(images), dtype=np.bool_), np.zeros(len(images), dtype=np.bool_)
     missing: set[str] = set()
     for database in texts:
-        keys = list(database.image_keys)
-        found = np.fromiter((key in images for key in keys), dtype=bool, count=len(keys))
-        named.update(keys)
-        missing.update(key for key, there in zip(keys, found.tolist(), strict=True) if not there)
+        keys = database.image_keys
+        rows = images.rows_of(keys)
+        named |= images.named_in(keys)
+        found[rows[rows >= 0]] = True  # once, where several databases hold the image
+        missing.update(keys[row] for row in np.flatnonzero(rows < 0).tolist())
         total += len(database)
-        covered += int(found[database.image_numbers].all(axis=1).sum()) if len(database) else 0
-    without = sum(key not in named for key in images.keys_list)
-    return Coverage(total, covered, len(named), len(named) - len(missing), without, sorted(missing)[:SHOWN])
+        covered += int((rows >= 0)[database.image_numbers].all(axis=1).sum()) if len(database) else 0
+    there = int(found.sum())
+    return Coverage(total, covered, there + len(missing), there, len(images) - int(named.sum()), sorted(missing)[:SHOWN])

@@ -32,35 +32,96 @@ def examine_regions(path: Path, report: CheckReport) -> Iterator[tuple[str, byte
         widths = Widths()
         for folder, table in folders:
             for key, value in records_of(folder, report, table):
-                yield from _good_record(path, key, value, None, None, report, widths)
+                yield from _good_record(path, key, value, None, report, widths)
         return
-    checksums = _index(path, report) if report.kind == "regions" else None
+    if report.kind == "regions":
+        yield from _examine_ours(path, report)
+    else:
+        yield from _examine_published(path, report)
+    if (path / "lock.mdb").exists():
+        report.notes.append(f"{path}/lock.mdb is left over from a writer or reader; harmless, it may be deleted")
+
+
+def _examine_ours(path: Path, report: CheckReport) -> Iterator[tuple[str, bytes, RegionFeatures]]:
+    index, widths = _index(path, report), Widths()
+    if index is None:
+        for key, value in records_of(path, report):
+            yield from _good_record(path, key, value, None, report, widths)
+        return
+    for key, value in records_of(path, report, place_of=index.place_of):
+        index.mark(key)
+        yield from _good_record(path, key, value, index, report, widths)
+    lost = index.unseen()
+    if lost:
+        for key, value in salvaged(path, lost):
+            report.problem("salvaged", f"{path}: {shown_first(key)} hangs on no page any more, but its record is whole")
+            yield from _good_record(path, key, value, index, report, widths)
+            del lost[key]
+        for key in lost:
+            report.problem("lost", f"{path}: {shown_first(key)} is in the index but not in data.mdb")
+    _header(path, len(index), report)
+
+
+def _examine_published(path: Path, report: CheckReport) -> Iterator[tuple[str, bytes, RegionFeatures]]:
     widths = Widths()
     seen: set[bytes] = set()
     listed: list[str] | None = None
     stored_rows: dict[str, int] = {}
-    for key, value in records_of(path, report, places=_places(path) if checksums is not None else None):
-        if key == b"__keys__" and report.kind == "published regions":
+    for key, value in records_of(path, report):
+        if key == b"__keys__":
             listed = _listed(value, report)
             continue
         seen.add(key)
-        for name, content, regions in _good_record(path, key, value, checksums, report.kind, report, widths):
+        for name, content, regions in _good_record(path, key, value, None, report, widths):
             stored_rows[name] = len(regions)
             yield name, content, regions
-    if checksums is not None:
-        lost = {key: checksum for key, (checksum, _) in checksums.items() if key not in seen}
-        if lost:
-            for key, value in salvaged(path, lost):
-                report.problem("salvaged", f"{path}: {shown_first(key)} hangs on no page any more, but its record is whole")
-                yield from _good_record(path, key, value, checksums, report.kind, report, widths)
-                del lost[key]
-            for key in lost:
-                report.problem("lost", f"{path}: {shown_first(key)} is in the index but not in data.mdb")
-        _header(path, len(checksums), report)
-    if report.kind == "published regions":
-        _published_side(path, listed, seen, stored_rows, report)
-    if (path / "lock.mdb").exists():
-        report.notes.append(f"{path}/lock.mdb is left over from a writer or reader; harmless, it may be deleted")
+    _published_side(path, listed, seen, stored_rows, report)
+
+
+class _Index:
+    """What the index of one of ours says of each key, without an object a key: millions are looked up as the pages bring them."""
+
+    def __init__(self, columns: Mapping[str, NDArray[Any]], *, current: bool) -> None:
+        self._keys = KeyList(columns)
+        self._checksums, self._counts = columns["checksums"], columns["region_counts"]
+        if not len(self._keys) == len(self._checksums) == len(self._counts):
+            raise BadInput("its columns have different lengths")
+        # Where the file was rewritten since, readers look for themselves.
+        self._offsets = columns["offsets"] if current and len(columns["offsets"]) == len(self._keys) else None
+        self._seen = np.zeros(len(self._keys), dtype=np.bool_)
+        self._last = -1
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _row(self, key: bytes) -> int:
+        for row in (self._last, self._last + 1):  # pages bring the keys in the index's order
+            if 0 <= row < len(self._keys) and self._keys.raw(row) == key:
+                self._last = row
+                return row
+        row = self._keys.find_raw(key)
+        self._last = row if row >= 0 else self._last
+        return row
+
+    def place_of(self, key: bytes) -> int | None:
+        """Where its value begins; None where that is not known."""
+        row = self._row(key) if self._offsets is not None else -1
+        return None if row < 0 or self._offsets is None else int(self._offsets[row])
+
+    def get(self, key: bytes) -> tuple[int, int] | None:
+        """Checksum and number of regions."""
+        row = self._row(key)
+        return None if row < 0 else (int(self._checksums[row]), int(self._counts[row]))
+
+    def mark(self, key: bytes) -> None:
+        """The key is in the file."""
+        row = self._row(key)
+        if row >= 0:
+            self._seen[row] = True
+
+    def unseen(self) -> dict[bytes, int]:
+        """The keys that are not in the file, with their checksums."""
+        return {self._keys.raw(row): int(self._checksums[row]) for row in np.flatnonzero(~self._seen).tolist()}
 
 
 @dataclass
@@ -75,8 +136,7 @@ def _good_record(
     path: Path,
     key: bytes,
     value: bytes,
-    checksums: Mapping[bytes, tuple[int, int]] | None,
-    kind: str | None,
+    index: _Index | None,
     report: CheckReport,
     widths: Widths,
 ) -> Iterator[tuple[str, bytes, RegionFeatures]]:
@@ -86,8 +146,9 @@ def _good_record(
     except UnicodeDecodeError:
         report.problem("key", f"{path}: key {key[:80]!r} is no UTF-8")
         return
-    if checksums is not None:
-        known = checksums.get(key)
+    known = None
+    if index is not None:
+        known = index.get(key)
         if known is None:
             report.problem("index", f"{path}: {name!r} is in data.mdb but not in the index")
             return
@@ -97,8 +158,8 @@ def _good_record(
     try:
         regions = decode_record(value, key=name)
         faults = faults_of(regions)
-        if checksums is not None and len(regions) != checksums[key][1]:
-            faults.append(("index", f"has {len(regions)} regions but the index says {checksums[key][1]}"))
+        if known is not None and len(regions) != known[1]:
+            faults.append(("index", f"has {len(regions)} regions but the index says {known[1]}"))
         if widths.features == -1:
             widths.features = regions.features.shape[1]
             widths.labels = 0 if regions.soft_labels is None else regions.soft_labels.shape[1]
@@ -172,33 +233,25 @@ def _pixel_faults(boxes: NDArray[Any], fractions: NDArray[np.float32], size: tup
     return []
 
 
-def _index(path: Path, report: CheckReport) -> dict[bytes, tuple[int, int]] | None:
-    """Key -> (checksum, regions) from the index of one of ours."""
+def _index(path: Path, report: CheckReport) -> _Index | None:
+    """The index of one of ours; None where it cannot be used."""
     try:
         columns = map_arrays(path / INDEX)
-        keys = KeyList(columns)
-        checksums, counts = columns["checksums"].tolist(), columns["region_counts"].tolist()
-        if not len(keys) == len(checksums) == len(counts):
-            raise BadInput(f"{path / INDEX} has columns of different lengths")
-        return {keys.raw(row): (checksums[row], counts[row]) for row in range(len(keys))}
+        return _Index(columns, current=_is_current(path, columns))
     except (OSError, KeyError) as error:
         report.problem("index", f"{path / INDEX} is missing or has no {error}; records are believed without checksums")
     except BadInput as error:
-        report.problem("index", str(error))
+        report.problem("index", str(error) if str(path) in str(error) else f"{path / INDEX}: {error}")
     return None
 
 
-def _places(path: Path) -> dict[bytes, int] | None:
-    """Where the index says that each value begins; None if data.mdb was rewritten since (readers then look for themselves)."""
-    columns = map_arrays(path / INDEX)
+def _is_current(path: Path, columns: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether the places in the index are those of `data.mdb` as it is now."""
     try:
         with PageFile(path / "data.mdb", whole=False) as pages:
-            if not {"offsets", "data_file"} <= columns.keys() or columns["data_file"].tolist() != list(pages.identity):
-                return None
+            return {"offsets", "data_file"} <= columns.keys() and columns["data_file"].tolist() == list(pages.identity)
     except (UniterError, OSError):
-        return None
-    keys, offsets = KeyList(columns), columns["offsets"].tolist()
-    return {keys.raw(row): offset for row, offset in enumerate(offsets[: len(keys)])}
+        return False
 
 
 def _header(path: Path, indexed: int, report: CheckReport) -> None:

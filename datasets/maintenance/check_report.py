@@ -2,7 +2,7 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -62,12 +62,12 @@ class CheckReport:
 
 
 def records_of(
-    path: Path, report: CheckReport, table: bytes | None = None, places: Mapping[bytes, int] | None = None
+    path: Path, report: CheckReport, table: bytes | None = None, place_of: Callable[[bytes], int | None] = lambda key: None
 ) -> Iterator[tuple[bytes, bytes]]:
     """Every record that the pages still yield, its key and bytes; faults go into the report.
 
     Args:
-        places: where the index says that values begin; a reader goes by it.
+        place_of: where the index says that the value of a key begins; a reader goes by it.
     """
     data = path / "data.mdb"
     whole = True
@@ -93,7 +93,7 @@ def records_of(
                 report.problem("pages", f"{data}: the value of key {shown_first(item.key)} lies beyond the end of the file")
                 continue
             found += 1
-            if places is not None and places.get(item.key, item.offset) != item.offset:
+            if place_of(item.key) not in (None, item.offset):
                 report.problem("index", f"{path / INDEX}: {shown_first(item.key)} lies elsewhere in data.mdb than the index says")
             yield item.key, value
         if table is None and whole and found < pages.entries:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ _CODE_OF = {np.dtype(spelling): code for code, spelling in _CODES.items()}
 
 
 _MAX_HEADER_BYTES = 1 << 20
+
+
+_JOINED: Final = 1 << 16  # keys that are joined at a time, which bounds the memory
 
 
 KEY_COLUMNS = ("key_bytes", "key_ends", "hashes", "hash_rows")
@@ -64,15 +67,36 @@ def map_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[A
     Raises:
         BadInput: the file is damaged or of another kind, or one of the needed arrays is not in it.
     """
-    damaged = BadInput(f"index file {path} is damaged or no index; remove it and run `uniter-db check --repair OUT` on the database")
     if not path.is_file():
-        raise BadInput(f"index file {path} is missing; write a whole database with `uniter-db check --repair OUT`")
+        raise _missing(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise damaged
-        text = file.read(length)
+        start = file.read(8)
+        start += file.read(min(int.from_bytes(start, "little"), _MAX_HEADER_BYTES))
+    whole = np.memmap(path, dtype=np.uint8, mode="r") if size > len(start) else np.zeros(0, dtype=np.uint8)
+    return _arrays(path, start, size, whole, needed)
+
+
+def load_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[Any]]:
+    """`map_arrays` of a small file, read instead of mapped: what a loop over many of them wants."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise _missing(path) from None
+    return _arrays(path, content, len(content), np.frombuffer(content, dtype=np.uint8), needed)
+
+
+def _missing(path: Path) -> BadInput:
+    return BadInput(f"index file {path} is missing; write a whole database with `uniter-db check --repair OUT`")
+
+
+def _arrays(path: Path, start: bytes, size: int, whole: NDArray[np.uint8], needed: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """The arrays that the beginning of a file of `size` bytes names, as views of the whole."""
+    damaged = BadInput(f"index file {path} is damaged or no index; remove it and run `uniter-db check --repair OUT` on the database")
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise damaged
+    text = start[8 : 8 + length]
     try:
         header = json.loads(text)
         entries = {
@@ -81,7 +105,6 @@ def map_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[A
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise damaged from None
     data_start = 8 + length
-    whole = np.memmap(path, dtype=np.uint8, mode="r") if size > data_start else np.zeros(0, dtype=np.uint8)
     arrays: dict[str, NDArray[Any]] = {}
     for name, (code, shape, offsets) in entries.items():
         if not (
@@ -113,9 +136,14 @@ def hash_key(key: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def key_columns(keys: Sequence[bytes]) -> dict[str, NDArray[Any]]:
-    """The arrays that a `KeyList` needs: all keys end to end, where each ends, and their hashes in order with the rows they belong to."""
-    hashes = np.fromiter(map(hash_key, keys), dtype=np.uint64, count=len(keys))
+def key_columns(keys: Sequence[bytes], *, hashes: NDArray[np.uint64] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays that a `KeyList` needs: all keys end to end, where each ends, and their hashes in order with the rows they belong to.
+
+    Args:
+        hashes: (len(keys),) of the keys, where they are known.
+    """
+    if hashes is None:
+        hashes = np.fromiter(map(hash_key, keys), dtype=np.uint64, count=len(keys))
     order = np.argsort(hashes, kind="stable")
     return {
         "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
@@ -180,7 +208,10 @@ class KeyList(Sequence[str]):
 
     def find(self, key: str) -> int:
         """The row of a key, -1 if it is not there."""
-        raw = key.encode(errors="surrogatepass")
+        return self.find_raw(key.encode(errors="surrogatepass"))
+
+    def find_raw(self, raw: bytes) -> int:
+        """`find` of a key as it stands in the database."""
         wanted = hash_key(raw)
         place = bisect.bisect_left(self._hash_view, wanted)
         while place < len(self._hash_view) and self._hash_view[place] == wanted:
@@ -189,6 +220,43 @@ class KeyList(Sequence[str]):
                 return row
             place += 1
         return -1
+
+    def find_all(self, keys: "KeyList") -> NDArray[np.int64]:
+        """(len(keys),) the row of each of some keys, -1 where it is not there: the two lists joined by their sorted hashes."""
+        found = np.full(len(keys), -1, dtype=np.int64)
+        if not len(self):
+            return found
+        wanted = np.asarray(keys._hashes)
+        for start in range(0, len(keys), _JOINED):
+            part = wanted[start : start + _JOINED]
+            places = np.searchsorted(self._hashes, part)
+            met = np.flatnonzero(self._hashes[np.minimum(places, len(self) - 1)] == part)
+            theirs, mine = keys._rows[start + met], self._rows[places[met]]
+            inside = (theirs >= 0) & (theirs < len(keys)) & (mine >= 0) & (mine < len(self))
+            theirs, mine = theirs[inside], mine[inside]
+            equal = self._equal(mine, keys, theirs)
+            found[theirs[equal]] = mine[equal]
+            for row in theirs[~equal].tolist():  # another key has the same hash
+                found[row] = self.find(keys[row])
+        return found
+
+    def _spans(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the keys of some rows begin, and how long they are."""
+        begins = np.where(rows > 0, self._ends[np.maximum(rows, 1) - 1], 0)
+        return begins, self._ends[rows] - begins
+
+    def _equal(self, rows: NDArray[np.int64], other: "KeyList", others: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the keys of some rows are, byte for byte, those of rows of another list."""
+        begins, lengths = self._spans(rows)
+        their_begins, their_lengths = other._spans(others)
+        equal: NDArray[np.bool_] = lengths == their_lengths
+        for length in np.unique(lengths[equal]).tolist():
+            same = np.flatnonzero(equal & (lengths == length))
+            places = np.arange(length)
+            mine = self._bytes[begins[same, None] + places]
+            theirs = other._bytes[their_begins[same, None] + places]
+            equal[same] = (mine == theirs).all(axis=1)
+        return equal
 
     def __reduce__(self) -> tuple[Any, ...]:
         return KeyList, ({"key_bytes": self._bytes, "key_ends": self._ends, "hashes": self._hashes, "hash_rows": self._rows},)

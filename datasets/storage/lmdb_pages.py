@@ -85,7 +85,7 @@ def check_data_file(data: Path) -> None:
     """
     try:
         with open(data, "rb") as file:
-            head = file.read(1 << 17)
+            head = file.read(_LARGEST_PAGE + 160)  # both meta pages
             size = os.fstat(file.fileno()).st_size  # after the header was read: the file may be growing
     except FileNotFoundError:
         raise BadInput(f"{data.parent} holds no data.mdb; is it a database?") from None

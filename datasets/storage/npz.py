@@ -1,11 +1,12 @@
 """One `.npz` in memory, to arrays and back, without pickles."""
 
+import functools
 import io
 import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.array_codec import ALLOWED_TYPES, MAX_ARRAYS, MAX_DIMENSIONS, MAX_UNPACKED_BYTES
+from uniter.datasets.storage.array_codec import ALLOWED_TYPES, MAX_ARRAYS, MAX_DIMENSIONS, MAX_UNPACKED_BYTES, ArrayPlace
 from uniter.datasets.storage.plain_pickle import plain_pickle, to_plain_pickle
 
 # ----------------------------------------------------------------------------------------------------------------------- npz
@@ -32,6 +33,23 @@ def unpack_npz(
     Raises:
         BadInput: no .npz, damaged, object arrays, a type that is not allowed, more than `limit` bytes.
     """
+    return unpack_some(value, None, limit=limit, scalars=scalars, plain=plain)[1]
+
+
+def unpack_some(
+    value: bytes | memoryview,
+    wanted: Collection[str] | None,
+    *,
+    limit: int = MAX_UNPACKED_BYTES,
+    scalars: bool = False,
+    plain: str | None = None,
+) -> tuple[dict[str, ArrayPlace], dict[str, NDArray[Any]]]:
+    """`unpack_npz` of the wanted arrays (None: all) only; of the others no more than the headers is unpacked.
+
+    Returns:
+        Types and shapes of all arrays (their places mean nothing), and the wanted arrays.
+    """
+    places: dict[str, ArrayPlace] = {}
     arrays: dict[str, NDArray[Any]] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(value)) as archive:
@@ -50,10 +68,10 @@ def unpack_npz(
                     shape, fortran, dtype = npy_header(file, name)
                     if not shape and not scalars:
                         continue
-                    count = 1
-                    for extent in shape:
-                        count *= extent
-                    size = count * dtype.itemsize
+                    places[name] = ArrayPlace(dtype, shape, 0)
+                    if wanted is not None and name not in wanted:
+                        continue
+                    size = math.prod(shape) * dtype.itemsize
                     limit -= size
                     if limit < 0:
                         raise BadInput(f"the npz unpacks to more than the allowed size at array {name!r} of shape {shape}")
@@ -74,7 +92,7 @@ def unpack_npz(
         KeyError,
     ) as error:
         raise BadInput(f"no readable npz ({error or type(error).__name__})") from None
-    return arrays
+    return places, arrays
 
 
 def plain_npy(content: bytes, name: str) -> Any:
@@ -134,8 +152,10 @@ def npy_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, "np.dtype[A
     version = np.lib.format.read_magic(file)
     if version != (1, 0):  # later versions exist for structured types, and their header may be 4 GiB long
         raise BadInput(f"array {name!r} has .npy version {version}, expected 1.0")
+    size = file.read(2)
+    text = file.read(int.from_bytes(size, "little"))
     try:
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=4096)
+        shape, fortran, dtype = _parsed_header(size + text)
     except (SyntaxError, TypeError, RecursionError, MemoryError, AttributeError) as error:
         raise BadInput(f"array {name!r} has a damaged header ({type(error).__name__})") from None
     if dtype.hasobject or dtype.str not in ALLOWED_TYPES:
@@ -143,6 +163,12 @@ def npy_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, "np.dtype[A
     if len(shape) > MAX_DIMENSIONS or not all(0 <= extent < 1 << 40 for extent in shape):
         raise BadInput(f"array {name!r} has shape {shape}")
     return shape, bool(fortran), dtype
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed_header(text: bytes) -> tuple[tuple[int, ...], bool, "np.dtype[Any]"]:
+    """NumPy's reading of a header, which is slow; a database has few different ones."""
+    return np.lib.format.read_array_header_1_0(io.BytesIO(text), max_header_size=4096)
 
 
 def pack_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:

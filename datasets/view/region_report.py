@@ -21,8 +21,8 @@ from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.records import ALL_FIELDS
-from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.progress import Progress
+from uniter.datasets.storage.streams import json_lines
 from uniter.datasets.view.charts import histogram
 from uniter.datasets.view.drawing import draw_regions
 from uniter.datasets.view.labels import class_colour, label_regions
@@ -36,7 +36,21 @@ PICTURES_PER_PAGE = 100
 LISTED = 200  # failures, damaged records and missing photographs on the index page
 CONFIDENCES_FROM = 2000  # images whose confidences make the histogram
 
+SHOWN_PAGES = 5  # on either side of the page at hand, in its list of pages
+
 Captions = Callable[[str], Sequence[str]]
+
+
+class FirstOnes(list[str]):
+    """The first `LISTED` of many keys, and how many there are in `total`: a page of millions of pictures lists no more."""
+
+    total = 0
+
+    def add(self, key: str) -> None:
+        """One more."""
+        self.total += 1
+        if len(self) < LISTED:
+            self.append(key)
 
 
 @dataclass
@@ -46,8 +60,8 @@ class ViewSummary:
     Attributes:
         page: the index page.
         images: how many the databases hold; pictures: how many are shown.
-        without_photograph: keys shown without their photograph (none was given, found, or readable).
-        unreadable: keys whose record is damaged.
+        without_photograph: the first keys shown without their photograph (none was given, found, or readable), and how many.
+        unreadable: the first keys whose record is damaged, and how many.
         failures: rows of the databases' failures.jsonl.
         captioned: pictures with at least one caption.
     """
@@ -55,13 +69,13 @@ class ViewSummary:
     page: Path
     images: int = 0
     pictures: int = 0
-    without_photograph: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    without_photograph: FirstOnes = field(default_factory=FirstOnes)
+    unreadable: FirstOnes = field(default_factory=FirstOnes)
     failures: int = 0
     captioned: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        counts = {"without_photograph": len(self.without_photograph), "unreadable": len(self.unreadable)}
+        counts = {"without_photograph": self.without_photograph.total, "unreadable": self.unreadable.total}
         return {
             "page": str(self.page),
             "images": self.images,
@@ -104,41 +118,48 @@ def write_region_report(
     for key in keys:
         if key not in opened:
             raise BadInput(f"image {key!r} is in none of the databases; keys are shown by `uniter-db info`")
-    chosen = list(keys) or _evenly(opened.keys_list, limit)
+    chosen: Sequence[str] = list(keys) or _evenly(opened.keys_list, limit)
     if found is not None and chosen:
         refuse_if_none_is_there(found, chosen)
     summary = ViewSummary(page=Path(out) / INDEX, images=len(opened))
-    failures = [row for database in databases for row in _failures(Path(database))]
-    summary.failures = len(failures)
-    cards: list[Markup] = []
+    failures = _failures(databases, summary)
     classes: Counter[str] = Counter()
+    title = ", ".join(Path(database).name for database in databases)
     with report_folder(Path(out), [*databases, *([photographs] if photographs is not None else [])]) as folder:
+        pages = _Pages(folder, -(-len(chosen) // PICTURES_PER_PAGE), title)
         with Progress(len(chosen), unit="pictures", label="drawing") as progress:
             for number, key in enumerate(chosen):
                 card = _card(opened, key, number, folder, found, captions, most_boxes, summary, classes)
                 if card is not None:
-                    cards.append(card)
+                    pages.add(number // PICTURES_PER_PAGE, card)
+                    summary.pictures += 1
                 progress.update()
-        summary.pictures = len(cards)
-        front = _front(opened, databases, summary, failures, classes, with_photographs=found is not None)
-        _write_pages(folder, cards, front, title=", ".join(Path(database).name for database in databases))
-    if found is not None and cards and len(summary.without_photograph) == len(cards):
+        pages.finish(_front(opened, databases, summary, failures, classes, with_photographs=found is not None))
+    if found is not None and summary.pictures and summary.without_photograph.total == summary.pictures:
         log.warning("not one picture is drawn on its photograph: each card of %s says why", summary.page)
     return summary
 
 
-def _failures(database: Path) -> list[dict[str, Any]]:
-    """Rows of failures.jsonl below a database: its own, and those of its units."""
-    try:
-        return [row for path in sorted(database.rglob("failures.jsonl")) for row in read_failures(path) if isinstance(row, dict)]
-    except (UniterError, OSError) as error:
-        return [{"key": "failures.jsonl", "path": str(database), "error": str(error)}]
+def _failures(databases: Sequence[str | Path], summary: ViewSummary) -> list[dict[str, Any]]:
+    """The first rows of failures.jsonl below the databases, their own and those of their units; all are counted."""
+    first: list[dict[str, Any]] = []
+    for database in map(Path, databases):
+        try:
+            for path in sorted(database.rglob("failures.jsonl")):
+                for _, row in json_lines(path):
+                    summary.failures += 1
+                    if len(first) < LISTED:
+                        first.append(row)
+        except (UniterError, OSError) as error:
+            summary.failures += 1
+            first.append({"key": "failures.jsonl", "path": str(database), "error": str(error)})
+    return first
 
 
-def _evenly(keys: Sequence[str], limit: int) -> list[str]:
+def _evenly(keys: Sequence[str], limit: int) -> Sequence[str]:
     """`limit` of the keys at equal distances, all where there are no more or `limit` is 0."""
     if limit <= 0 or len(keys) <= limit:
-        return list(keys)
+        return keys
     return [keys[int(place)] for place in np.linspace(0, len(keys) - 1, limit).astype(int)]
 
 
@@ -158,12 +179,12 @@ def _card(
         regions = database.read(key, fields=[name for name in ALL_FIELDS if name != "features"])
         labels = label_regions(regions, class_names=database.class_names, attribute_names=database.attribute_names)
     except UniterError:
-        summary.unreadable.append(key)
+        summary.unreadable.add(key)
         return None
     classes.update(label.name for label in labels if label.name is not None)
     image, size, notes = photograph(key, regions, photographs)
     if notes:
-        summary.without_photograph.append(key)
+        summary.without_photograph.add(key)
     name = f"{number:06d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', key)[:80].strip('.')}.jpg"
     whole = draw_regions(image, regions, labels, most=most_boxes, text_height=15)
     thumbnail = draw_regions(resized(image, THUMBNAIL_LONGEST), regions, labels, most=min(THUMBNAIL_BOXES, most_boxes or THUMBNAIL_BOXES))
@@ -225,6 +246,7 @@ def _front(
         "photographs": with_photographs,
         "without_photograph": summary.without_photograph,
         "unreadable": summary.unreadable,
+        "failed": summary.failures,
         "failures": [{name: str(row.get(name, "")) for name in ("key", "path", "error")} for row in failures],
     }
 
@@ -259,9 +281,41 @@ def _confidences(database: ImageDB) -> tuple[NDArray[np.float32], int]:
     return np.concatenate([np.zeros(0, np.float32), *parts]), len(parts)
 
 
-def _write_pages(folder: Path, cards: Sequence[Markup], front: Mapping[str, Any], *, title: str) -> None:
-    groups = [cards[start : start + PICTURES_PER_PAGE] for start in range(0, len(cards), PICTURES_PER_PAGE)] or [[]]
-    names = [INDEX, *(f"page-{number}.html" for number in range(2, len(groups) + 1))]
-    for name, group in reversed(list(zip(names, groups, strict=True))):  # the index last: then the report is whole
-        values = {"title": title, "pages": names, "here": name, "cards": group, "listed": LISTED}
-        write_page(folder / name, "regions.html", **values, front=front if name == INDEX else None)
+class _Pages:
+    """The pages of a report, written as they fill up; the index last: then the report is whole.
+
+    Args:
+        folder: where they are written.
+        count: how many there will be.
+        title: of all of them.
+    """
+
+    def __init__(self, folder: Path, count: int, title: str) -> None:
+        self._folder, self._title = folder, title
+        self._names = [INDEX, *(f"page-{number}.html" for number in range(2, count + 1))]
+        self._first: list[Markup] = []
+        self._cards: list[Markup] = []
+        self._at = 0
+
+    def add(self, page: int, card: Markup) -> None:
+        """One more card, for a page not before the last one's."""
+        self._turn_to(page)
+        (self._cards if page else self._first).append(card)
+
+    def finish(self, front: Mapping[str, Any]) -> None:
+        """Write what is left, and the index with what stands above its pictures."""
+        self._turn_to(len(self._names))
+        self._write(0, self._first, front)
+
+    def _turn_to(self, page: int) -> None:
+        while self._at < page:
+            if self._at:
+                self._write(self._at, self._cards, None)
+            self._cards, self._at = [], self._at + 1
+
+    def _write(self, page: int, cards: Sequence[Markup], front: Mapping[str, Any] | None) -> None:
+        near = range(max(0, page - SHOWN_PAGES), min(len(self._names), page + SHOWN_PAGES + 1))
+        shown = sorted({0, *near, len(self._names) - 1})
+        pages = [(number + 1, self._names[number], number > 0 and number - 1 not in shown) for number in shown]
+        values = {"title": self._title, "pages": pages, "here": self._names[page], "cards": cards, "listed": LISTED}
+        write_page(self._folder / self._names[page], "regions.html", **values, front=front)

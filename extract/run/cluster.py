@@ -121,9 +121,9 @@ class UnitWorker:
                 time.sleep(1)
             run = UnitRun(store, detector, task.work, tally, workers=task.workers, samples=lambda: task.samples)
             run.work_off([(number, items)])
-            if number in store.finished_units():
+            if store.is_finished(number):
                 break
-        return UnitReport(number in store.finished_units(), tally, ray.get_runtime_context().was_current_actor_reconstructed)
+        return UnitReport(store.is_finished(number), tally, ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def extract_on_ray(

@@ -127,7 +127,8 @@ class UnitWriter:
                 counts = np.concatenate([counts, self._absorbed["region_counts"]])
                 checksums = np.concatenate([checksums, self._absorbed["checksums"]])
             save_unit_index(self._folder / INDEX, keys, counts, checksums)
-            write_failures(self._folder / "failures.jsonl", sorted(rows, key=lambda row: str(row["key"])))
+            if rows:
+                write_failures(self._folder / "failures.jsonl", sorted(rows, key=lambda row: str(row["key"])))
             self._unit.environment.close()
             (self._folder / "lock.mdb").unlink(missing_ok=True)
             sync(self._folder)

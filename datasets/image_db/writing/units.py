@@ -2,7 +2,7 @@
 
 What a reader would get wrong: a database is written twice. Each fixed unit of the work first gets an LMDB of its own
 (`OUT/units/00007.partial/`, renamed to `OUT/units/00007/` when the unit is done), then its records are moved into
-`OUT/data.mdb`, units in order, one transaction a unit. So a killed run loses at most one batch, several processes need no
+`OUT/data.mdb`, units in order (`absorbing`). So a killed run loses at most one batch, several processes need no
 common writer, and the final file is a function of the records alone, however often the work was killed or divided.
 
     OUT/settings.json    first: all that changes a value
@@ -19,28 +19,35 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lmdb
-import numpy as np
 
 from uniter.datasets.errors import BadInput, UniterError
-from uniter.datasets.image_db.ours import value_places
-from uniter.datasets.image_db.writing.side_files import BOX_IDS, read_failures, write_failures
-from uniter.datasets.image_db.writing.unit_files import failure_digest, open_unit, save_unit_index, tidy_partial, unit_failures, unit_names
+from uniter.datasets.image_db.writing.absorbing import (
+    Standing,
+    group_end,
+    move,
+    read_standing,
+    settle,
+    sweep,
+    unit_folder,
+    write_standing,
+)
+from uniter.datasets.image_db.writing.finishing import put_together, take_apart
+from uniter.datasets.image_db.writing.side_files import BOX_IDS, read_failures
+from uniter.datasets.image_db.writing.unit_files import failure_digest, open_unit, tidy_partial, unit_failures, unit_names
 from uniter.datasets.image_db.writing.unit_writer import UnitWriter
-from uniter.datasets.storage.cards import CARD_FILE, has_foreign_readme, region_card
+from uniter.datasets.storage.cards import CARD_FILE
 from uniter.datasets.storage.claims import SETTINGS, Maker, claim
-from uniter.datasets.storage.files import read_json, read_json_object, sync, write_bytes, write_json
-from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, key_columns, map_arrays, save_arrays
-from uniter.datasets.storage.lmdb_files import FIRST_MAP_BYTES, full_disk_said, open_writer
+from uniter.datasets.storage.files import read_json, read_json_object, sync, write_json
+from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, map_arrays
+from uniter.datasets.storage.lmdb_files import full_disk_said
 from uniter.datasets.storage.locks import file_lock
 
 __all__ = ["ADDED", "PHOTOGRAPHS", "REGIONS", "UnitStore", "UnitWriter"]
-
-FORMAT_VERSION = 1
-
 
 _OLD_MARK = "overwriting"  # a file of older versions, which cleared the folder first: they were killed meanwhile
 
@@ -86,6 +93,7 @@ class UnitStore:
             overwrite = True
         self.claim = claim(path, settings, maker=REGIONS, sources=sources, overwrite=overwrite, may_differ=may_differ)
         self.settings: Mapping[str, Any] = self.claim.settings
+        self._first = self._awaited = 0  # of the group that is to be moved next, as far as this process knows, and whom it waits for
         self._recover()
         if not self.is_complete():
             self.units_folder.mkdir(exist_ok=True)
@@ -126,6 +134,10 @@ class UnitStore:
             return set(range(read_json(self.path / "header.json")["units"]))
         return {int(name) for name in unit_names(self.units_folder) if name.isdigit()}
 
+    def is_finished(self, number: int) -> bool:
+        """Whether a unit is done."""
+        return self._folder(number).is_dir() or self.is_complete()
+
     def _partial_units(self) -> set[int]:
         names = unit_names(self.units_folder)
         return {int(name[: -len(".partial")]) for name in names if name.endswith(".partial") and name[: -len(".partial")].isdigit()}
@@ -145,7 +157,10 @@ class UnitStore:
         return rows
 
     def _folder(self, number: int, *, partial: bool = False) -> Path:
-        return self.units_folder / f"{number:05d}{'.partial' if partial else ''}"
+        return unit_folder(self.path, number, partial=partial)
+
+    def _locked(self, number: int) -> AbstractContextManager[bool]:
+        return file_lock(self.units_folder / ".locks" / f"{number:05d}", wait=False)
 
     # -- writing ---------------------------------------------------------------------------------------------------------
 
@@ -164,14 +179,14 @@ class UnitStore:
         try:
             yield
         except FileNotFoundError:
-            if not self.claim.published():
+            if not self.claim.published() and not self.is_complete():
                 raise
 
     def _writer(self, number: int) -> "UnitWriter | None":
         if self.is_complete() or self._folder(number).is_dir():
             return None
         stack = contextlib.ExitStack()
-        if not stack.enter_context(file_lock(self.units_folder / ".locks" / f"{number:05d}", wait=False)):
+        if not stack.enter_context(self._locked(number)):
             stack.close()
             return None
         try:
@@ -218,6 +233,7 @@ class UnitStore:
                 finished = self.finished_units()
                 if finished != set(range(len(finished))) or self._partial_units():
                     raise UniterError(f"{self.path} is unfinished; finish it with the images that it was begun for, then add others")
+                self.absorb(units=len(finished))
                 with full_disk_said(self.path):
                     write_json(self.path / SETTINGS, asked)
             self.settings = asked
@@ -233,57 +249,43 @@ class UnitStore:
                 if not any(map(which, read_failures(self.path / "failures.jsonl"))):
                     return set()
                 self._reopen()
-        numbers = set()
-        for number in sorted(self.finished_units() | self._partial_units()):
-            with file_lock(self.units_folder / ".locks" / f"{number:05d}", wait=False) as mine:
-                if mine and self._forget_in(number, which):
-                    numbers.add(number)
-        return numbers
+        with self._absorbing(wait=True) as standing:
+            if standing is None:
+                return set()
+            standing = settle(self.path, standing)
+            finished = self.finished_units()
+            found = [number for number in sorted(finished | self._partial_units()) if any(map(which, self._rows_of(number)))]
+            moved = {number for number in found if number in finished and number < standing.units}
+            if moved - set(standing.again):
+                write_standing(self.units_folder, replace(standing, again=tuple(sorted(moved.union(standing.again)))))
+            return {number for number in found if self._forget_in(number, which)}
+
+    def _rows_of(self, number: int) -> list[dict[str, Any]]:
+        """The failures of a unit, finished or not."""
+        folder = self._folder(number)
+        return read_failures(folder / "failures.jsonl") if folder.is_dir() else unit_failures(self._folder(number, partial=True))
 
     def _forget_in(self, number: int, which: Callable[[Mapping[str, Any]], bool]) -> bool:
-        finished, partial = self._folder(number), self._folder(number, partial=True)
-        folder = finished if finished.is_dir() else partial
-        rows = read_failures(folder / "failures.jsonl") if folder == finished else unit_failures(folder)
-        if not any(map(which, rows)):
-            return False
-        if folder == finished:
-            finished.rename(partial)
-        tidy_partial(partial)
-        kept = [row for row in rows if not which(row)]
-        if kept or (partial / "data.mdb").exists():
-            with full_disk_said(partial), open_unit(partial) as unit, unit.environment.begin(write=True) as transaction:
-                transaction.drop(unit.failures, delete=False)
-                for row in kept:
-                    transaction.put(failure_digest(row["key"]), json.dumps(row).encode(), db=unit.failures)
-        return True
+        with self._locked(number) as mine:
+            if not mine:
+                return False
+            finished, partial = self._folder(number), self._folder(number, partial=True)
+            rows = self._rows_of(number)
+            if finished.is_dir():
+                finished.rename(partial)
+            tidy_partial(partial)
+            kept = [row for row in rows if not which(row)]
+            if kept or (partial / "data.mdb").exists():
+                with full_disk_said(partial), open_unit(partial) as unit, unit.environment.begin(write=True) as transaction:
+                    transaction.drop(unit.failures, delete=False)
+                    for row in kept:
+                        transaction.put(failure_digest(row["key"]), json.dumps(row).encode(), db=unit.failures)
+            return True
 
     def _reopen(self) -> None:
         """Turn a complete database back into an unfinished one, all its units absorbed."""
-        rows = read_failures(self.path / "failures.jsonl")
-        columns = map_arrays(self.path / INDEX, needed=(*KEY_COLUMNS, "region_counts", "checksums", "units", "failure_units"))
-        keys, units = KeyList(columns), columns["units"]
-        failed_units = columns["failure_units"]
-        if len(failed_units) != len(rows):
-            raise BadInput(
-                f"{self.path}/failures.jsonl has {len(rows)} rows but the index knows of {len(failed_units)} failures; was it edited? "
-                "Use --overwrite to begin anew"
-            )
-        if not len(keys) == len(units) == len(columns["region_counts"]) == len(columns["checksums"]):
-            raise BadInput(f"{self.path / INDEX} has columns of different lengths; run `uniter-db check --repair OUT` on the database")
         remade = self.path / "units.tmp"
-        shutil.rmtree(remade, ignore_errors=True)
-        order = np.argsort(units, kind="stable")
-        bounds = np.searchsorted(units[order], np.arange(read_json(self.path / "header.json")["units"] + 1))
-        for number in range(len(bounds) - 1):
-            folder = remade / f"{number:05d}"
-            folder.mkdir(parents=True)
-            mine = order[bounds[number] : bounds[number + 1]]
-            save_unit_index(
-                folder / INDEX, [keys.raw(int(row)) for row in mine], columns["region_counts"][mine], columns["checksums"][mine]
-            )
-            write_failures(folder / "failures.jsonl", [row for row, unit in zip(rows, failed_units, strict=True) if unit == number])
-        remade.mkdir(exist_ok=True)
-        sync(remade)
+        take_apart(self.path, remade)
         (self.path / "header.json").unlink()
         sync(self.path)
         shutil.rmtree(self.units_folder, ignore_errors=True)
@@ -291,57 +293,49 @@ class UnitStore:
         for name in (INDEX, "failures.jsonl"):
             (self.path / name).unlink(missing_ok=True)
 
-    def absorb(self, *, wait: bool = False) -> None:
-        """Move finished units, in order and without a gap, into `data.mdb`; a unit's own file is deleted after the commit.
+    def absorb(self, *, units: int | None = None) -> None:
+        """Move finished units into `data.mdb`, in order and without a gap (see `absorbing`); a unit's own file is deleted then.
 
-        Safe to be killed anywhere. Without `wait`, nothing happens while another process does the same.
+        Safe to be killed anywhere.
+
+        Args:
+            units: how many there are, all of them finished; all are moved, by whichever process. None: whole groups that are finished are,
+                and nothing happens while another process does the same.
         """
-        with self._unless_moved(), file_lock(self.units_folder / ".locks" / "absorb", wait=wait) as mine:
-            if not mine or self.is_complete():
+        if units is None and not self._group_is_finished():
+            return
+        with self._unless_moved(), self._absorbing(wait=units is not None) as standing:
+            if standing is None:
                 return
-            finished = self.finished_units()
-            number = 0
-            while number in finished:
-                if (self._folder(number) / "data.mdb").exists():
-                    with full_disk_said(self.path):
-                        self._absorb_one(number)
-                number += 1
+            while standing.units < units if units is not None else self._group_is_finished(standing.units):
+                end = group_end(standing.units)
+                numbers = range(standing.units, end if units is None else min(end, units))
+                standing = move(self.path, standing, numbers)
+            if units is not None and standing.again:
+                move(self.path, standing, standing.again)
 
-    def _absorb_one(self, number: int) -> None:
-        folder = self._folder(number)
-        intent_path = self.units_folder / "absorbing.json"
-        with open_unit(folder) as unit, unit.environment.begin(buffers=True) as source:
-            count = source.stat(unit.records)["entries"]
-            sizes = [len(value) for _, value in source.cursor(unit.records)]
-            # The map's size is stored in the file: it may depend on the records only, not on how often the work was killed.
-            environment = open_writer(self.path, FIRST_MAP_BYTES)
-            try:
-                page = environment.stat()["psize"]
-                pages = sum(size // page + 2 for size in sizes) + 256
-                used = environment.info()["last_pgno"] + 1
-                map_bytes = FIRST_MAP_BYTES
-                while map_bytes < 2 * page * (used + pages):
-                    map_bytes *= 2
-                intent = read_json(intent_path) if intent_path.exists() else None
-                entries = environment.stat()["entries"]
-                committed = intent is not None and intent["unit"] == number and entries == intent["entries"] + count
-                if count and not committed:
-                    write_json(intent_path, {"unit": number, "entries": entries})
-                    while True:
-                        environment.set_mapsize(map_bytes)
-                        try:
-                            with environment.begin(write=True) as target:
-                                for key, value in source.cursor(unit.records):
-                                    if not target.put(key, value, overwrite=False):
-                                        raise BadInput(f"key {bytes(key).decode()!r} of unit {number} was already written by another unit")
-                            break
-                        except lmdb.MapFullError:
-                            map_bytes *= 2
-            finally:
-                environment.close()
-        (folder / "data.mdb").unlink()
-        (folder / "lock.mdb").unlink(missing_ok=True)
-        sync(folder)
+    @contextlib.contextmanager
+    def _absorbing(self, *, wait: bool) -> Iterator[Standing | None]:
+        """How far the work is, while this process alone goes on with it; None where another does, or all is done."""
+        with file_lock(self.units_folder / ".locks" / "absorb", wait=wait) as mine:
+            if not mine or self.is_complete():
+                yield None
+                return
+            with full_disk_said(self.path):
+                standing = read_standing(self.path)
+                yield standing if standing.swept == standing.units else sweep(self.path, standing)
+
+    def _group_is_finished(self, first: int | None = None) -> bool:
+        """Whether the units from `first` to the end of its group are all there; the one that was found missing last is looked for first."""
+        self._first = self._first if first is None else first
+        numbers = range(self._first, group_end(self._first))
+        if self._awaited in numbers and not self._folder(self._awaited).is_dir():
+            return False
+        for number in reversed(numbers):
+            if not self._folder(number).is_dir():
+                self._awaited = number
+                return False
+        return True
 
     def finish(self, *, units: int, header: Mapping[str, Any]) -> bool:
         """Complete the database if all units are there: `data.mdb`, index, `failures.jsonl`, and `header.json` last.
@@ -365,64 +359,11 @@ class UnitStore:
             raise BadInput(f"{self.path} holds unit {min(extra)}, but the work has {units} units; use --overwrite to begin anew")
         if finished != wanted:
             return self.is_complete()  # another process may just have done it
-        self.absorb(wait=True)
+        self.absorb(units=units)
         with file_lock(self.units_folder / ".locks" / "finish", wait=True), full_disk_said(self.path):
             if not self.is_complete():  # another process may have done it while we waited
-                self._put_together(units, header)
+                put_together(self.path, units, header)
         return True
-
-    def _put_together(self, units: int, header: Mapping[str, Any]) -> None:
-        """Write what stands beside `data.mdb`, from the units that are all in it; `header.json` last."""
-        keys: list[bytes] = []
-        counts, checksums, unit_numbers, failure_units = [], [], [], []
-        failed: list[dict[str, Any]] = []
-        for number in range(units):
-            folder = self._folder(number)
-            columns = map_arrays(folder / INDEX)
-            unit_keys = KeyList(columns)
-            keys += [unit_keys.raw(row) for row in range(len(unit_keys))]
-            counts.append(columns["region_counts"])
-            checksums.append(columns["checksums"])
-            unit_numbers.append(np.full(len(unit_keys), number, dtype=np.int32))
-            rows = read_failures(folder / "failures.jsonl")
-            failed += rows
-            failure_units += [number] * len(rows)
-        environment = open_writer(self.path, FIRST_MAP_BYTES)  # also makes the file where no unit holds a record
-        try:
-            stored = environment.stat()["entries"]
-        finally:
-            environment.close()
-        if stored != len(keys):
-            raise BadInput(f"{self.path}/data.mdb holds {stored} records but its units {len(keys)}; was a file replaced? Use --overwrite")
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        places = value_places(self.path / "data.mdb", [keys[row] for row in order])
-        region_counts = np.concatenate([*counts, np.zeros(0, np.int32)])[order].astype(np.int32)
-        save_arrays(
-            self.path / INDEX,
-            {
-                **key_columns([keys[row] for row in order]),
-                "region_counts": region_counts,
-                "checksums": np.concatenate([*checksums, np.zeros(0, np.uint32)])[order].astype(np.uint32),
-                "units": np.concatenate([*unit_numbers, np.zeros(0, np.int32)])[order].astype(np.int32),
-                "failure_units": np.array(failure_units, dtype=np.int32),
-                **places,
-            },
-        )
-        write_failures(self.path / "failures.jsonl", failed)
-        (self.path / "lock.mdb").unlink(missing_ok=True)
-        sync(self.path)
-        told = {
-            "format_version": FORMAT_VERSION,
-            "kind": "regions",
-            "images": len(keys),
-            "regions": int(region_counts.sum()),
-            "failures": len(failed),
-            "units": units,
-            **header,
-        }
-        if not has_foreign_readme(self.path):
-            write_bytes(self.path / CARD_FILE, region_card(told).encode())
-        write_json(self.path / "header.json", told)
 
     def _sweep(self) -> None:
         """Remove what only an unfinished database needs, and temporary files of killed processes; touch nothing where none are."""

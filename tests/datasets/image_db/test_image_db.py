@@ -403,7 +403,8 @@ def test_units_absorbed_between_opening_and_reading(tmp_path: Path) -> None:
     with store.unit(0) as writer:
         assert writer is not None
         writer.put("early", encode_record(made_up_record(2)), regions=7)
-        writer.complete()  # both units move into data.mdb
+        writer.complete()
+    store.absorb(units=2)  # both units move into data.mdb
     assert not list((out / "units").glob("*/data.mdb"))
     assert len(partial["late"]) == 7
 
