@@ -153,9 +153,10 @@ class UniterForRetrieval(DownstreamModel):
             chosen.append(group[torch.cat([hardest.new_zeros(1), hardest]).cpu()])
         return torch.cat(chosen)
 
-    def mined_ranks(self, batch: PackedBatch, *, count: int) -> Outputs:
-        """scores (G * (1 + count), 1) of each group's positive and its hardest negatives, in the model's own mode, with gradient."""
-        return self.ranks(take_sequences(batch, self.hard_negatives(batch, count=count)))
+    def mined(self, batch: PackedBatch, *, count: int) -> PackedBatch:
+        """The batch with each group's positive and its `count` hardest negatives only, G * (1 + count) sequences."""
+        taken = take_sequences(batch, self.hard_negatives(batch, count=count))
+        return replace(taken, targets=batch.targets, example_ids=batch.example_ids)
 
 
 class UniterForReferring(DownstreamModel):

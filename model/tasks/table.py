@@ -37,6 +37,7 @@ from uniter.model.tasks.rows import (
     lengths_of_mined_groups,
     lengths_of_pair,
     match_score,
+    mined_divergence,
     mined_rank_accuracy,
     mined_ranking,
     no_candidates,
@@ -62,6 +63,7 @@ PRETRAINING: dict[str, Task] = {
         head=UniterForPretraining.masked_features,
         losses=losses.masked_features,
         metric=feature_error,
+        divergence=losses.squared_distance,
     ),
     "mrc": Task(
         sample=masked_regions_with_classes,
@@ -75,6 +77,7 @@ PRETRAINING: dict[str, Task] = {
         head=UniterForPretraining.masked_classes,
         losses=losses.masked_distributions,
         metric=distribution_distance,
+        divergence=losses.divergence_by_class,
         needs_soft_labels=True,
     ),
     "itm": Task(
@@ -151,6 +154,7 @@ def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> 
             answer=best_answer,
             write=predictions.write_regions,
             sizes=sizes,
+            head="re_output",
             # Annotated boxes have no confidence to be chosen by, and the published configurations take detected ones alike.
             regions={"conf_th": -1, "num_bb": 100},
             learning_rate=1e-4,
@@ -182,6 +186,7 @@ DOWNSTREAM: dict[str, Task] = {
         head=downstream.UniterForRetrieval.ranks,
         losses=partial(losses.ranking, group_size=GROUP),
         metric=partial(metrics.rank_accuracy, group_size=GROUP),
+        divergence=partial(losses.divergence_in_groups, group_size=GROUP),
         lengths=lengths_of_group,
         of_data=with_pool,
         finetuning=Finetuning(
@@ -196,9 +201,11 @@ DOWNSTREAM: dict[str, Task] = {
     ),
     "retrieval-hard": Task(
         sample=matched_pair,
-        head=partial(downstream.UniterForRetrieval.mined_ranks, count=HARD),
+        narrow=partial(downstream.UniterForRetrieval.mined, count=HARD),
+        head=downstream.UniterForRetrieval.ranks,
         losses=mined_ranking,
         metric=mined_rank_accuracy,
+        divergence=mined_divergence,
         # Published: the mean over texts' groups plus the mean over pictures' groups.
         weights={"margin": 2.0},
         lengths=lengths_of_mined_groups,
@@ -223,6 +230,7 @@ DOWNSTREAM: dict[str, Task] = {
         head=downstream.UniterForVcr.choices,
         losses=losses.choices,
         metric=metrics.choice_accuracy,
+        divergence=losses.divergence_by_class,
         lengths=lengths_of_choices,
         pictures=2,
         of_data=with_tags,
@@ -237,6 +245,7 @@ DOWNSTREAM: dict[str, Task] = {
             predicted_lengths=partial(lengths_of_choices, sequences=CHOICES + CHOICES**2),
             max_text_length=LONGEST_CHOICE,
             best_by="q2ar",
+            head="vcr_output",
             learning_rate=6e-5,
             steps=8000,
             # Published: 4,000 tokens, not counting that each example is four sequences.

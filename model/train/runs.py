@@ -30,6 +30,7 @@ from uniter.model.checkpoints.write import write_model
 from uniter.model.settings.files import CONFIG_FILE, differences, load_config, read_settings, write_config
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train import state
+from uniter.model.train.adversarial import with_divergence
 from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.fit import check_detector, has_seen_regions, origin_of_start, tokenizer_of_texts
 from uniter.model.train.loop import Learner, Recipe, train
@@ -190,7 +191,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
     learner = Learner(
         model=model,
         optimizer=optimizer,
-        tasks=work.tasks,
+        tasks=[with_divergence(task, settings.adversarial) for task in work.tasks],
         mixture=work.mixture,
         masking=masking,
         validation=work.validation,
@@ -262,6 +263,7 @@ def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
         checkpoint_every=settings.checkpoint_every or settings.validate_every,
         keep=settings.keep,
         stop_after=settings.stop_after,
+        adversarial=settings.adversarial,
     )
 
 
