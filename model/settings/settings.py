@@ -132,6 +132,9 @@ class TrainSettings(Settings):
     steps: int | None = Field(default=None, ge=1, description="updates of the weights; none: chosen by the amount of data")
     batch_tokens: int | None = Field(default=None, ge=1, description="word pieces and regions of a micro-batch; none: by model and device")
     accumulation: int | None = Field(default=None, ge=1, description="micro-batches of an update, per process; none: by model and device")
+    processes: int | None = Field(
+        default=None, ge=1, description="accumulation is of so many; others share the same micro-batches; none: of those that there are"
+    )
     normalisation: Literal["global-mean", "published"] = Field(
         default="global-mean",
         description="global-mean: the mean over all an update held; published: means of micro-batches, summed, averaged over processes",

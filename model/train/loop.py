@@ -60,6 +60,7 @@ class Recipe:
     keep: int
     stop_after: int | None = None
     adversarial: AdversarialSettings | None = None
+    processes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +235,7 @@ def _update(
     )
     sums, counts = totals[: len(names)], totals[len(names) :]
     processes.sum_gradients(parameters)
-    _normalise(parameters, 1 / world if recipe.normalisation == "published" else 1 / max(rows, 1.0))
+    _normalise(parameters, 1 / (recipe.processes or world) if recipe.normalisation == "published" else 1 / max(rows, 1.0))
     norm = float(clip_gradients(parameters, recipe.clip))
     means = {key: total / max(count, 1.0) for key, total, count in zip(names, sums, counts, strict=True)}
     _check_finite(means, norm, window, learner, step=step, part=name, processes=processes)

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.collate import PackedBatch, take_sequences
+from uniter.datasets.errors import BadInput
 from uniter.model import UniterConfig, losses
+from uniter.model.settings.files import assign, load_config, read_settings
 from uniter.model.settings.published import read_published
 from uniter.model.settings.settings import AdversarialSettings
 from uniter.model.tasks.table import DOWNSTREAM
 from uniter.model.tasks.task import Task, extras
-from uniter.model.train.adversarial import Pass, passes, with_divergence, zero_shifts
+from uniter.model.train.adversarial import Pass, Shift, passes, with_divergence, zero_shifts
 from uniter.model.train.optim import AdamW, clear_gradients, clip_gradients, learning_rate, parameter_groups, set_learning_rate
 
 # The golden README's limits: (atol, rtol).
@@ -205,3 +207,134 @@ def test_golden_villa_with_one_step_and_no_weight_is_a_plain_update(villa_golden
         list(updates(golden, lambda *_: None))
         ended.append(golden.model.state_dict())
     assert all(torch.equal(value, ended[1][key]) for key, value in ended[0].items())
+
+
+def with_gradient(shift: Shift, gradient_NW: torch.Tensor) -> Shift:
+    shift.values_NW.grad = gradient_NW.clone()
+    return shift
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_shift_moves_each_sequence_by_the_rate(norm: Any) -> None:
+    """Whatever the others' gradients are; one without gradient, or without rows, stays."""
+    lengths = torch.tensor([2, 0, 3, 1])
+    gradient = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1e3, 0.0], [0.0, -1e3], [0.0, 0.0], [0.0, 0.0]])
+    moved = with_gradient(Shift.zero(lengths, 2, torch.device("cpu")), gradient).moved(0.5, norm, 0.0)
+    expected = [0.5, 0.0, 0.5, 0.0]
+    assert moved.norms(moved.values_NW, norm).tolist() == pytest.approx(expected)
+    divisor = {"l2": 5.0, "linf": 4.0}[norm]
+    torch.testing.assert_close(moved.values_NW[:2], gradient[:2] * 0.5 / divisor)
+    # Brought back: an l2 norm shrinks, of linf every number is cut.
+    short = with_gradient(Shift.zero(lengths, 2, torch.device("cpu")), gradient).moved(0.5, norm, 0.4)
+    assert float(short.norms(short.values_NW, norm).max()) == pytest.approx(0.4)
+
+
+def test_divergences_by_hand() -> None:
+    clean, other = torch.tensor([[0.0, 1.0, -1e4]]), torch.tensor([[0.5, 0.0, -1e4]])
+    p, q = (torch.softmax(scores, dim=1)[0, :2].double() for scores in (clean, other))
+    both = float((p * (p / q).log()).sum() + (q * (q / p).log()).sum())
+    outputs = {"scores": clean}, {"scores": other}, {}
+    assert float(losses.divergence_of_scores(*outputs)) == pytest.approx(both, rel=1e-5)
+    assert losses.divergence_by_class(*outputs).shape == (1, 3)
+    assert float(losses.divergence_by_class(*outputs).sum()) == pytest.approx(both, rel=1e-5)
+    groups = {"scores": clean.view(3, 1)}, {"scores": other.view(3, 1)}, {}
+    assert float(losses.divergence_in_groups(*groups, group_size=3)) == pytest.approx(both, rel=1e-5)
+    far = torch.tensor([[2e4, -2e4]]).requires_grad_()
+    value = losses.divergence_of_scores({"scores": -far.detach()}, {"scores": far}, {}).sum()
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(far.grad).all(), "where a probability underflows, as in the published form, no NaN"
+    squared = losses.squared_distance({"scores": torch.tensor([[1.0, 2.0]])}, {"scores": torch.tensor([[1.5, 0.0]])}, {})
+    assert squared.tolist() == [[0.25, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"on": ["text", "text"]}, "adversarial.on: text, text names one twice"),
+        ({"on": []}, "adversarial.on is [], but list should have at least 1 item"),
+        ({"on": ["words"]}, "adversarial.on.0 is 'words', but input should be 'text' or 'image'"),
+        ({"rate": {"image": 1e-3}}, "adversarial.rate: has image, but text is shifted (adversarial.on)"),
+        ({"alternate": True}, "adversarial.alternate: only text is shifted; set adversarial.on to [text, image]"),
+        ({"steps": 0}, "adversarial.steps is 0, but input should be greater than or equal to 1"),
+        ({"rates": 1}, "unknown key 'adversarial.rates'; did you mean 'adversarial.rate'?"),
+    ],
+)
+def test_settings_that_cannot_be_are_said(said: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        read_settings({"corpora": [{"text": ["a.db"], "images": ["a.lmdb"]}], "adversarial": said}, source="mine.yaml")
+    assert str(caught.value).startswith(f"mine.yaml: {sentence}")
+
+
+def test_the_key_on_is_a_word_in_yaml(tmp_path: Path) -> None:
+    """YAML 1.1 reads it as true."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("corpora: [{text: [a.db], images: [a.lmdb]}]\ntensorboard: no\nadversarial: {on: [image], rate: 1e-2}\n")
+    settings = read_settings(load_config(str(path)), source="mine.yaml")
+    assert settings.adversarial is not None and settings.adversarial.on == ["image"] and settings.adversarial.rate == 0.01
+    assert settings.tensorboard is False
+    values: dict[str, Any] = {"adversarial": None}
+    assign(values, "adversarial.steps=2")
+    assign(values, "adversarial.on=[text, image]")
+    assert values == {"adversarial": {"steps": 2, "on": ["text", "image"]}}
+    assign(values, "adversarial={on: [image]}")
+    assert values == {"adversarial": {"on": ["image"]}}
+
+
+VILLA = {
+    "train_txt_db": "t", "train_img_db": "i", "optim": "adamw", "adv_training": True, "adv_steps": 3, "adv_kl_weight": 1,
+    "adv_lr_txt": 1e-3, "adv_lr_img": 2e-3,
+}  # fmt: skip
+
+
+def test_villas_keys_mean_our_settings() -> None:
+    def read(**changes: Any) -> Any:
+        return read_published({**VILLA, **changes}, source="x.json", own_start=True, task="ve").get("adversarial")
+
+    assert read()["rate"] == {"text": 1e-3} and not read()["alternate"]
+    alternating = read(adv_modality=["text", "image", "alter"])
+    assert alternating["alternate"] and alternating["rate"] == {"text": 1e-3, "image": 2e-3}
+    assert read(adv_training=False) is None
+    for changes, sentence in (
+        ({"adv_init_mag": 0.1}, "x.json: adv_init_mag is 0.1; shifts begin at zero"),
+        ({"adv_modality": ["sound"]}, "x.json: adv_modality names sound; expected text, image"),
+        ({"adv_modality": ["image"], "adv_lr_img": None}, "adversarial"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            read_settings({"corpora": [{"text": ["a"], "images": ["b"]}], "adversarial": read(**changes)}, source="x.json")
+    without = {key: value for key, value in VILLA.items() if key != "adv_steps"}
+    with pytest.raises(BadInput, match="adv_training without adv_steps"):
+        read_published(without, source="x.json", own_start=True, task="ve")
+
+
+def test_a_sequence_is_shifted_as_if_it_were_alone(make_batch: Any) -> None:
+    """Packed together or one by one: the same shifts, and the same gradients added up."""
+    config = UniterConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_feature_size=12,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    task = DOWNSTREAM["vqa"]
+    model = extras(task).model(config, answers=5)
+    with torch.no_grad():
+        model.vqa_output[3].weight.mul_(20)
+    together = make_batch([4, 9, 3], [7, 2, 5], width=12, vocabulary=60)
+    together.targets["answers"] = torch.rand(3, 5)
+    adversarial = AdversarialSettings(steps=3, rate=0.5, on=["text", "image"])
+    weighed = with_divergence(task, adversarial)
+
+    def run(batch: PackedBatch) -> dict[str, torch.Tensor]:
+        shifts = zero_shifts(batch, adversarial.on, hidden=32)
+        *_, last = passes(partial(task.head, model), weighed, batch, shifts, adversarial, normalisation="global-mean")
+        return {side: shift.values_NW.detach() for side, shift in last.shifts.items()}
+
+    expected = run(together)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    alone = []
+    for number in range(3):
+        one = take_sequences(together, torch.tensor([number]))
+        alone.append(run(replace(one, targets={"answers": together.targets["answers"][number : number + 1]})))
+    for side, values in expected.items():
+        torch.testing.assert_close(torch.cat([shifts[side] for shifts in alone]), values, atol=1e-5, rtol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=2e-5, rtol=1e-3, msg=name)
