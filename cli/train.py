@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def run_options(function: Command) -> Command:
     """What all training commands share."""
     for option in reversed(
         (
-            click.option("--config", metavar="NAME|FILE", help="Shipped settings, a YAML file, or one of UNITER's published JSON files."),
+            click.option(
+                "--config", metavar="NAME|FILE", help="Shipped settings (`recipes` lists them), a YAML file, or a published JSON file."
+            ),
             click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Overrule one setting, e.g. optimizer.clip=2."),
             click.option("--model", "size", type=click.Choice(["tiny", "base", "large"]), help="Size of a model that starts from nothing."),
             click.option("--from", "start", metavar="RUN|FILE|ID", help="Start from a run of ours, BERT, or a published .pt."),
@@ -78,7 +81,7 @@ def run_options(function: Command) -> Command:
                 "roots",
                 multiple=True,
                 metavar="/img=FOLDER",
-                help="Where a container path of a published JSON file is here; repeat for /txt, /pretrain ...",
+                help="Where a container path of a recipe or published JSON file is here; repeat for /txt, /pretrain ...",
             ),
         )
     ):
@@ -372,6 +375,30 @@ def export(start: str, layout: str, out: Path, as_json: bool) -> None:
     from uniter.model.checkpoints.export import export_run
 
     print_summary(export_run(start, layout, out), as_json=as_json, title=f"exported to {out}")
+
+
+@main.command()
+@common_options
+def recipes(as_json: bool) -> None:
+    """List the published recipes of UNITER and VILLA that ship, and what each takes: data, examples an update, memory, hours.
+
+    Memory and hours are arithmetic for bf16 on a GPU like an H100, if the data keep up; docs/reproducing.md has the commands.
+
+    \b
+    Example:
+      uniter-train finetune vqa --config vqa-base --root /txt=txt --root /img=img --root /pretrain=pretrain --out vqa/
+    """
+    from uniter.model.settings.recipes import recipes as all_recipes
+
+    found = all_recipes()
+    if as_json:
+        print_summary({"recipes": [asdict(recipe) for recipe in found]}, as_json=True, title="recipes")
+        return
+    for recipe in found:
+        click.echo(
+            f"{recipe.name}: {recipe.task}, {recipe.steps:,} updates of {recipe.examples:,} examples, {recipe.memory:.0f} GiB, "
+            f"{recipe.hours:.2g} H100 hours (published: {recipe.processes} GPUs); from {recipe.start}; {' '.join(recipe.data)}"
+        )
 
 
 def print_from_first(summary: Mapping[str, Any], *, as_json: bool, title: str) -> None:

@@ -131,7 +131,7 @@ def read_published(
         return _read_finetuning(values, roots=roots, source=source, own_start=own_start, task=task)
     if "train_datasets" not in values:
         raise BadInput(f"{source} is a published file of a fine-tuning task; use it with uniter-train finetune TASK")
-    places = _Places(roots, source)
+    places = Places(roots, source)
     ours: dict[str, Any] = {"normalisation": "published", "ordering": "published", "optimizer": {"unused_gradients": "zero"}}
     for key, value in {**DEFAULTS, **values}.items():
         if key in RENAMED:
@@ -163,7 +163,7 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
     """The settings of a published fine-tuning file (`train-vqa-base-4gpu.json` ...)."""
     if "train_datasets" in values:
         raise BadInput(f"{source} is a published file of pre-training; use it with uniter-train pretrain, or name a file of {task}")
-    places = _Places(roots, source)
+    places = Places(roots, source)
     texts, images = (_listed(values.get(f"train_{kind}_dbs", values.get(f"train_{kind}_db", []))) for kind in ("txt", "img"))
     if not texts or not images:
         raise BadInput(
@@ -269,7 +269,7 @@ def check_sizes(values: Mapping[str, Any], source: str) -> str | None:
     return sizes["model_config"]
 
 
-def _corpora(values: Mapping[str, Any], places: "_Places", source: str) -> list[dict[str, Any]]:
+def _corpora(values: Mapping[str, Any], places: "Places", source: str) -> list[dict[str, Any]]:
     validation = {entry.get("name"): entry for entry in values.get("val_datasets", []) if isinstance(entry, dict)}
     corpora = []
     for entry in values["train_datasets"]:
@@ -306,8 +306,8 @@ def _model_sizes(path: str, source: str) -> dict[str, int]:
     return {name: getattr(config, name) for name in names}
 
 
-class _Places:
-    """Container paths -> paths here."""
+class Places:
+    """Paths of UNITER's container -> paths here."""
 
     def __init__(self, roots: Sequence[str], source: str) -> None:
         self.source = source

@@ -1,0 +1,163 @@
+"""The published recipes that ship: where their databases are here, and what each of them takes.
+
+A recipe is a settings file that says for how many processes its accumulation is. Its paths are those of UNITER's container; `--root` maps
+them. What it takes is arithmetic on the numbers below, not a measurement.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from uniter.datasets.errors import BadInput
+from uniter.model.settings.files import load_config, read_settings, shipped_configs
+from uniter.model.settings.published import Places
+from uniter.model.settings.settings import CorpusSettings, TrainSettings
+from uniter.model.uniter import PRESETS
+
+# A sequence is a text with its picture: word pieces, [CLS], [SEP] and regions.
+SEQUENCE = 55
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What an example of a task takes, about.
+
+    Attributes:
+        tokens: of all its sequences that are trained with.
+        budget: of a micro-batch's tokens; under the published ordering as many as the longest of its bucket of 8,192 has.
+        scored: tokens that are scored without gradient besides.
+    """
+
+    tokens: int
+    budget: int
+    scored: int = 0
+
+
+PAIR = Taken(SEQUENCE, 128)  # up to 100 regions and 28 word pieces
+TAKEN: dict[str, Taken] = {
+    "nlvr2": Taken(2 * SEQUENCE, 256),
+    "vcr": Taken(8 * 90, 8 * 90),  # four answers and four rationales, each with its question and both kinds of regions
+    "retrieval": Taken(150, 150),  # a text with its picture, with a wrong one, and a wrong text
+    "retrieval-hard": Taken(2 * 32 * SEQUENCE, 1, scored=2 * 400 * SEQUENCE),  # a text with pictures and a picture with texts
+    "refcoco": Taken(20, 20),  # a phrase and annotated boxes
+    "refcoco-two-layers": Taken(20, 20),
+}
+
+
+BYTES_A_WEIGHT = 16  # float32 weight, gradient and two moments
+
+
+RESERVE = 1.5 * 2**30  # CUDA context, library workspaces
+
+
+# Of bf16 computation, kept for the backward pass of a token (benchmarks/memory.py: 20.9 and 56.2 MiB a pair).
+KEPT = {"base": 20.9 * 2**20 / SEQUENCE, "large": 56.2 * 2**20 / SEQUENCE}
+
+
+WEIGHTS = {"base": 110e6, "large": 336e6}  # with embeddings and pooler, without heads
+
+
+H100_OPERATIONS = 0.4 * 990e12  # a second: 40 % of its peak in bf16
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A published recipe and what it takes.
+
+    Attributes:
+        name: of the settings file. task: pretrain, or the down-stream task. size: base or large.
+        processes: GPUs of the published run. steps: updates.
+        examples: of an update (pairs; of NLVR2 statements, of VCR questions, of retrieval groups), whatever the number of processes.
+        data: the text and region databases, by the names of UNITER's.
+        start: what it begins with.
+        memory: GiB of a GPU.
+        hours: of one H100, if the data keep up.
+    """
+
+    name: str
+    task: str
+    size: str
+    processes: int
+    steps: int
+    examples: int
+    data: tuple[str, ...]
+    start: str
+    memory: float
+    hours: float
+
+
+def recipes() -> list[Recipe]:
+    """All that ship, by task and size."""
+    found = []
+    for name in shipped_configs():
+        values = load_config(name)
+        if values.get("processes") is not None:
+            found.append(_costed(name, read_settings(values, source=name)))
+    return sorted(found, key=lambda recipe: (recipe.task != "pretrain", recipe.task, recipe.size, recipe.name))
+
+
+def _costed(name: str, settings: TrainSettings) -> Recipe:
+    assert settings.steps and settings.batch_tokens and settings.accumulation and settings.processes and settings.from_
+    size = "large" if "-large" in name else "base"
+    taken = TAKEN.get(settings.task, PAIR)
+    in_a_batch = max(settings.batch_tokens // taken.budget, 1)
+    examples = in_a_batch * settings.accumulation * settings.processes
+    passes, kept = 1, 1
+    if settings.adversarial is not None and (settings.adversarial.steps > 1 or settings.adversarial.weight):
+        # The clean pass is forward and backward like each of the others, and is kept while they are computed.
+        passes, kept = settings.adversarial.steps + (settings.adversarial.weight > 0), 1 + (settings.adversarial.weight > 0)
+    operations = (6 * passes * taken.tokens + 2 * taken.scored) * encoder_weights(size) * examples * settings.steps
+    memory = WEIGHTS[size] * BYTES_A_WEIGHT + RESERVE + KEPT[size] * in_a_batch * taken.tokens * kept
+    data = dict.fromkeys(_name(path) for corpus in settings.corpora for path in _paths(corpus))
+    return Recipe(
+        name=name,
+        task=settings.task,
+        size=size,
+        processes=settings.processes,
+        steps=settings.steps,
+        examples=examples,
+        data=tuple(data),
+        start=_name(settings.from_),
+        memory=memory / 2**30,
+        hours=operations / H100_OPERATIONS / 3600,
+    )
+
+
+def encoder_weights(size: str) -> int:
+    """Of the matrices that every token goes through: four of attention and two of the feed-forward half in each layer."""
+    preset = PRESETS[size]
+    width = preset["hidden_size"]
+    return preset["num_hidden_layers"] * (4 * width**2 + 2 * width * preset["intermediate_size"])
+
+
+def _paths(corpus: CorpusSettings) -> list[str]:
+    groups = (corpus.text, corpus.validation_text, corpus.images, corpus.validation_images)
+    return [half for group in groups for path in group for half in path.split(";")]
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def in_places(values: Mapping[str, Any], roots: Sequence[str], source: str, *, own_data: bool, own_start: bool) -> dict[str, Any]:
+    """Shipped settings with the container paths replaced by those here.
+
+    Args:
+        roots: "/img=folder" and the like.
+        own_data, own_start: the user names databases, or what to start from, so those of the settings are not looked at.
+
+    Raises:
+        BadInput: a path has no root, or there is nothing to map.
+    """
+    places, mapped = Places(roots, source), dict(values)
+    keys = ("text", "images", "validation_text", "validation_images")
+    if not own_data:
+        mapped["corpora"] = [
+            {key: [places.here(path) for path in value] if key in keys else value for key, value in corpus.items()}
+            for corpus in values.get("corpora", [])
+        ]
+    if not own_start and str(values.get("from", "")).startswith("/"):
+        mapped["from"] = places.here(str(values["from"]))
+    if roots and "processes" not in values:
+        raise BadInput(f"settings {source} name no paths of UNITER's container, so --root maps nothing; leave it out")
+    return mapped
