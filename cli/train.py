@@ -378,8 +378,9 @@ def export(start: str, layout: str, out: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--show", metavar="NAME", help="Print the settings of one instead, as YAML: to read, or to copy and change.")
 @common_options
-def recipes(as_json: bool) -> None:
+def recipes(show: str | None, as_json: bool) -> None:
     """List the published recipes of UNITER and VILLA that ship, and what each takes: data, examples an update, memory, hours.
 
     Memory and hours are arithmetic for bf16 on a GPU like an H100, if the data keep up; docs/reproducing.md has the commands.
@@ -388,8 +389,14 @@ def recipes(as_json: bool) -> None:
     Example:
       uniter-train finetune vqa --config vqa-base --root /txt=txt --root /img=img --root /pretrain=pretrain --out vqa/
     """
+    from uniter.model.settings.files import shipped_text
     from uniter.model.settings.recipes import recipes as all_recipes
 
+    if show is not None and as_json:
+        raise click.UsageError("--show prints YAML; leave --json out")
+    if show is not None:
+        click.echo(shipped_text(show), nl=False)
+        return
     found = all_recipes()
     if as_json:
         print_summary({"recipes": [asdict(recipe) for recipe in found]}, as_json=True, title="recipes")

@@ -60,9 +60,7 @@ def load_config(name: str) -> dict[str, Any]:
         except UnicodeDecodeError as error:
             raise BadInput(f"settings {name}: not UTF-8 text ({error.reason} at byte {error.start}); expected YAML or JSON") from error
     else:
-        if name not in shipped_configs():
-            raise BadInput(unknown_name("shipped settings", name, shipped_configs()))
-        text = importlib.resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        text = shipped_text(name)
     try:
         values = yaml.load(text, _Words)
     except (yaml.YAMLError, RecursionError) as error:
@@ -72,6 +70,17 @@ def load_config(name: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise BadInput(f"settings {name}: expected a mapping of keys to values, got {type(values).__name__}")
     return values
+
+
+def shipped_text(name: str) -> str:
+    """The YAML of settings that ship.
+
+    Raises:
+        BadInput: there are none of that name.
+    """
+    if name not in shipped_configs():
+        raise BadInput(unknown_name("shipped settings", name, shipped_configs()))
+    return importlib.resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def shipped_configs() -> list[str]:

@@ -75,12 +75,8 @@ def _file_values(config: str | None, roots: Sequence[str], options: Mapping[str,
     if isinstance(stated, str) and SYNONYMS.get(stated, stated) != task:
         way = f"uniter-train {stated}" if stated == DEFAULT_TASK else f"uniter-train finetune {stated}"
         raise BadInput(f"settings {config}: they are of the task {stated!r}; use them with {way}, or take the key out")
-    if config in shipped_configs():
-        values = in_places(values, roots, config, own_data=own_data, own_start=own_start)
-    elif roots:
-        raise BadInput(
-            "--root maps the container paths of published JSON files and of recipes that ship; leave it out, or name one with --config"
-        )
+    if roots or config in shipped_configs():
+        return in_places(values, roots, str(config), own_data=own_data, own_start=own_start)
     return values
 
 

@@ -140,7 +140,7 @@ def _name(path: str) -> str:
 
 
 def in_places(values: Mapping[str, Any], roots: Sequence[str], source: str, *, own_data: bool, own_start: bool) -> dict[str, Any]:
-    """Shipped settings with the container paths replaced by those here.
+    """Settings with the container paths replaced by those here.
 
     Args:
         roots: "/img=folder" and the like.
@@ -151,13 +151,17 @@ def in_places(values: Mapping[str, Any], roots: Sequence[str], source: str, *, o
     """
     places, mapped = Places(roots, source), dict(values)
     keys = ("text", "images", "validation_text", "validation_images")
-    if not own_data:
+    corpora = [corpus for corpus in values.get("corpora") or [] if isinstance(corpus, dict)]
+    named = [str(path) for corpus in corpora for key in keys for path in corpus.get(key, [])] + [str(values.get("from", ""))]
+    if roots and not any(places.maps(path) for path in named):
+        raise BadInput(
+            "--root maps the container paths of published JSON files and of recipes that ship, and here are none of them; leave it out, or "
+            "name such a file with --config"
+        )
+    if not own_data and corpora:
         mapped["corpora"] = [
-            {key: [places.here(path) for path in value] if key in keys else value for key, value in corpus.items()}
-            for corpus in values.get("corpora", [])
+            {key: [places.here(path) for path in value] if key in keys else value for key, value in corpus.items()} for corpus in corpora
         ]
     if not own_start and str(values.get("from", "")).startswith("/"):
         mapped["from"] = places.here(str(values["from"]))
-    if roots and "processes" not in values:
-        raise BadInput(f"settings {source} name no paths of UNITER's container, so --root maps nothing; leave it out")
     return mapped

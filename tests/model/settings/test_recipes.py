@@ -145,7 +145,7 @@ def test_databases_and_starts_are_mapped_or_the_users_own() -> None:
         gather_settings("vqa-base", options={"task": "vqa"})
     own = gather_settings("vqa-base", options={"task": "vqa", "from": "run"}, text=["a.db"], images=["a.lmdb"])
     assert (own.from_, own.corpora[0].text, own.steps) == ("run", ["a.db"], 6000)
-    with pytest.raises(BadInput, match="small-gpu-8gb name no paths of UNITER's container, so --root maps nothing"):
+    with pytest.raises(BadInput, match="and here are none of them; leave it out"):
         gather_settings("small-gpu-8gb", roots=["/txt=x"], text=["a.db"], images=["a.lmdb"])
     with pytest.raises(BadInput, match="of the task 'vqa'; use them with uniter-train finetune vqa"):
         gather_settings("vqa-base", roots=ROOTS, options={"task": "ve"})

@@ -1,6 +1,9 @@
 """Adversarial runs: every row of both tables keeps the laws of training."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from safetensors.torch import load_file
 
 from uniter.datasets.runs.run_log import read_log
 from uniter.datasets.runs.step_folders import checkpoint_path, checkpoint_steps
-from uniter.model.settings.files import read_settings
+from uniter.model.settings.files import read_settings, write_config
 from uniter.model.settings.gather import gather_settings
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.tasks.table import DOWNSTREAM, PRETRAINING
@@ -164,3 +167,26 @@ def test_villas_own_files_run_from_villas_checkpoints(name: str, world: dict[str
 def test_settings_of_an_adversarial_run_read_back(small: Make) -> None:
     settings = small(adversarial=BOTH)
     assert read_settings(settings.model_dump(mode="json", by_alias=True), source="again") == settings
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(small: Make, tmp_path: Path) -> None:
+    """Dropout, shifts and all; in both the settings say for two processes what an update is."""
+    more: dict[str, Any] = {"processes": 2, "accumulation": 1, "adversarial": BOTH, "steps": 3, "validate_every": 3, "checkpoint_every": 3}
+    more |= {"normalisation": "published", "validation_examples": 10}
+    two, one, alone = tmp_path / "two", tmp_path / "one", tmp_path / "alone"
+    write_config(tmp_path / "two.yaml", small(**more))
+    scripts = Path(sys.executable).parent
+    command = [str(scripts / "torchrun"), "--standalone", "--nproc-per-node=2", "--no-python", str(scripts / "uniter-train")]
+    command += ["pretrain", "--config", str(tmp_path / "two.yaml"), "--out", str(two)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    pretrain(small(**more), one)
+    pretrain(small(**more, stop_after=2), alone)
+    pretrain(small(**more), alone)
+    said = running.communicate(timeout=400)[1]
+    assert running.returncode == 0, said
+    left, right = state_of(one), state_of(two)
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert_same(one, alone)
+    norms = [[line["grad_norm"] for line in read_log(run) if line["kind"] == "train"] for run in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4), "averaged over two processes, however many there are"
