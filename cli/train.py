@@ -362,9 +362,10 @@ def predict(
 @main.command()
 @click.option("--from", "start", required=True, metavar="RUN|FILE|ID", help="The run or checkpoint to export.")
 @click.option("--to", "layout", required=True, type=click.Choice(["published", "hub"]), help="A flat .pt, or a folder to share.")
+@click.option("--license", "licence", metavar="ID", help="For the card of `hub`, such as mit or cc-by-4.0 [default: not stated].")
 @click.argument("out", type=click.Path(path_type=Path))
 @common_options
-def export(start: str, layout: str, out: Path, as_json: bool) -> None:
+def export(start: str, layout: str, licence: str | None, out: Path, as_json: bool) -> None:
     """Write a model for others: `published` is UNITER's flat state dict, `hub` a folder with safetensors, config and model card.
 
     \b
@@ -374,7 +375,7 @@ def export(start: str, layout: str, out: Path, as_json: bool) -> None:
     """
     from uniter.model.checkpoints.export import export_run
 
-    print_summary(export_run(start, layout, out), as_json=as_json, title=f"exported to {out}")
+    print_summary(export_run(start, layout, out, licence=licence), as_json=as_json, title=f"exported to {out}")
 
 
 @main.command()

@@ -11,38 +11,10 @@ from typing import Any
 from uniter.datasets.errors import BadInput
 from uniter.model.settings.files import load_config, read_settings, shipped_configs
 from uniter.model.settings.published import Places
-from uniter.model.settings.settings import CorpusSettings, TrainSettings
+from uniter.model.settings.settings import DEFAULT_TASK, CorpusSettings, TrainSettings
+from uniter.model.tasks.table import row_of
+from uniter.model.tasks.task import PAIR, SEQUENCE, extras
 from uniter.model.uniter import PRESETS
-
-# A sequence is a text with its picture: word pieces, [CLS], [SEP] and regions.
-SEQUENCE = 55
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What an example of a task takes, about.
-
-    Attributes:
-        tokens: of all its sequences that are trained with.
-        budget: of a micro-batch's tokens; under the published ordering as many as the longest of its bucket of 8,192 has.
-        scored: tokens that are scored without gradient besides.
-    """
-
-    tokens: int
-    budget: int
-    scored: int = 0
-
-
-PAIR = Taken(SEQUENCE, 128)  # up to 100 regions and 28 word pieces
-TAKEN: dict[str, Taken] = {
-    "nlvr2": Taken(2 * SEQUENCE, 256),
-    "vcr": Taken(8 * 90, 8 * 90),  # four answers and four rationales, each with its question and both kinds of regions
-    "retrieval": Taken(150, 150),  # a text with its picture, with a wrong one, and a wrong text
-    "retrieval-hard": Taken(2 * 32 * SEQUENCE, 1, scored=2 * 400 * SEQUENCE),  # a text with pictures and a picture with texts
-    "refcoco": Taken(20, 20),  # a phrase and annotated boxes
-    "refcoco-two-layers": Taken(20, 20),
-}
-
 
 BYTES_A_WEIGHT = 16  # float32 weight, gradient and two moments
 
@@ -93,13 +65,13 @@ def recipes() -> list[Recipe]:
         values = load_config(name)
         if values.get("processes") is not None:
             found.append(_costed(name, read_settings(values, source=name)))
-    return sorted(found, key=lambda recipe: (recipe.task != "pretrain", recipe.task, recipe.size, recipe.name))
+    return sorted(found, key=lambda recipe: (recipe.task != DEFAULT_TASK, recipe.task, recipe.size, recipe.name))
 
 
 def _costed(name: str, settings: TrainSettings) -> Recipe:
     assert settings.steps and settings.batch_tokens and settings.accumulation and settings.processes and settings.from_
     size = "large" if "-large" in name else "base"
-    taken = TAKEN.get(settings.task, PAIR)
+    taken = PAIR if settings.task == DEFAULT_TASK else extras(row_of(settings.task)).taken
     in_a_batch = max(settings.batch_tokens // taken.budget, 1)
     examples = in_a_batch * settings.accumulation * settings.processes
     passes, kept = 1, 1

@@ -23,6 +23,7 @@ from uniter.model.losses import Targets, Terms
 from uniter.model.metrics import class_accuracy, distribution_distance, feature_error, pair_accuracy, word_accuracy
 from uniter.model.tasks import predictions
 from uniter.model.tasks.rows import (
+    DRAWN,
     GROUP,
     HARD,
     LONGEST_CHOICE,
@@ -48,7 +49,7 @@ from uniter.model.tasks.rows import (
     with_pool_to_mine,
     with_tags,
 )
-from uniter.model.tasks.task import Finetuning, Task
+from uniter.model.tasks.task import SEQUENCE, Finetuning, Taken, Task
 
 PRETRAINING: dict[str, Task] = {
     "mlm": Task(
@@ -136,6 +137,7 @@ def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.length
             write=predictions.write_statements,
             learning_rate=3e-5,
             steps=8000,
+            taken=Taken(2 * SEQUENCE, 256),
         ),
     )
 
@@ -157,6 +159,7 @@ def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> 
             head="re_output",
             # Annotated boxes have no confidence to be chosen by, and the published configurations take detected ones alike.
             regions={"conf_th": -1, "num_bb": 100},
+            taken=Taken(20, 20),  # a phrase and its picture's annotated boxes
             learning_rate=1e-4,
             steps=24000,
             # Published: 128 phrases, with their regions some twenty tokens each.
@@ -194,6 +197,7 @@ DOWNSTREAM: dict[str, Task] = {
             texts=("retrieval", "captions"),
             answer=match_score,
             pairs=downstream.UniterForRetrieval.ranks,
+            taken=Taken(150, 150),  # a text with its picture, with a wrong one, and a wrong text
             steps=20000,
             batch_tokens=6144,
             accumulation=4,
@@ -216,6 +220,7 @@ DOWNSTREAM: dict[str, Task] = {
             answer=match_score,
             pairs=downstream.UniterForRetrieval.ranks,
             validate_as="retrieval",
+            taken=Taken(2 * (1 + HARD) * SEQUENCE, 1, scored=2 * (1 + DRAWN) * SEQUENCE),
             steps=5000,
             # One text and its picture a micro-batch, whatever their tokens; eight of each an update.
             batch_tokens=1,
@@ -246,6 +251,7 @@ DOWNSTREAM: dict[str, Task] = {
             max_text_length=LONGEST_CHOICE,
             best_by="q2ar",
             head="vcr_output",
+            taken=Taken(2 * CHOICES * 90, 2 * CHOICES * 90),  # choices with their question and both kinds of regions
             learning_rate=6e-5,
             steps=8000,
             # Published: 4,000 tokens, not counting that each example is four sequences.

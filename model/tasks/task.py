@@ -31,6 +31,27 @@ def _as_it_is(task: "Task", corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES)
     return task
 
 
+SEQUENCE = 55  # word pieces, [CLS], [SEP] and regions of a text with its picture, about
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What an example of a task takes, about: for the arithmetic of `uniter-train recipes`.
+
+    Attributes:
+        tokens: of all its sequences that are trained with.
+        budget: of a micro-batch's tokens; under the published ordering as many as the longest of its bucket of 8,192 has.
+        scored: tokens that are scored without gradient besides.
+    """
+
+    tokens: int
+    budget: int
+    scored: int = 0
+
+
+PAIR = Taken(SEQUENCE, 128)  # at most 100 regions and 28 word pieces in a bucket
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """A row of the table.
@@ -99,6 +120,7 @@ class Finetuning:
         validate_as: the row that training validates with, where its own would be too expensive.
         predicted: what of an example is asked in predictions, where that is more than in training, and `predicted_lengths` its tokens.
         max_text_length: longest text, where the settings leave it open and UNITER's 60 are too few.
+        taken: what an example takes, where that is not a pair's.
         regions: which rows are taken from published region databases, where nobody says (as `ImageDB`'s arguments).
         learning_rate, head_rate_multiplier, steps, batch_tokens, accumulation, clip: where the settings leave them open.
     """
@@ -117,6 +139,7 @@ class Finetuning:
     max_text_length: int | None = None
     regions: Mapping[str, float] = field(default_factory=dict)
     best_by: str = "accuracy"
+    taken: Taken = PAIR
     head: str | None = None
     learning_rate: float = 5e-5
     head_rate_multiplier: float = 1.0
