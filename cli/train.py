@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def run_options(function: Command) -> Command:
     """What all training commands share."""
     for option in reversed(
         (
-            click.option("--config", metavar="NAME|FILE", help="Shipped settings, a YAML file, or one of UNITER's published JSON files."),
+            click.option(
+                "--config", metavar="NAME|FILE", help="Shipped settings (`recipes` lists them), a YAML file, or a published JSON file."
+            ),
             click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Overrule one setting, e.g. optimizer.clip=2."),
             click.option("--model", "size", type=click.Choice(["tiny", "base", "large"]), help="Size of a model that starts from nothing."),
             click.option("--from", "start", metavar="RUN|FILE|ID", help="Start from a run of ours, BERT, or a published .pt."),
@@ -78,7 +81,7 @@ def run_options(function: Command) -> Command:
                 "roots",
                 multiple=True,
                 metavar="/img=FOLDER",
-                help="Where a container path of a published JSON file is here; repeat for /txt, /pretrain ...",
+                help="Where a container path of a recipe or published JSON file is here; repeat for /txt, /pretrain ...",
             ),
         )
     ):
@@ -359,9 +362,10 @@ def predict(
 @main.command()
 @click.option("--from", "start", required=True, metavar="RUN|FILE|ID", help="The run or checkpoint to export.")
 @click.option("--to", "layout", required=True, type=click.Choice(["published", "hub"]), help="A flat .pt, or a folder to share.")
+@click.option("--license", "licence", metavar="ID", help="For the card of `hub`, such as mit or cc-by-4.0 [default: not stated].")
 @click.argument("out", type=click.Path(path_type=Path))
 @common_options
-def export(start: str, layout: str, out: Path, as_json: bool) -> None:
+def export(start: str, layout: str, licence: str | None, out: Path, as_json: bool) -> None:
     """Write a model for others: `published` is UNITER's flat state dict, `hub` a folder with safetensors, config and model card.
 
     \b
@@ -371,7 +375,38 @@ def export(start: str, layout: str, out: Path, as_json: bool) -> None:
     """
     from uniter.model.checkpoints.export import export_run
 
-    print_summary(export_run(start, layout, out), as_json=as_json, title=f"exported to {out}")
+    print_summary(export_run(start, layout, out, licence=licence), as_json=as_json, title=f"exported to {out}")
+
+
+@main.command()
+@click.option("--show", metavar="NAME", help="Print the settings of one instead, as YAML: to read, or to copy and change.")
+@common_options
+def recipes(show: str | None, as_json: bool) -> None:
+    """List the published recipes of UNITER and VILLA that ship, and what each takes: data, examples an update, memory, hours.
+
+    Memory and hours are arithmetic for bf16 on a GPU like an H100, if the data keep up; docs/reproducing.md has the commands.
+
+    \b
+    Example:
+      uniter-train finetune vqa --config vqa-base --root /txt=txt --root /img=img --root /pretrain=pretrain --out vqa/
+    """
+    from uniter.model.settings.files import shipped_text
+    from uniter.model.settings.recipes import recipes as all_recipes
+
+    if show is not None and as_json:
+        raise click.UsageError("--show prints YAML; leave --json out")
+    if show is not None:
+        click.echo(shipped_text(show), nl=False)
+        return
+    found = all_recipes()
+    if as_json:
+        print_summary({"recipes": [asdict(recipe) for recipe in found]}, as_json=True, title="recipes")
+        return
+    for recipe in found:
+        click.echo(
+            f"{recipe.name}: {recipe.task}, {recipe.steps:,} updates of {recipe.examples:,} examples, {recipe.memory:.0f} GiB, "
+            f"{recipe.hours:.2g} H100 hours (published: {recipe.processes} GPUs); from {recipe.start}; {' '.join(recipe.data)}"
+        )
 
 
 def print_from_first(summary: Mapping[str, Any], *, as_json: bool, title: str) -> None:

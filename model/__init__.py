@@ -5,14 +5,39 @@
 
 from typing import TYPE_CHECKING, Any
 
+from uniter.model.checkpoints import hub as _hub  # gives the classes their from_pretrained
 from uniter.model.checkpoints.load import load, load_uniter
-from uniter.model.heads import UniterForPretraining
+from uniter.model.heads import (
+    UniterForNlvr2Paired,
+    UniterForNlvr2PairedAttention,
+    UniterForNlvr2Triplet,
+    UniterForPretraining,
+    UniterForReferring,
+    UniterForRetrieval,
+    UniterForVcr,
+    UniterForVqa,
+)
 from uniter.model.uniter import UniterConfig
 
 if TYPE_CHECKING:
     from uniter.model.understanding import Understanding
 
-__all__ = ["Understanding", "UniterConfig", "UniterForPretraining", "load", "load_uniter"]
+__all__ = [
+    "Understanding",
+    "UniterConfig",
+    "UniterForNlvr2Paired",
+    "UniterForNlvr2PairedAttention",
+    "UniterForNlvr2Triplet",
+    "UniterForPretraining",
+    "UniterForReferring",
+    "UniterForRetrieval",
+    "UniterForVcr",
+    "UniterForVqa",
+    "load",
+    "load_uniter",
+]
+
+del _hub
 
 
 def __getattr__(name: str) -> Any:

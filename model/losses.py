@@ -144,6 +144,39 @@ def ranked_regions(outputs: Targets, targets: Targets, *, rng: random.Random, ma
     return {"margin": F.relu(margin + wrong - right) * ((outputs["region_counts"] > 1) & (targets["region"] >= 0))}
 
 
+DIVERGENCE = "divergence"  # the name of the term that compares a perturbed pass with the unperturbed one
+
+
+def _symmetric(clean_SC: Tensor, scores_SC: Tensor) -> Tensor:
+    """(S, C), the terms of KL(clean || scores) + KL(scores || clean) of the two softmax distributions over the last axis.
+
+    Their sum is (p - q) (log p - log q). The published form multiplies by log of a probability, which is no number where one underflows.
+    """
+    clean, other = F.log_softmax(clean_SC.float(), dim=-1), F.log_softmax(scores_SC.float(), dim=-1)
+    return (clean.exp() - other.exp()) * (clean - other)
+
+
+def divergence_of_scores(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
+    """(S,), between the distributions over words, classes, answers or boxes of two passes of the same batch; of answers too, although
+    each of them is asked by itself (as published)."""
+    return _symmetric(clean["scores"], outputs["scores"]).sum(dim=-1)
+
+
+def divergence_by_class(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
+    """(S, C), the same before it is summed: meant to be averaged over classes, where the task's loss is (MRC-KL) or as published (VCR)."""
+    return _symmetric(clean["scores"], outputs["scores"])
+
+
+def divergence_in_groups(clean: Targets, outputs: Targets, targets: Targets, *, group_size: int) -> Tensor:
+    """(G,), between the distributions over the sequences of each group; scores as `ranking` takes them."""
+    return _symmetric(clean["scores"].view(-1, group_size), outputs["scores"].view(-1, group_size)).sum(dim=-1)
+
+
+def squared_distance(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
+    """(S, D), of predicted numbers: the two divergences of normal distributions of variance 1 around them, added."""
+    return (clean["scores"].float() - outputs["scores"].float()).square()
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """What the terms of a batch come to.

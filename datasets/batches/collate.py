@@ -31,6 +31,8 @@ class PackedBatch:
         text_lengths_B: (B,) int64, word pieces of each sequence with [CLS] and [SEP].
         region_counts_B: (B,) int64, regions of each sequence.
         masked_regions_R: (R,) bool, True where the features were zeroed; None where the task masks no regions.
+        word_shifts_TH, region_shifts_RD: (T, H) and (R, D) float32 that are added to the words' embeddings and to the regions'
+            features, masked ones too; None where nothing is. Adversarial training makes them, on the model's device.
         targets: what the task's losses read, by name.
         example_ids: the ids of the examples, for messages and for predictions.
     """
@@ -44,6 +46,8 @@ class PackedBatch:
     text_lengths_B: Tensor
     region_counts_B: Tensor
     masked_regions_R: Tensor | None = None
+    word_shifts_TH: Tensor | None = None
+    region_shifts_RD: Tensor | None = None
     targets: dict[str, Tensor] = field(default_factory=dict)
     example_ids: list[str] = field(default_factory=list)
 
@@ -197,4 +201,6 @@ def take_sequences(batch: PackedBatch, numbers: Tensor) -> PackedBatch:
         text_lengths_B=text_lengths,
         region_counts_B=region_counts,
         masked_regions_R=None if batch.masked_regions_R is None else batch.masked_regions_R[regions],
+        word_shifts_TH=None if batch.word_shifts_TH is None else batch.word_shifts_TH[texts],
+        region_shifts_RD=None if batch.region_shifts_RD is None else batch.region_shifts_RD[regions],
     )

@@ -70,20 +70,26 @@ def export_hub(model: nn.Module | Weights, folder: str | Path, *, card: str | No
         (aside / CARD_FILE).write_text(card if card is not None else model_card(weights), encoding="utf-8")
 
 
-def export_run(start: str, layout: str, out: Path) -> dict[str, Any]:
-    """Write a model, fine-tuned ones with their heads, as `published` (one flat .pt) or `hub` (a folder); returns the summary."""
-    weights = _for_others(Weights.read(start))
+def export_run(start: str, layout: str, out: Path, *, licence: str | None = None) -> dict[str, Any]:
+    """Write a model, fine-tuned ones with their heads, as `published` (one flat .pt) or `hub` (a folder); returns the summary.
+
+    Args:
+        licence: for the card of `hub`.
+    """
+    if licence is not None and layout == "published":
+        raise BadInput("--license goes into the card, which only --to hub writes; leave it out")
+    weights = for_others(Weights.read(start))
     if weights.tokenizer is None:
         logger.warning("%s does not tell its vocabulary, so none is written; put the vocab.txt of its texts beside the weights", start)
     if layout == "published":
         export_published(weights, out)
     else:
-        export_hub(weights, out, card=run_card(weights, start))
+        export_hub(weights, out, card=run_card(weights, start, licence=licence))
     vocabulary = None if weights.tokenizer is None else weights.tokenizer.name
     return {"from": start, "layout": layout, "parameters": weights.parameters(), "vocabulary": vocabulary}
 
 
-def _for_others(weights: Weights) -> Weights:
+def for_others(weights: Weights) -> Weights:
     """The weights with the name of their class, so that they load as what they are, and without paths of this machine."""
     kind, tokenizer = kind_of(weights.state, weights.about), weights.tokenizer
     path = Path("" if tokenizer is None else tokenizer.name)

@@ -66,11 +66,13 @@ def as_weights(model: nn.Module | Weights) -> Weights:
 
 def write_weights(folder: str | Path, weights: Weights) -> None:
     """Write `model.safetensors`, `config.json` and the vocabulary into an existing folder; weights and configuration are each
-    complete or absent, weights first. Tied tensors stand under both names, so that any loader of the published names is served."""
+    complete or absent, weights first. A tensor that has two names stands once; the other name is in the file's metadata, where the
+    safetensors library looks for it."""
     folder = Path(folder)
-    # One memory block may stand under one name only in a safetensors file: aliases are copied.
-    tensors = {name: tensor.clone() if name in TIED else tensor for name, tensor in weights.published().items()}
-    write_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
+    published = weights.published()
+    tensors = {name: tensor for name, tensor in published.items() if name not in TIED}
+    aliases = {name: TIED[name] for name in published if name in TIED}
+    write_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt", **aliases})
     if weights.tokenizer is not None:
         weights.tokenizer.save(folder)
     write_json(folder / CONFIG_FILE, {**weights.config.to_dict(), **weights.about})

@@ -29,6 +29,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.text_db.annotations.vcr import TAG_WORDS
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.linear import Linear
+from uniter.model.sharing import Shared
 from uniter.model.transport import pad_rows
 from uniter.model.uniter import Encoded, UniterConfig, UniterModel, initialise, layer_norm
 
@@ -44,7 +45,7 @@ TOKEN_TYPES = "uniter.embeddings.token_type_embeddings.weight"
 VCR_TOKEN_TYPES = (0, 1, 0, 0)  # question, region, answer, rationale: the last two begin as copies of the first
 
 
-class DownstreamModel(nn.Module):
+class DownstreamModel(Shared):
     """A body that a task's head is put on.
 
     Attributes:
@@ -153,9 +154,10 @@ class UniterForRetrieval(DownstreamModel):
             chosen.append(group[torch.cat([hardest.new_zeros(1), hardest]).cpu()])
         return torch.cat(chosen)
 
-    def mined_ranks(self, batch: PackedBatch, *, count: int) -> Outputs:
-        """scores (G * (1 + count), 1) of each group's positive and its hardest negatives, in the model's own mode, with gradient."""
-        return self.ranks(take_sequences(batch, self.hard_negatives(batch, count=count)))
+    def mined(self, batch: PackedBatch, *, count: int) -> PackedBatch:
+        """The batch with each group's positive and its `count` hardest negatives only, G * (1 + count) sequences."""
+        taken = take_sequences(batch, self.hard_negatives(batch, count=count))
+        return replace(taken, targets=batch.targets, example_ids=batch.example_ids)
 
 
 class UniterForReferring(DownstreamModel):

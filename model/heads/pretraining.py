@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.masking import NOT_PREDICTED
 from uniter.model.linear import Linear, linear
+from uniter.model.sharing import Shared
 from uniter.model.transport import pad_rows, transport_distances
 from uniter.model.uniter import ACTIVATIONS, Encoded, UniterConfig, UniterModel, initialise, layer_norm
 
@@ -96,7 +97,7 @@ class RegionClassifier(nn.Module):
         return scores_SC
 
 
-class UniterForPretraining(nn.Module):
+class UniterForPretraining(Shared):
     """UNITER with the heads of its five pre-training tasks; published key names, tied tensors under both of their names."""
 
     def __init__(self, config: UniterConfig) -> None:

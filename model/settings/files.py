@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib.resources
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,17 @@ CONFIG_FILE = "config.yaml"
 
 
 SHIPPED = "uniter.model.settings.configs"
+
+
+class _Words(yaml.SafeLoader):
+    """Only true and false are truth values: YAML 1.1 would read `on`, a key of ours, as true."""
+
+
+_Words.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Words.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def read_settings(values: Mapping[str, Any], *, source: str) -> TrainSettings:
@@ -48,11 +60,9 @@ def load_config(name: str) -> dict[str, Any]:
         except UnicodeDecodeError as error:
             raise BadInput(f"settings {name}: not UTF-8 text ({error.reason} at byte {error.start}); expected YAML or JSON") from error
     else:
-        if name not in shipped_configs():
-            raise BadInput(unknown_name("shipped settings", name, shipped_configs()))
-        text = importlib.resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        text = shipped_text(name)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Words)
     except (yaml.YAMLError, RecursionError) as error:
         raise BadInput(f"settings {name}: not valid YAML ({' '.join(str(error).split())})") from error
     if values is None:
@@ -60,6 +70,17 @@ def load_config(name: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise BadInput(f"settings {name}: expected a mapping of keys to values, got {type(values).__name__}")
     return values
+
+
+def shipped_text(name: str) -> str:
+    """The YAML of settings that ship.
+
+    Raises:
+        BadInput: there are none of that name.
+    """
+    if name not in shipped_configs():
+        raise BadInput(unknown_name("shipped settings", name, shipped_configs()))
+    return importlib.resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def shipped_configs() -> list[str]:
@@ -95,7 +116,7 @@ def assign(values: dict[str, Any], assignment: str) -> None:
     if not equals or not path:
         raise BadInput(f"--set {assignment!r}: expected KEY=VALUE, e.g. --set optimizer.learning_rate=1e-4")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Words)
     except yaml.YAMLError as error:
         raise BadInput(f"--set {assignment!r}: {text!r} is not a valid value") from error
     if isinstance(value, str):
@@ -108,7 +129,9 @@ def assign(values: dict[str, Any], assignment: str) -> None:
         if isinstance(place, list) and parent.isdigit() and int(parent) < len(place):
             place = place[int(parent)]
         elif isinstance(place, dict):
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
         else:
             raise BadInput(f"--set {assignment!r}: {parent!r} cannot be reached; is the path right?")
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):

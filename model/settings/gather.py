@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uniter.datasets.errors import BadInput
-from uniter.model.settings.files import assign, load_config, put, read_settings
+from uniter.model.settings.files import assign, load_config, put, read_settings, shipped_configs
 from uniter.model.settings.published import is_published, read_published
+from uniter.model.settings.recipes import in_places
 from uniter.model.settings.settings import DEFAULT_TASK, TrainSettings
 from uniter.model.tasks.table import SYNONYMS
 
@@ -25,8 +26,8 @@ def gather_settings(
     """The settings of a command: the file's, overruled by the command's options, overruled by its assignments.
 
     Args:
-        config: a shipped name, a YAML file of ours, or a published JSON file of UNITER's.
-        roots: "/container=folder" for the paths of a published file.
+        config: a shipped name, a YAML file of ours, or a published JSON file of UNITER's or VILLA's.
+        roots: "/container=folder" for the paths of a published file or a recipe that ships.
         assignments: of `--set`.
         options: dotted key -> value.
         text, images, validation_text, validation_images: one corpus of these databases instead of the file's.
@@ -35,7 +36,7 @@ def gather_settings(
     Raises:
         BadInput: one sentence about the first thing that is wrong.
     """
-    values = _file_values(config, roots, options or {})
+    values = _file_values(config, roots, options or {}, own_data=bool(text))
     if text or images:
         if not (text and images):
             raise BadInput("give both --text and --images: texts without regions (or regions without texts) cannot be trained on")
@@ -63,19 +64,19 @@ def gather_settings(
     return read_settings(values, source=config or "the command")
 
 
-def _file_values(config: str | None, roots: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def _file_values(config: str | None, roots: Sequence[str], options: Mapping[str, Any], *, own_data: bool) -> dict[str, Any]:
     """What the file says, a published one in our words; nothing without one."""
     values = load_config(config) if config is not None else {}
     task = str(options.get("task", DEFAULT_TASK))
+    own_start = bool({"from", "model.size"} & options.keys())
     if is_published(values):
-        own_start = bool({"from", "model.size"} & options.keys())
         return read_published(values, roots=roots, source=str(config), own_start=own_start, task=task)
-    if roots:
-        raise BadInput("--root maps the container paths of UNITER's published JSON files; leave it out, or name such a file with --config")
     stated = values.get("task", task)
     if isinstance(stated, str) and SYNONYMS.get(stated, stated) != task:
         way = f"uniter-train {stated}" if stated == DEFAULT_TASK else f"uniter-train finetune {stated}"
         raise BadInput(f"settings {config}: they are of the task {stated!r}; use them with {way}, or take the key out")
+    if roots or config in shipped_configs():
+        return in_places(values, roots, str(config), own_data=own_data, own_start=own_start)
     return values
 
 

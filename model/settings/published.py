@@ -89,6 +89,12 @@ DATABASES = {
 }  # fmt: skip
 
 
+# Of VILLA's files.
+ADVERSARIAL = {
+    "adv_training", "adv_modality", "adv_lr_txt", "adv_lr_img", "adv_steps", "adv_init_mag", "norm_type", "adv_max_norm", "adv_kl_weight",
+}  # fmt: skip
+
+
 NLVR2_MODELS = {"paired-attn": "nlvr2", "paired": "nlvr2-paired", "triplet": "nlvr2-triplet"}
 
 
@@ -125,14 +131,14 @@ def read_published(
         return _read_finetuning(values, roots=roots, source=source, own_start=own_start, task=task)
     if "train_datasets" not in values:
         raise BadInput(f"{source} is a published file of a fine-tuning task; use it with uniter-train finetune TASK")
-    places = _Places(roots, source)
+    places = Places(roots, source)
     ours: dict[str, Any] = {"normalisation": "published", "ordering": "published", "optimizer": {"unused_gradients": "zero"}}
     for key, value in {**DEFAULTS, **values}.items():
         if key in RENAMED:
             put(ours, RENAMED[key], value)
         elif key in MEANINGLESS:
             logger.info("%s: %s is ignored: %s", source, key, MEANINGLESS[key])
-        elif key not in ELSEWHERE:
+        elif key not in ELSEWHERE | ADVERSARIAL:
             logger.warning("%s: %s = %r is not known and ignored", source, key, value)
     if values.get("optim", "adamw") != "adamw":
         raise BadInput(f"{source}: optim is {values['optim']!r}; only adamw, which every published file uses, is here")
@@ -141,6 +147,7 @@ def read_published(
         ours["precision"] = "bf16"
     ours["checkpoint_every"] = ours.get("validate_every")
     ours["corpora"] = _corpora(values, places, source)
+    ours |= _adversarial(values, source)
     if own_start:
         return ours
     size = check_sizes(values, source)
@@ -156,7 +163,7 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
     """The settings of a published fine-tuning file (`train-vqa-base-4gpu.json` ...)."""
     if "train_datasets" in values:
         raise BadInput(f"{source} is a published file of pre-training; use it with uniter-train pretrain, or name a file of {task}")
-    places = _Places(roots, source)
+    places = Places(roots, source)
     texts, images = (_listed(values.get(f"train_{kind}_dbs", values.get(f"train_{kind}_db", []))) for kind in ("txt", "img"))
     if not texts or not images:
         raise BadInput(
@@ -178,7 +185,7 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
             put(ours, RENAMED_FINETUNING[key], value)
         elif key in MEANINGLESS_FINETUNING:
             logger.info("%s: %s is ignored: %s", source, key, MEANINGLESS_FINETUNING[key])
-        elif key not in ELSEWHERE | DATABASES | {"model", "mlp"}:
+        elif key not in ELSEWHERE | DATABASES | ADVERSARIAL | {"model", "mlp"}:
             logger.warning("%s: %s = %r is not known and ignored", source, key, value)
     if values.get("optim", "adam") != "adamw":
         raise BadInput(f"{source}: optim is {values.get('optim', 'adam')!r}; only adamw, which every published file uses, is here")
@@ -203,6 +210,7 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
         corpus["validation_text"] = [places.here(path) for path in _listed(values["val_txt_db"])]
         corpus["validation_images"] = [places.here(path) for path in _listed(values.get("val_img_db", []))]
     ours["corpora"] = [corpus]
+    ours |= _adversarial(values, source)
     if own_start:
         return ours
     check_sizes(values, source)
@@ -211,6 +219,36 @@ def _read_finetuning(values: Mapping[str, Any], *, roots: Sequence[str], source:
         raise BadInput(f"{source} names no checkpoint to start from; give one with --from")
     ours["from"] = places.here(str(checkpoint))
     return ours
+
+
+def _adversarial(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Our `adversarial` of one of VILLA's files; empty of a file without adversarial training."""
+    if not values.get("adv_training"):
+        return {}
+    if values.get("adv_init_mag"):
+        raise BadInput(
+            f"{source}: adv_init_mag is {values['adv_init_mag']!r}; shifts begin at zero, as in every published file: set it to 0"
+        )
+    modality = _listed(values.get("adv_modality", ["text"]))
+    if unknown := set(modality) - {"text", "image", "alter"}:
+        raise BadInput(f"{source}: adv_modality names {', '.join(sorted(unknown))}; expected text, image, or both with alter")
+    rates = {"text": "adv_lr_txt", "image": "adv_lr_img"}
+    on = [side for side in rates if side in modality]
+    needed = ["adv_steps", "adv_kl_weight", *(rates[side] for side in on)]
+    if missing := [key for key in needed if key not in values]:
+        raise BadInput(
+            f"{source}: adv_training without {', '.join(missing)}; every file of VILLA's has {'it' if len(missing) == 1 else 'them'}"
+        )
+    chosen = {
+        "on": on,
+        "rate": {side: values[rates[side]] for side in on},
+        "steps": values["adv_steps"],
+        "weight": values["adv_kl_weight"],
+        "norm": values.get("norm_type", "l2"),
+        "max_norm": values.get("adv_max_norm", 0),
+        "alternate": "alter" in modality,
+    }
+    return {"adversarial": chosen}
 
 
 def check_sizes(values: Mapping[str, Any], source: str) -> str | None:
@@ -231,7 +269,7 @@ def check_sizes(values: Mapping[str, Any], source: str) -> str | None:
     return sizes["model_config"]
 
 
-def _corpora(values: Mapping[str, Any], places: "_Places", source: str) -> list[dict[str, Any]]:
+def _corpora(values: Mapping[str, Any], places: "Places", source: str) -> list[dict[str, Any]]:
     validation = {entry.get("name"): entry for entry in values.get("val_datasets", []) if isinstance(entry, dict)}
     corpora = []
     for entry in values["train_datasets"]:
@@ -268,8 +306,8 @@ def _model_sizes(path: str, source: str) -> dict[str, int]:
     return {name: getattr(config, name) for name in names}
 
 
-class _Places:
-    """Container paths -> paths here."""
+class Places:
+    """Paths of UNITER's container -> paths here."""
 
     def __init__(self, roots: Sequence[str], source: str) -> None:
         self.source = source

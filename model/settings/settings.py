@@ -5,7 +5,7 @@ key, a wrong type or an impossible combination is an error that names the key an
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -77,6 +77,44 @@ class MaskingSettings(Settings):
     regions: float = Field(default=0.15, gt=0, lt=1, description="chance of a region to be hidden (MRFR, MRC, MRC-KL)")
 
 
+Norm = Literal["l2", "linf"]
+
+
+Side = Literal["text", "image"]
+
+
+class AdversarialSettings(Settings):
+    """VILLA's adversarial training: what is shifted, how far, and how much it counts that the answers stay."""
+
+    steps: int = Field(
+        default=3, ge=1, description="passes over a micro-batch, each shifted further (VILLA); without these keys: plain training"
+    )
+    rate: Annotated[float, Field(gt=0)] | dict[Side, Annotated[float, Field(gt=0)]] = Field(
+        default=1e-3, description="how far a pass shifts each sequence, in the norm below; {text: ..., image: ...} for each its own"
+    )
+    weight: float = Field(default=1.5, ge=0, description="of the divergence from the answers without a shift; 0: not computed")
+    on: list[Side] = Field(
+        default=["text"], min_length=1, description="what is shifted: words' embeddings (text), regions' features (image)"
+    )
+    norm: Norm = Field(default="l2", description="of a sequence: l2, or linf, its largest number")
+    max_norm: float = Field(default=0.0, ge=0, description="shifts are brought back to this norm; 0: never")
+    alternate: bool = Field(default=False, description="text and image are shifted in turn, in passes of their own, instead of at once")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(set(self.on)) < len(self.on):
+            raise ValueError(f"adversarial.on: {', '.join(self.on)} names one twice")
+        if isinstance(self.rate, dict) and set(self.rate) != set(self.on):
+            raise ValueError(f"adversarial.rate: has {', '.join(self.rate)}, but {', '.join(self.on)} is shifted (adversarial.on)")
+        if self.alternate and len(self.on) < 2:
+            raise ValueError(f"adversarial.alternate: only {self.on[0]} is shifted; set adversarial.on to [text, image], or leave it out")
+        return self
+
+    def rate_of(self, side: str) -> float:
+        """How far a pass shifts this side."""
+        return self.rate[cast(Side, side)] if isinstance(self.rate, dict) else self.rate
+
+
 class TrainSettings(Settings):
     """A run."""
 
@@ -94,6 +132,9 @@ class TrainSettings(Settings):
     steps: int | None = Field(default=None, ge=1, description="updates of the weights; none: chosen by the amount of data")
     batch_tokens: int | None = Field(default=None, ge=1, description="word pieces and regions of a micro-batch; none: by model and device")
     accumulation: int | None = Field(default=None, ge=1, description="micro-batches of an update, per process; none: by model and device")
+    processes: int | None = Field(
+        default=None, ge=1, description="accumulation is of so many; others share the same micro-batches; none: of those that there are"
+    )
     normalisation: Literal["global-mean", "published"] = Field(
         default="global-mean",
         description="global-mean: the mean over all an update held; published: means of micro-batches, summed, averaged over processes",
@@ -108,6 +149,7 @@ class TrainSettings(Settings):
     negative_probability: float = Field(default=0.5, gt=0, lt=1, description="image-text matching: chance to show another picture")
     alignment_weight: float = Field(default=0.1, ge=0, description="weight of word-region alignment in matching; 0: not computed")
     optimizer: OptimizerSettings = Field(default_factory=lambda: OptimizerSettings())
+    adversarial: AdversarialSettings | None = Field(default=None, description="none: plain training")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the computation; weights and their updates stay float32")
     attention: Literal["auto", "grouped", "jagged", "varlen"] = Field(
         default="auto",

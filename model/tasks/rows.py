@@ -104,13 +104,17 @@ def lengths_of_mined_groups(corpus: Corpus, images_N1: NDArray[np.int32]) -> NDA
     return corpus.lengths_with(images_N1) * 2 * (1 + DRAWN)
 
 
-def mined_size(outputs: Outputs, targets: Targets) -> int:
+def mined_size(outputs: Targets, targets: Targets) -> int:
     """Sequences that are left of each group."""
     return len(outputs["scores"]) // len(targets["group_sizes"])
 
 
 def mined_ranking(outputs: Outputs, targets: Targets) -> Terms:
     return losses.ranking(outputs, targets, group_size=mined_size(outputs, targets))
+
+
+def mined_divergence(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
+    return losses.divergence_in_groups(clean, outputs, targets, group_size=mined_size(outputs, targets))
 
 
 def mined_rank_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from uniter.model.losses import Targets, Terms
 from uniter.model.metrics import class_accuracy, distribution_distance, feature_error, pair_accuracy, word_accuracy
 from uniter.model.tasks import predictions
 from uniter.model.tasks.rows import (
+    DRAWN,
     GROUP,
     HARD,
     LONGEST_CHOICE,
@@ -37,6 +38,7 @@ from uniter.model.tasks.rows import (
     lengths_of_mined_groups,
     lengths_of_pair,
     match_score,
+    mined_divergence,
     mined_rank_accuracy,
     mined_ranking,
     no_candidates,
@@ -47,7 +49,7 @@ from uniter.model.tasks.rows import (
     with_pool_to_mine,
     with_tags,
 )
-from uniter.model.tasks.task import Finetuning, Task
+from uniter.model.tasks.task import SEQUENCE, Finetuning, Taken, Task
 
 PRETRAINING: dict[str, Task] = {
     "mlm": Task(
@@ -62,6 +64,7 @@ PRETRAINING: dict[str, Task] = {
         head=UniterForPretraining.masked_features,
         losses=losses.masked_features,
         metric=feature_error,
+        divergence=losses.squared_distance,
     ),
     "mrc": Task(
         sample=masked_regions_with_classes,
@@ -75,6 +78,7 @@ PRETRAINING: dict[str, Task] = {
         head=UniterForPretraining.masked_classes,
         losses=losses.masked_distributions,
         metric=distribution_distance,
+        divergence=losses.divergence_by_class,
         needs_soft_labels=True,
     ),
     "itm": Task(
@@ -133,6 +137,7 @@ def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.length
             write=predictions.write_statements,
             learning_rate=3e-5,
             steps=8000,
+            taken=Taken(2 * SEQUENCE, 256),
         ),
     )
 
@@ -151,8 +156,10 @@ def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> 
             answer=best_answer,
             write=predictions.write_regions,
             sizes=sizes,
+            head="re_output",
             # Annotated boxes have no confidence to be chosen by, and the published configurations take detected ones alike.
             regions={"conf_th": -1, "num_bb": 100},
+            taken=Taken(20, 20),  # a phrase and its picture's annotated boxes
             learning_rate=1e-4,
             steps=24000,
             # Published: 128 phrases, with their regions some twenty tokens each.
@@ -182,6 +189,7 @@ DOWNSTREAM: dict[str, Task] = {
         head=downstream.UniterForRetrieval.ranks,
         losses=partial(losses.ranking, group_size=GROUP),
         metric=partial(metrics.rank_accuracy, group_size=GROUP),
+        divergence=partial(losses.divergence_in_groups, group_size=GROUP),
         lengths=lengths_of_group,
         of_data=with_pool,
         finetuning=Finetuning(
@@ -189,6 +197,7 @@ DOWNSTREAM: dict[str, Task] = {
             texts=("retrieval", "captions"),
             answer=match_score,
             pairs=downstream.UniterForRetrieval.ranks,
+            taken=Taken(150, 150),  # a text with its picture, with a wrong one, and a wrong text
             steps=20000,
             batch_tokens=6144,
             accumulation=4,
@@ -196,9 +205,11 @@ DOWNSTREAM: dict[str, Task] = {
     ),
     "retrieval-hard": Task(
         sample=matched_pair,
-        head=partial(downstream.UniterForRetrieval.mined_ranks, count=HARD),
+        narrow=partial(downstream.UniterForRetrieval.mined, count=HARD),
+        head=downstream.UniterForRetrieval.ranks,
         losses=mined_ranking,
         metric=mined_rank_accuracy,
+        divergence=mined_divergence,
         # Published: the mean over texts' groups plus the mean over pictures' groups.
         weights={"margin": 2.0},
         lengths=lengths_of_mined_groups,
@@ -209,6 +220,7 @@ DOWNSTREAM: dict[str, Task] = {
             answer=match_score,
             pairs=downstream.UniterForRetrieval.ranks,
             validate_as="retrieval",
+            taken=Taken(2 * (1 + HARD) * SEQUENCE, 1, scored=2 * (1 + DRAWN) * SEQUENCE),
             steps=5000,
             # One text and its picture a micro-batch, whatever their tokens; eight of each an update.
             batch_tokens=1,
@@ -223,6 +235,7 @@ DOWNSTREAM: dict[str, Task] = {
         head=downstream.UniterForVcr.choices,
         losses=losses.choices,
         metric=metrics.choice_accuracy,
+        divergence=losses.divergence_by_class,
         lengths=lengths_of_choices,
         pictures=2,
         of_data=with_tags,
@@ -237,6 +250,8 @@ DOWNSTREAM: dict[str, Task] = {
             predicted_lengths=partial(lengths_of_choices, sequences=CHOICES + CHOICES**2),
             max_text_length=LONGEST_CHOICE,
             best_by="q2ar",
+            head="vcr_output",
+            taken=Taken(2 * CHOICES * 90, 2 * CHOICES * 90),  # choices with their question and both kinds of regions
             learning_rate=6e-5,
             steps=8000,
             # Published: 4,000 tokens, not counting that each example is four sequences.

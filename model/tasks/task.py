@@ -15,7 +15,7 @@ from uniter.datasets.batches.corpus import Corpus
 from uniter.datasets.batches.example import SampleFunction
 from uniter.model.heads.downstream import DownstreamModel
 from uniter.model.heads.pretraining import Outputs
-from uniter.model.losses import Reduction, Targets, Terms
+from uniter.model.losses import Reduction, Targets, Terms, divergence_of_scores
 from uniter.model.tasks import predictions
 
 NO_SIZES: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -31,6 +31,27 @@ def _as_it_is(task: "Task", corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES)
     return task
 
 
+SEQUENCE = 55  # word pieces, [CLS], [SEP] and regions of a text with its picture, about
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What an example of a task takes, about: for the arithmetic of `uniter-train recipes`.
+
+    Attributes:
+        tokens: of all its sequences that are trained with.
+        budget: of a micro-batch's tokens; under the published ordering as many as the longest of its bucket of 8,192 has.
+        scored: tokens that are scored without gradient besides.
+    """
+
+    tokens: int
+    budget: int
+    scored: int = 0
+
+
+PAIR = Taken(SEQUENCE, 128)  # at most 100 regions and 28 word pieces in a bucket
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """A row of the table.
@@ -40,11 +61,14 @@ class Task:
         head: the scores of a batch, where the task needs them.
         losses: the named, un-reduced terms.
         metric: named values, one a predicted place or example, whose mean is reported (1 is best where it is an accuracy).
+        divergence: how far the outputs of a perturbed pass are from those of the clean one, un-reduced as the losses and with as many
+            rows, so that it is one more term of theirs (adversarial training).
         weights: of the terms, 1 where none is given.
         reduction: how a term becomes a number, see losses.py.
         needs_soft_labels: cannot run on databases without the detector's distributions.
         shows_other_pictures: half of the examples are shown another picture.
         ratio: how often the task is drawn, relative to the others of its kind (UNITER's in-domain ratios).
+        narrow: the sequences of a batch that are trained with, where the model chooses among them (hard negatives).
         lengths: tokens of each example with the pictures (N, K) it is shown.
         sequences: of an example, each counted in `lengths` with its [CLS] and [SEP], which the published sampler does not count.
         pictures: K, the pictures of an example.
@@ -56,16 +80,26 @@ class Task:
     head: Callable[[Any, PackedBatch], Outputs]
     losses: Callable[[Outputs, Targets], Terms]
     metric: Callable[[Outputs, Targets], dict[str, Tensor]]
+    divergence: Callable[[Outputs, Outputs, Targets], Tensor] = divergence_of_scores
     weights: Mapping[str, float] = field(default_factory=dict)
     reduction: Reduction = "elements"
     needs_soft_labels: bool = False
     shows_other_pictures: bool = False
     ratio: float = 1.0
+    narrow: Callable[[Any, PackedBatch], PackedBatch] | None = None
     lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] = Corpus.lengths_with
     sequences: int = 1
     pictures: int = 1
     of_data: OfData = _as_it_is
     finetuning: "Finetuning | None" = None
+
+    def narrowed(self, model: Any, batch: PackedBatch) -> PackedBatch:
+        """The batch as it is trained with."""
+        return batch if self.narrow is None else self.narrow(model, batch)
+
+    def scores(self, model: Any, batch: PackedBatch) -> Outputs:
+        """The head's outputs of the batch as it is trained with."""
+        return self.head(model, self.narrowed(model, batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +120,7 @@ class Finetuning:
         validate_as: the row that training validates with, where its own would be too expensive.
         predicted: what of an example is asked in predictions, where that is more than in training, and `predicted_lengths` its tokens.
         max_text_length: longest text, where the settings leave it open and UNITER's 60 are too few.
+        taken: what an example takes, where that is not a pair's.
         regions: which rows are taken from published region databases, where nobody says (as `ImageDB`'s arguments).
         learning_rate, head_rate_multiplier, steps, batch_tokens, accumulation, clip: where the settings leave them open.
     """
@@ -104,6 +139,7 @@ class Finetuning:
     max_text_length: int | None = None
     regions: Mapping[str, float] = field(default_factory=dict)
     best_by: str = "accuracy"
+    taken: Taken = PAIR
     head: str | None = None
     learning_rate: float = 5e-5
     head_rate_multiplier: float = 1.0

@@ -26,8 +26,10 @@ from uniter.datasets.progress import Progress
 from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.stopping import Stopped, told_to_stop
 from uniter.model import losses
+from uniter.model.heads.pretraining import Outputs
+from uniter.model.settings.settings import AdversarialSettings
 from uniter.model.tasks.task import Task
-from uniter.model.train import state
+from uniter.model.train import adversarial, state
 from uniter.model.train.best import Figures, rank_of, relative_loss, remember_validations
 from uniter.model.train.distributed import Processes
 from uniter.model.train.optim import begin_with_zero_gradients, clear_gradients, clip_gradients, learning_rate, set_learning_rate
@@ -57,6 +59,8 @@ class Recipe:
     checkpoint_every: int
     keep: int
     stop_after: int | None = None
+    adversarial: AdversarialSettings | None = None
+    processes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +235,7 @@ def _update(
     )
     sums, counts = totals[: len(names)], totals[len(names) :]
     processes.sum_gradients(parameters)
-    _normalise(parameters, 1 / world if recipe.normalisation == "published" else 1 / max(rows, 1.0))
+    _normalise(parameters, 1 / (recipe.processes or world) if recipe.normalisation == "published" else 1 / max(rows, 1.0))
     norm = float(clip_gradients(parameters, recipe.clip))
     means = {key: total / max(count, 1.0) for key, total, count in zip(names, sums, counts, strict=True)}
     _check_finite(means, norm, window, learner, step=step, part=name, processes=processes)
@@ -263,11 +267,7 @@ def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *
         # Dropout is a function of (seed, update, micro-batch), whichever process computes it.
         torch.manual_seed(int(generator(recipe.seed, "dropout", made.plan.step, made.plan.number).integers(2**62)))
         batch = made.batch.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-            outputs = task.head(learner.model, batch)
-            terms = task.losses(outputs, batch.targets)
-        loss = losses.of(terms, weights=task.weights, reduction=task.reduction, normalisation=recipe.normalisation)
-        loss.number.backward()  # type: ignore[no-untyped-call]
+        outputs, loss = _forward_backward(task, learner.model, batch, recipe)
         window.rows += loss.rows
         window.examples += len(made.batch)
         window.tokens += made.batch.tokens
@@ -278,6 +278,19 @@ def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *
                 window.add(name, values.sum(), len(values))
         window.per_batch.append((made.plan, made.batch.example_ids, {name: total for name, (total, _) in loss.sums.items()}))
     return window
+
+
+def _forward_backward(task: Task, model: nn.Module, batch: PackedBatch, recipe: Recipe) -> tuple[Outputs, losses.Loss]:
+    """Add a micro-batch's gradients to the parameters; what the head said, and the loss."""
+    bf16 = recipe.precision == "bf16"
+    if recipe.adversarial is not None:
+        return adversarial.forward_backward(task, model, batch, recipe.adversarial, normalisation=recipe.normalisation, bf16=bf16)
+    with torch.autocast(batch.input_ids_T.device.type, dtype=torch.bfloat16, enabled=bf16):
+        outputs = task.scores(model, batch)
+        terms = task.losses(outputs, batch.targets)
+    loss = losses.of(terms, weights=task.weights, reduction=task.reduction, normalisation=recipe.normalisation)
+    loss.number.backward()  # type: ignore[no-untyped-call]
+    return outputs, loss
 
 
 def _normalise(parameters: Sequence[Tensor], factor: float) -> None:

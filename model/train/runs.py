@@ -30,6 +30,7 @@ from uniter.model.checkpoints.write import write_model
 from uniter.model.settings.files import CONFIG_FILE, differences, load_config, read_settings, write_config
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.train import state
+from uniter.model.train.adversarial import with_divergence
 from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.fit import check_detector, has_seen_regions, origin_of_start, tokenizer_of_texts
 from uniter.model.train.loop import Learner, Recipe, train
@@ -190,7 +191,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
     learner = Learner(
         model=model,
         optimizer=optimizer,
-        tasks=work.tasks,
+        tasks=[with_divergence(task, settings.adversarial) for task in work.tasks],
         mixture=work.mixture,
         masking=masking,
         validation=work.validation,
@@ -262,6 +263,8 @@ def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
         checkpoint_every=settings.checkpoint_every or settings.validate_every,
         keep=settings.keep,
         stop_after=settings.stop_after,
+        adversarial=settings.adversarial,
+        processes=settings.processes,
     )
 
 
@@ -303,7 +306,8 @@ def _accumulation(settings: TrainSettings, start: Begun, progressed: state.Progr
         SettingsDiffer: another number was asked for.
     """
     asked, earlier, world = settings.accumulation or 1, start.earlier, start.everyone.world
-    accumulation = asked if progressed is None else _accumulation_of_resumed(progressed, world)
+    begun = _share(asked, settings.processes, world)
+    accumulation = begun if progressed is None else _accumulation_of_resumed(progressed, world)
     if earlier is not None and asked not in (earlier.accumulation or 1, accumulation):
         before = earlier.accumulation if progressed is None else progressed.micro_batches
         raise SettingsDiffer(
@@ -313,6 +317,17 @@ def _accumulation(settings: TrainSettings, start: Begun, progressed: state.Progr
     if accumulation != asked:
         logger.info("an update keeps its %d micro-batches: %d on each of %d", accumulation * world, accumulation, world)
     return accumulation
+
+
+def _share(accumulation: int, processes: int | None, world: int) -> int:
+    """Micro-batches of each of `world` processes, where so many processes of the settings have `accumulation` each."""
+    share, rest = divmod(accumulation * (processes or world), world)
+    if rest:
+        raise BadInput(
+            f"an update is of {processes} x {accumulation} micro-batches (processes, accumulation), which {world} processes cannot share "
+            "evenly; train with a number of processes that divides it"
+        )
+    return share
 
 
 def _accumulation_of_resumed(progressed: state.Progressed, world: int) -> int:

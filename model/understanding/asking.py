@@ -38,7 +38,7 @@ from uniter.model.heads.pretraining import UniterForPretraining
 from uniter.model.tasks.table import made_by
 from uniter.model.understanding.looking import attention_to_regions
 from uniter.model.understanding.pictures import SHOWN_PHOTOGRAPHS, SHOWN_REGIONS, SHOWN_WORDS, pixels
-from uniter.model.understanding.results import Answer, Grounding, Match, Photograph, Ranking, Seen, in_words, name_of
+from uniter.model.understanding.results import Answer, Embedding, Grounding, Match, Photograph, Ranking, Seen, in_words, name_of
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,29 @@ class Understanding:
             region = int(scores_R.argmax())
             probabilities = torch.softmax(scores_R, dim=0).numpy()
             results.append(Grounding(image, phrase, found, model.source, region, _box(found, region), probabilities, not trained))
+        return results
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Photograph], texts: Sequence[str]) -> list[Embedding]:
+        """The vectors of each photograph with the text of the same place, in batches: of both together, of each word, of each region.
+
+        Any of the models will do; the one that was given last is asked. Texts without a photograph, or photographs without a text, are
+        nothing that these models learnt. Errors as for `match`.
+        """
+        if not self._by_kind:
+            raise BadInput("to give vectors takes a model, but no checkpoint was given; give a run, a file or a hub id")
+        model = list(self._by_kind.values())[-1]
+        regions = self._regions(images, texts)
+        results: list[Embedding] = []
+        for batch in self._batches(model, images, texts, regions):
+            encoded = model.body(batch)
+            joint_BH = model.body.pooled(encoded).float().cpu().numpy()
+            words = encoded.text_TH.float().cpu().split(batch.text_lengths_B.tolist())
+            found = encoded.regions_RH.float().cpu().split(batch.region_counts_B.tolist())
+            for joint_H, words_TH, regions_RH in zip(joint_BH, words, found, strict=True):
+                place = len(results)
+                seen = (images[place], texts[place], regions[place], model.source)
+                results.append(Embedding(*seen, joint_H, words_TH.numpy(), regions_RH.numpy()))
         return results
 
     # --- pictures ----------------------------------------------------------------------------------------------------------------

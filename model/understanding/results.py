@@ -73,6 +73,21 @@ class Grounding(Seen):
 
 
 @dataclass(frozen=True, eq=False)
+class Embedding(Seen):
+    """A text and a photograph as vectors, each in the light of the other.
+
+    Attributes:
+        joint: (H,) float32, the pooled view of both together.
+        words: (T, H) float32, of the word pieces, [CLS] first and [SEP] last.
+        region_vectors: (R, H) float32, of the regions, in their order.
+    """
+
+    joint: NDArray[np.float32]
+    words: NDArray[np.float32]
+    region_vectors: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
 class Ranking(Seen):
     """Which of several photographs a text is about; `image` and `regions` are the best one's.
 
@@ -98,6 +113,8 @@ def in_words(result: Seen) -> str:
             way = " (each region matched alone: no model was trained to point)" if result.zero_shot else ""
             corners = ", ".join(f"{value:.6g}" for value in np.round(result.box, 1).tolist())
             return f"region {result.region} at {corners}, {result.probabilities[result.region]:.2f} of 1{way}"
+        case Embedding():
+            return f"{len(result.words)} words and {len(result.region_vectors)} regions, {len(result.joint)} numbers each"
         case Ranking():
             best = int(result.order[0])
             return f"best of {len(result.images)}: {name_of(result.image, best)} {result.probabilities[best]:.3f}"

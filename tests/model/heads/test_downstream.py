@@ -83,7 +83,7 @@ def test_golden_head_scores_and_losses(tag, uniter_golden, golden_config, pack, 
         count = int(expected["hard_size"])
         close(model.ranks(batch)["scores"], expected["scores_all"])
         assert model.hard_negatives(batch, count=count).tolist() == [0, *expected["hard_indices"].tolist()]
-        terms = loss(model.mined_ranks(batch, count=count), batch.targets, group_size=1 + count)
+        terms = loss(model.ranks(model.mined(batch, count=count)), batch.targets, group_size=1 + count)
         assert terms[term].shape == expected["loss"].shape
         close(terms[term].flatten().sort().values, np.asarray(expected["loss_sorted"]).ravel())
         return
@@ -201,9 +201,9 @@ def test_mining_scores_without_dropout_and_trains_with_it(make_batch):
     model = UniterForRetrieval(SMALL).train()
     chosen = {tuple(model.hard_negatives(batch, count=2).tolist()) for _ in range(5)}
     assert len(chosen) == 1 and model.training
-    outputs = model.mined_ranks(batch, count=2)["scores"]
+    outputs = model.ranks(model.mined(batch, count=2))["scores"]
     assert outputs.shape == (3, 1) and outputs.requires_grad
-    assert not torch.equal(outputs, model.mined_ranks(batch, count=2)["scores"])
+    assert not torch.equal(outputs, model.ranks(model.mined(batch, count=2))["scores"])
 
 
 def test_each_group_is_mined_by_itself(make_batch):
@@ -216,7 +216,7 @@ def test_each_group_is_mined_by_itself(make_batch):
     assert chosen[0] == 0 and chosen[3] == 4 and len(chosen) == 6, "as many of each group as the smallest has"
     assert chosen[1:3] == (scores[1:4].argsort(descending=True)[:2] + 1).tolist()
     assert chosen[4:] == (scores[5:].argsort(descending=True) + 5).tolist()
-    torch.testing.assert_close(model.mined_ranks(batch, count=31)["scores"].squeeze(1), scores[chosen], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.ranks(model.mined(batch, count=31))["scores"].squeeze(1), scores[chosen], atol=1e-6, rtol=1e-5)
 
 
 def test_ranking_by_hand():

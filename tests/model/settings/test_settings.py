@@ -77,7 +77,8 @@ def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
 def test_shipped_settings_are_valid_and_named() -> None:
     assert shipped_configs()
     for name in shipped_configs():
-        gather_settings(name, text=["a.db"], images=["a.lmdb"])
+        options = {"task": load_config(name).get("task", "pretrain"), "from": "run"}
+        gather_settings(name, text=["a.db"], images=["a.lmdb"], options=options)
     with pytest.raises(BadInput, match=f"did you mean '{shipped_configs()[0]}'"):
         load_config(shipped_configs()[0] + "x")
 

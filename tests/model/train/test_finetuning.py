@@ -290,7 +290,7 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
         optimizer.zero_grad()
         if "draw" in batch.targets:
             batch.targets["draw"] += 1  # as in training, where every pass draws others to compare with
-        outputs = task.head(model, batch)
+        outputs = task.scores(model, batch)
         loss = losses.of(task.losses(outputs, batch.targets), weights=task.weights, reduction=task.reduction).number
         loss.backward()
         if not seen:
@@ -302,7 +302,7 @@ def test_it_learns_eight_examples(name: str, world: dict[str, Path]) -> None:
     assert (measured["q2ar"] if name == "vcr" else measured["accuracy"]).mean() == 1
     if extras(task).predicted is not None:
         asked = collate([extras(task).predicted(example(corpus, number), random.Random(number), Masking()) for number in range(count)])
-        outputs = task.head(model, asked)
+        outputs = task.scores(model, asked)
     are_right(name, extras(task).answer(outputs), {field: values.numpy() for field, values in batch.targets.items()})
 
 

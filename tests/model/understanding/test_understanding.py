@@ -22,6 +22,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.view.contact_sheet import contact_sheet
 from uniter.datasets.view.pictures import read_photograph, resized, write_picture
 from uniter.model import Understanding, UniterConfig, UniterForPretraining, load_uniter, losses
+from uniter.model import load as uniter_load
 from uniter.model.checkpoints.write import save_checkpoint
 from uniter.model.heads.downstream import UniterForReferring, UniterForRetrieval, UniterForVqa
 from uniter.model.heads.nlvr2 import UniterForNlvr2Paired
@@ -382,3 +383,23 @@ def test_a_pretrained_model_matches_ranks_and_makes_do_in_pointing(tmp_path, uns
         first.append(present[order[: present.sum()]].mean())
     assert np.mean(right) > 0.9 and min(first) > 0.9
     assert share_found(asked, unseen) > 0.6  # chance: 0.22
+
+
+def test_vectors_are_the_encoders_own_alone_and_in_batches(untrained, photos, monkeypatch):
+    asked = Understanding(squares.find_squares, untrained["pretrained"], untrained["vqa"])
+    texts = ["a red square", "the black square and the green square", "is there a blue square ?"] * 2
+    together = asked.embed(photos, texts)
+    monkeypatch.setattr("uniter.model.understanding.asking.BATCH_TOKENS", 25)
+    in_parts = asked.embed(photos, texts)
+    model = uniter_load(untrained["vqa"]).model
+    for place, (one, other) in enumerate(zip(together, in_parts, strict=True)):
+        assert (one.image, one.text, one.source) == (photos[place], texts[place], str(untrained["vqa"])), "the one that was given last"
+        sequence = sequence_of(cv2.imread(str(photos[place])), texts[place])
+        encoded = model.uniter(collate([Sample("x", [sequence])]))
+        for found in (one, other):
+            np.testing.assert_allclose(found.joint, model.uniter.pooled(encoded)[0].detach().numpy(), atol=1e-5)
+            np.testing.assert_allclose(found.words, encoded.text_TH.detach().numpy(), atol=1e-5)
+            np.testing.assert_allclose(found.region_vectors, encoded.regions_RH.detach().numpy(), atol=1e-5)
+    assert in_words(together[0]) == f"{len(together[0].words)} words and {len(together[0].regions)} regions, 32 numbers each"
+    with pytest.raises(BadInput, match="takes a model, but no checkpoint was given"):
+        Understanding(squares.find_squares).embed(photos[:1], texts[:1])
