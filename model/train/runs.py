@@ -262,6 +262,7 @@ def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
         checkpoint_every=settings.checkpoint_every or settings.validate_every,
         keep=settings.keep,
         stop_after=settings.stop_after,
+        patience=settings.patience,
     )
 
 
