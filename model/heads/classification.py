@@ -28,19 +28,19 @@ class UniterForClassification(DownstreamModel):
 
     Args:
         labels: A, 1 for scores.
-        kind: of `own_labels.KINDS`.
+        label_kind: of `own_labels.KINDS`.
     """
 
     label_scale: Tensor  # (3,) float32: the kind's number, mean and deviation of the scores it learnt from
 
-    def __init__(self, config: UniterConfig, *, labels: int = 2, kind: str = "one") -> None:
+    def __init__(self, config: UniterConfig, *, labels: int = 2, label_kind: str = "one") -> None:
         super().__init__(config)
-        if kind not in KINDS or labels < 1 or (kind == "score" and labels != 1):
-            raise BadInput(f"a head of {labels} labels of the kind {kind!r}; expected {', '.join(KINDS)}, and one number for a score")
-        self.kind = kind
+        if label_kind not in KINDS or labels < 1 or (label_kind == "score" and labels != 1):
+            raise BadInput(f"a head of {labels} labels of the kind {label_kind!r}; expected {', '.join(KINDS)}, and one number for a score")
+        self.kind = label_kind
         self.label_output: nn.Sequential = two_layers(config.hidden_size, 2 * config.hidden_size, labels, nn.GELU)
         initialise(self.label_output, deviation=config.initializer_range)
-        self.register_buffer(_SCALE, torch.tensor([float(KINDS.index(kind)), 0.0, 1.0]))
+        self.register_buffer(_SCALE, torch.tensor([float(KINDS.index(label_kind)), 0.0, 1.0]))
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class UniterForClassification(DownstreamModel):
         number = int(state[_SCALE][0])
         if not 0 <= number < len(KINDS):
             raise BadInput(f"the checkpoint says that its labels are of kind {number}; expected 0 to {len(KINDS) - 1}, is it damaged?")
-        return {"labels": len(state[_LAST]), "kind": KINDS[number]}
+        return {"labels": len(state[_LAST]), "label_kind": KINDS[number]}
 
     @property
     def answer_count(self) -> int:

@@ -29,6 +29,7 @@ from uniter.model.metrics import answer_score
 from uniter.model.tasks.predictions import Predictions, answer_table, named
 from uniter.model.tasks.task import NO_SIZES, Task, extras
 
+SCORE: Final = KINDS[2]
 THRESHOLD: Final = 0.5  # a label of several is given from this probability on
 
 
@@ -43,7 +44,7 @@ def with_labels(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES)
         raise BadInput(
             f"corpus {corpus.name!r}: its texts have labels of the kind {' and '.join(sorted(told))}; expected one of {', '.join(KINDS)}"
         )
-    kind = told.pop() if told else str(sizes.get("kind", KINDS[0]))
+    kind = told.pop() if told else str(sizes.get("label_kind", KINDS[0]))
     table = answer_table(corpus)
     labels = 1 if kind == "score" else int(sizes.get("labels", 2)) if table is None else len(table)
     of_kind = _OF_KIND[kind]
@@ -55,7 +56,7 @@ def with_labels(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES)
         metric=of_kind.metric,
         finetuning=replace(
             extras(task),
-            sizes={"labels": labels, "kind": kind},
+            sizes={"labels": labels, "label_kind": kind},
             answer=of_kind.answer,
             write=partial(write_labels, kind=kind),
             figures=partial(figures, kind=kind, labels=labels),
@@ -92,6 +93,11 @@ def given_labels(probabilities: Sequence[float], kind: str) -> list[int]:
     if kind == "one":
         return [int(np.argmax(probabilities))]
     return [number for number, probability in enumerate(probabilities) if probability >= THRESHOLD]
+
+
+def predictions_of(kind: str, outputs: Outputs) -> list[list[float]]:
+    """What a head of that kind says of each example of a batch."""
+    return list(_OF_KIND[kind].answer(outputs))
 
 
 def write_labels(path: Path, corpus: Corpus, predictions: Predictions, names: Sequence[str] | None, *, kind: str) -> None:
