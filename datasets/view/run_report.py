@@ -20,6 +20,7 @@ from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.view.charts import LINE_COLOURS, curves
 from uniter.datasets.view.drawing import draw_regions, draw_weights
 from uniter.datasets.view.labels import label_regions
+from uniter.datasets.view.outcomes import Outcomes, outcomes_values
 from uniter.datasets.view.page import INDEX, PICTURES, report_folder, write_page
 from uniter.datasets.view.photographs import photograph, refuse_if_none_is_there
 from uniter.datasets.view.pictures import resized, write_picture
@@ -29,7 +30,8 @@ _Figures = dict[str, dict[str, tuple[list[float], list[float]]]]  # of each figu
 
 @dataclass
 class RunsSummary:
-    """What a page of curves shows: the page, and for each run its last update and how many lines its log has; how many curves and pairs."""
+    """What a page of curves shows: the page, and for each run its last update and how many lines its log has; how many curves, and pairs or
+    hard examples."""
 
     page: Path
     runs: dict[str, dict[str, int]]
@@ -66,6 +68,7 @@ def write_runs_report(
     out: str | Path,
     *,
     looks: Iterable[LookedAt] = (),
+    outcomes: Outcomes | None = None,
     photographs: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     sources: Sequence[str | Path] = (),
@@ -76,6 +79,7 @@ def write_runs_report(
         runs: for each run's name the lines of its log: {"step": int, "kind": str, figure: number, ...}; nested maps are figures with a dot.
         out: the report's folder, as for `write_region_report`.
         looks: pairs of text and picture that a model looked at; they stand before the curves.
+        outcomes: what a fine-tuned run got right and wrong; they stand before the curves.
         photographs: the folder of the pictures' photographs.
         class_names: of the regions, counted from 0 without background.
         sources: the files and folders that runs and looks come from, which `out` must not hold.
@@ -87,8 +91,9 @@ def write_runs_report(
     colours = {name: LINE_COLOURS[place % len(LINE_COLOURS)] for place, name in enumerate(runs)}
     found = Photographs(photographs) if photographs is not None else None
     pairs = list(looks)
-    if found is not None and pairs:
-        refuse_if_none_is_there(found, [pair.key for pair in pairs])
+    drawn = [pair.key for pair in pairs] + [key for one in (outcomes.hardest if outcomes is not None else ()) for key in one.keys]
+    if found is not None and drawn:
+        refuse_if_none_is_there(found, drawn)
     kinds: dict[str, list[Markup]] = {figure.split(" ")[0]: [] for figure in figures}
     for figure, lines in sorted(figures.items(), key=_losses_first):
         kinds[figure.split(" ")[0]].append(curves(lines, colours=colours, title=figure))
@@ -99,9 +104,10 @@ def write_runs_report(
             title=", ".join(runs),
             runs=[{"name": name, "colour": colours[name], **row} for name, row in summary.items()],
             looks=[_look(pair, place, folder, found, class_names) for place, pair in enumerate(pairs)],
+            outcomes=outcomes_values(outcomes, folder, found, class_names) if outcomes is not None else None,
             kinds=list(kinds.items()),
         )
-    return RunsSummary(Path(out) / INDEX, summary, len(figures), len(pairs))
+    return RunsSummary(Path(out) / INDEX, summary, len(figures), len(pairs) + (len(outcomes.hardest) if outcomes is not None else 0))
 
 
 def _figures(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> tuple[_Figures, dict[str, dict[str, int]]]:

@@ -36,7 +36,7 @@ from uniter.model.train.scoring import Scoring, by_id, validate
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class Opened:
     task: Task
     corpus: Corpus
     scoring: Scoring
@@ -88,7 +88,7 @@ class _Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """What is measured, and how."""
 
     text: Sequence[str]
@@ -131,9 +131,9 @@ def evaluate_finetuned(
         BadInput: databases and model do not fit, the model was trained for something else, or no text has a label.
     """
     _check_scores(name, scores)
-    asked = _Asked(text, images, batch_tokens, workers, precision, other_detector, seed, max_text_length)
+    asked = Asked(text, images, batch_tokens, workers, precision, other_detector, seed, max_text_length)
     with processes(device) as everyone:
-        run = _open(name, start_from, asked, everyone, labels=True)
+        run = opened(name, start_from, asked, everyone, labels=True)
         left_out = run.corpus.left_out
         if strict:
             refuse_left_out(left_out, len(run.corpus))
@@ -177,9 +177,9 @@ def predict(
     _check_scores(name, scores)
     if not out.absolute().parent.is_dir():
         raise BadInput(f"{out.absolute().parent} is no folder, so {out.name} cannot be written into it; make it first")
-    asked = _Asked(text, images, batch_tokens, workers, precision, other_detector)
+    asked = Asked(text, images, batch_tokens, workers, precision, other_detector)
     with processes(device) as everyone:
-        run = _open(name, start_from, asked, everyone, labels=False, answers=answers)
+        run = opened(name, start_from, asked, everyone, labels=False, answers=answers)
         corpus, write = run.corpus, extras(run.task).write
         if strict:
             refuse_left_out(corpus.left_out, len(corpus))
@@ -217,7 +217,7 @@ def _best(scores: np.ndarray[Any, Any], texts: list[str], pictures: list[str], d
     return {"images_of_text": ranked(scores, texts, pictures), "texts_of_image": ranked(scores.T, pictures, texts)}
 
 
-def _open(name: str, start_from: str, asked: _Asked, everyone: Processes, *, labels: bool, answers: Path | None = None) -> _Opened:
+def opened(name: str, start_from: str, asked: Asked, everyone: Processes, *, labels: bool, answers: Path | None = None) -> Opened:
     """Data and model, once it is known that they belong together.
 
     Args:
@@ -257,7 +257,7 @@ def _open(name: str, start_from: str, asked: _Asked, everyone: Processes, *, lab
     scoring = Scoring(
         checkpoint.model.to(everyone.device), everyone, asked.batch_tokens, asked.seed, precision=asked.precision, workers=asked.workers
     )
-    return _Opened(task, corpus, scoring, checkpoint.weights, names)
+    return Opened(task, corpus, scoring, checkpoint.weights, names)
 
 
 def _check_head(checkpoint: Checkpoint, row: Task, name: str) -> None:

@@ -26,6 +26,8 @@ from uniter.model.heads.pretraining import Outputs
 from uniter.model.label_metrics import label_figures, score_figures
 from uniter.model.losses import Targets
 from uniter.model.metrics import answer_score
+from uniter.model.tasks import judging
+from uniter.model.tasks.judging import Judge
 from uniter.model.tasks.predictions import Predictions, answer_table, named
 from uniter.model.tasks.task import NO_SIZES, Task, extras
 
@@ -58,6 +60,7 @@ def with_labels(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES)
             extras(task),
             sizes={"labels": labels, "label_kind": kind},
             answer=of_kind.answer,
+            judge=of_kind.judge,
             write=partial(write_labels, kind=kind),
             figures=partial(figures, kind=kind, labels=labels),
             best_by="auroc" if two else of_kind.best_by,
@@ -144,11 +147,12 @@ class _OfKind:
     losses: Any
     metric: Any
     answer: Any
+    judge: Judge
     best_by: str
 
 
 _OF_KIND: Final[dict[str, _OfKind]] = {
-    "one": _OfKind(losses.one_label, answer_score, probabilities_of_one, "accuracy"),
-    "several": _OfKind(losses.answers, all_right, probabilities_of_several, "average_precision"),
-    "score": _OfKind(losses.score, squared_error, scores, "spearman"),
+    "one": _OfKind(losses.one_label, answer_score, probabilities_of_one, judging.one_of_all, "accuracy"),
+    "several": _OfKind(losses.answers, all_right, probabilities_of_several, judging.several, "average_precision"),
+    "score": _OfKind(losses.score, squared_error, scores, judging.number, "spearman"),
 }

@@ -22,7 +22,7 @@ from uniter.model.heads.nlvr2 import UniterForNlvr2Paired, UniterForNlvr2PairedA
 from uniter.model.heads.pretraining import Outputs, UniterForPretraining
 from uniter.model.losses import Targets, Terms
 from uniter.model.metrics import class_accuracy, distribution_distance, feature_error, pair_accuracy, word_accuracy
-from uniter.model.tasks import own_labels, predictions
+from uniter.model.tasks import judging, own_labels, predictions
 from uniter.model.tasks.rows import (
     GROUP,
     HARD,
@@ -110,6 +110,7 @@ def _answers(texts: str, *, published: int, write: Any, **numbers: Any) -> Task:
             known=has_answer,
             answer=best_answer,
             write=write,
+            judge=judging.each_by_itself,
             sizes={"answers": published},
             named=True,
             **numbers,
@@ -133,6 +134,8 @@ def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.length
             answer=holds,
             figures=predictions.nlvr2_figures,
             write=predictions.write_statements,
+            judge=judging.true_or_false,
+            words=("False", "True"),
             learning_rate=3e-5,
             steps=8000,
         ),
@@ -152,6 +155,8 @@ def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> 
             texts=("refcoco",),
             answer=best_answer,
             write=predictions.write_regions,
+            judge=judging.best_region,
+            points=True,
             sizes=sizes,
             # Annotated boxes have no confidence to be chosen by, and the published configurations take detected ones alike.
             regions={"conf_th": -1, "num_bb": 100},
@@ -235,6 +240,8 @@ DOWNSTREAM: dict[str, Task] = {
             answer=choice_scores,
             figures=predictions.vcr_figures,
             write=predictions.write_choices,
+            judge=judging.first_choice,
+            words=tuple(f"answer {number}" for number in range(CHOICES)),
             predicted=partial(samples.multiple_choice, every_answer=True),
             predicted_lengths=partial(lengths_of_choices, sequences=CHOICES + CHOICES**2),
             max_text_length=LONGEST_CHOICE,
@@ -268,6 +275,8 @@ DOWNSTREAM: dict[str, Task] = {
             texts=("flickr30k-entities",),
             answer=best_answer,
             write=predictions.write_groundings,
+            judge=judging.best_region,
+            points=True,
             best_by="r1",
             learning_rate=5e-5,
             steps=20000,
@@ -286,6 +295,7 @@ DOWNSTREAM: dict[str, Task] = {
             texts=("classify",),
             known=has_answer,
             answer=own_labels.probabilities_of_one,
+            judge=judging.one_of_all,
             figures_rank=True,
             named=True,
             begin=own_labels.begin_at_mean,
