@@ -169,7 +169,7 @@ class Understanding:
     @torch.no_grad()
     def classify_all(self, images: Sequence[Photograph], texts: Sequence[str] | None = None) -> list[Classification]:
         """`classify` of each photograph with the text of the same place (none: photographs alone), in batches."""
-        model = self._model(UniterForClassification, able="classify")
+        model = self._model(UniterForClassification, able="label photographs")
         told = [""] * len(images) if texts is None else texts
         regions = self._regions(images, told)
         kind, results = model.model.kind, list[Classification]()

@@ -207,7 +207,7 @@ def test_labels_and_scores_are_those_of_the_head(untrained, photos, tmp_path, ki
             assert set(one.labels) == ({names[int(np.argmax(wanted))]} if kind == "one" else likely)
     alone = asked.classify(photos[1])
     assert alone.text == "" and asked.picture(alone).ndim == 3
-    with pytest.raises(BadInput, match=r"to classify takes a model .* make one with uniter-train finetune classify"):
+    with pytest.raises(BadInput, match=r"to label photographs takes a model .* make one with uniter-train finetune classify"):
         Understanding(squares.find_squares, untrained["vqa"]).classify(photos[0], "a red square")
 
 
