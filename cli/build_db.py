@@ -74,6 +74,10 @@ class BuildCommand(click.Command):
     metavar="TABLE",
     help="Companion files: what became of urls (img2dataset's output) for cc and sbu; image_data.json for vg; a task's further files.",
 )
+@click.option("--label-separator", metavar="TEXT", help="Of classify and vqa: what stands between several labels or answers of a row.")
+@click.option("--score", is_flag=True, default=None, help="Of classify: labels are numbers to be predicted as such, no classes.")
+@click.option("--answers-more-than", type=click.IntRange(min=0), metavar="N", help="Of vqa: learn the answers of more than N questions.  "
+              "[default: 8 of VQA's annotations, 0 of a table of your own]")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Build anew beside what OUT holds, and take its place when all is done.")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a text was empty or without an image.")
 @common_options
@@ -88,6 +92,9 @@ def main(
     lists: tuple[Path, ...],
     key: str | None,
     join: tuple[Path, ...],
+    label_separator: str | None,
+    score: bool | None,
+    answers_more_than: int | None,
     overwrite: bool,
     strict: bool,
     as_json: bool,
@@ -101,13 +108,18 @@ def main(
     \b
     Examples:
       uniter-build-db captions.json
+      uniter-build-db pairs.csv --task classify --images out.lmdb
       uniter-build-db dataset_coco.json train.db --split train,restval --images out.lmdb --exclude excluded.json
       uniter-build-db exclude --help
 
     The same command again finishes what was killed, and does nothing where all is done.
     """
     start = time.monotonic()
-    source = _source(task, format_name, expand(captions), split=split, join=join, lists=lists)
+    options = {"label_separator": label_separator, "score": score, "answers_more_than": answers_more_than}
+    source = _source(
+        task, format_name, expand(captions), split=split, join=join, lists=lists,
+        options={name: value for name, value in options.items() if value is not None},
+    )  # fmt: skip
     folder = out or _default_out(source.paths[0])
     regions = _regions(images, folder)
     pieces = _tokenizer(tokenizer, source).with_words(source.kind.added_words)
@@ -124,6 +136,7 @@ def main(
         lengths=source.kind.lengths,
         meta={"task": task, "annotations": [path.name for path in source.paths], "output": folder.name},
         side_files=source.side_files,
+        may_lack_text=source.kind.may_lack_text,
         overwrite=overwrite,
     )
     seconds = time.monotonic() - start
@@ -235,6 +248,7 @@ class _Source:
         format: the name of the caption format, or the task.
         kind: its row of the table.
         read_split: the part that the reader is asked for; `part`: the one that the lists decide.
+        options: what else the reader was told, as the user gave it.
         counts: what was passed over, by name, in the pass that is going on.
     """
 
@@ -246,6 +260,7 @@ class _Source:
     part: str | None
     join: tuple[Path, ...]
     exclusion: Exclusion | None
+    options: Mapping[str, Any] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
     def captions(self) -> Iterator[Caption]:
@@ -270,7 +285,8 @@ class _Source:
     def settings(self, task: str) -> dict[str, Any]:
         """What decides the texts, but for the contents of files."""
         excluded = self.exclusion.hashes if self.exclusion is not None else {}
-        return {"task": task, "source_format": self.format, "split": self.split, "exclude": excluded}
+        settings = {"task": task, "source_format": self.format, "split": self.split, "exclude": excluded}
+        return settings | ({"options": dict(self.options)} if self.options else {})
 
     def contents(self) -> dict[str, Source]:
         """The files, under the names by which the database remembers them."""
@@ -284,9 +300,17 @@ class _Source:
 
 
 def _source(
-    task: str, format_name: str | None, paths: list[Path], *, split: str | None, join: tuple[Path, ...], lists: tuple[Path, ...]
+    task: str,
+    format_name: str | None,
+    paths: list[Path],
+    *,
+    split: str | None,
+    join: tuple[Path, ...],
+    lists: tuple[Path, ...],
+    options: Mapping[str, Any],
 ) -> _Source:
     name, kind = _reader(task, format_name, paths[0])
+    kind = kind.with_options(task, options, paths)
     exclusion = Exclusion(lists) if lists else None
     read_split, part = _parts(name, split, exclusion)
     if name == "vg" and exclusion is not None and exclusion.lists_coco and not all(image_tables(path, join) for path in paths):
@@ -294,7 +318,7 @@ def _source(
             "the --exclude lists are of COCO's images, and only image_data.json says which of Visual Genome's are these: "
             f"put it beside {paths[0]}, or name it with --join"
         )
-    return _Source(name, kind, paths, split, read_split, part, join, exclusion)
+    return _Source(name, kind, paths, split, read_split, part, join, exclusion, options)
 
 
 def _reader(task: str, format_name: str | None, path: Path) -> tuple[str, Annotations]:

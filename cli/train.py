@@ -72,6 +72,7 @@ def run_options(function: Command) -> Command:
             click.option("--model", "size", type=click.Choice(["tiny", "base", "large"]), help="Size of a model that starts from nothing."),
             click.option("--from", "start", metavar="RUN|FILE|ID", help="Start from a run of ours, BERT, or a published .pt."),
             click.option("--steps", type=click.IntRange(min=1), help="Updates of the weights [default: chosen by the amount of data]."),
+            click.option("--patience", type=click.IntRange(min=1), help="Stop after so many validations without a better one."),
             click.option("--seed", type=click.IntRange(min=0), help="Decides everything random [default: 42]."),
             click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one]."),
             click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: fp32]"),
@@ -110,6 +111,7 @@ def pretrain(
     size: str | None,
     start: str | None,
     steps: int | None,
+    patience: int | None,
     seed: int | None,
     device: str | None,
     precision: str | None,
@@ -141,7 +143,7 @@ def pretrain(
         options=_given(
             {
                 "model.size": size, "from": start, "steps": steps, "seed": seed, "device": device, "precision": precision,
-                "other_detector": other_detector,
+                "other_detector": other_detector, "patience": patience,
             }
         ),
         text=list(text),
@@ -177,6 +179,7 @@ def finetune(
     size: str | None,
     start: str | None,
     steps: int | None,
+    patience: int | None,
     seed: int | None,
     device: str | None,
     precision: str | None,
@@ -203,7 +206,7 @@ def finetune(
         options=_given(
             {
                 "task": name, "model.size": size, "from": start, "steps": steps, "seed": seed, "device": device, "precision": precision,
-                "other_detector": other_detector,
+                "other_detector": other_detector, "patience": patience,
             }
         ),
         text=list(text),

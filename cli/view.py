@@ -1,5 +1,5 @@
 """`uniter-view DB... --images photos/ --out report/`: a page to look at. `uniter-view RUN... --out report/`: curves of training runs,
-and with a region and a text database what the words of a run's last checkpoint look at.
+and with a region and a text database what the words of a pre-trained run look at, or what a fine-tuned one got right and wrong.
 """
 
 import logging
@@ -12,10 +12,12 @@ from click.core import ParameterSource
 from uniter.cli.common import common_options, print_summary
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
+from uniter.datasets.image_db.database import open_image_dbs
 from uniter.datasets.runs.held_out import read_held_out
 from uniter.datasets.runs.run_log import read_log
 from uniter.datasets.text_db import TextDB
 from uniter.datasets.text_db.tokenizer import Tokenizer
+from uniter.datasets.view.outcomes import HardExample, Outcomes
 from uniter.datasets.view.region_report import write_region_report
 from uniter.datasets.view.run_report import LookedAt, write_runs_report
 
@@ -48,7 +50,7 @@ Open report/index.html in any browser; it needs no server and no network.
 @click.option("--boxes", "most_boxes", type=click.IntRange(min=1), metavar="N",
               help="Draw at most so many boxes a picture, the most confident ones.  [default: all]")  # fmt: skip
 @click.option("--pairs", type=click.IntRange(min=1), default=8, show_default=True,
-              help="With a RUN, a DB and --text: how many texts are looked at with the run's last checkpoint.")  # fmt: skip
+              help="With a RUN, a DB and --text: how many texts are looked at, or hard examples are shown.")  # fmt: skip
 @click.option("--allow-partial", is_flag=True, help="Also look at a database that is not finished.")
 @common_options
 def main(
@@ -66,8 +68,8 @@ def main(
     """A page to look at: regions on their photographs, captions, histograms, failures; for run directories, curves.
 
     DB is a region database of any kind (ours, published, several); RUN is a directory of uniter-train. One RUN with DB and --text
-    also shows which regions each word attends to, and the transport plan; a detector's RUN with --images each class's average precision
-    and the photographs held out on which it did worst.
+    also shows which regions each word attends to, and the transport plan; of a fine-tuned RUN what it got right and wrong; a detector's
+    RUN with --images each class's average precision and the photographs held out on which it did worst.
     """
     runs = [source for source in sources if (Path(source) / "log.jsonl").is_file()]
     others = [source for source in sources if source not in runs]
@@ -80,13 +82,18 @@ def main(
             raise click.UsageError(f"only one --text is looked at: {texts[0]} or {texts[1]}?")
         names = _short_names(runs)
         logs = {name: read_log(Path(run)) for name, run in zip(names, runs, strict=True)}
-        database = ImageDB(list(others), allow_partial=allow_partial) if others else None
-        looks = _looks(Path(runs[0]), database, texts, pairs, keys) if database is not None else ()
+        database = open_image_dbs(list(others), allow_partial=allow_partial) if others else None
+        looks: Iterator[LookedAt] | tuple[()] = ()
+        outcomes = None
+        if database is not None:
+            outcomes = _outcomes(runs[0], others, texts[0], pairs, keys)
+            looks = () if outcomes is not None else _looks(Path(runs[0]), database, texts, pairs, keys)
         class_names = database.class_names if database is not None else None
         summary = write_runs_report(
             logs,
             out,
             looks=looks,
+            outcomes=outcomes,
             held_out={name: held_out[run] for name, run in zip(names, runs, strict=True) if run in held_out},
             photographs=photographs,
             class_names=class_names,
@@ -169,6 +176,36 @@ def _looks(run: Path, regions: ImageDB, texts: Sequence[Path], pairs: int, keys:
             maps={"attention of the last layer, mean over its heads": seen.attention_TR, "transport plan": seen.plan_TR},
             note=f"match {seen.match:.3f}",
         )
+
+
+def _outcomes(run: str, regions: Sequence[str], texts: Path, count: int, keys: Sequence[str]) -> Outcomes | None:
+    """What a fine-tuned run got right and wrong on these texts, with its hardest examples; None of a pre-trained run."""
+    from uniter.model.evaluation.outcomes import outcomes_of, task_of
+
+    task = task_of(run)
+    if task is None:
+        return None
+    found = outcomes_of(task, run, text=[str(texts)], images=list(regions))
+    vocabularies: dict[Path, Tokenizer | None] = {}
+    hardest = []
+    for one in found.hardest(count, keys):
+        record, drawn = found.corpus.record(one.number), found.keys_of(one)
+        told = next((record[name] for name in ("question", "sent", "sentence") if isinstance(record.get(name), str)), None)
+        rows = found.corpus.image_rows_NK[one.number].tolist()[: len(drawn)]
+        sure = "" if one.judged.confidence is None else f"{one.judged.confidence:.2f} sure of it"
+        hardest.append(
+            HardExample(
+                title=found.corpus.example_id(one.number),
+                text=told if told is not None else _words(found.corpus.text_of(one.number), record.get("input_ids", []), vocabularies),
+                said=one.said,
+                truth=one.truth,
+                note=sure,
+                keys=drawn,
+                regions=[found.corpus.regions(row) for row in rows],
+                rows=([int(row) for row in one.judged.said], [int(row) for row in one.judged.truth]) if found.points else None,
+            )
+        )
+    return Outcomes(f"{task} on {texts.name}", found.facts(), found.pairs(), found.cells, hardest)
 
 
 def _captions(paths: Sequence[Path]) -> Callable[[str], list[str]]:

@@ -89,6 +89,39 @@ def answers(outputs: Targets, targets: Targets) -> Terms:
     return {"binary_cross_entropy": F.binary_cross_entropy_with_logits(scores_BA, wanted_BA, reduction="none")}
 
 
+def one_label(outputs: Targets, targets: Targets) -> Terms:
+    """One's own labels, one of them right: cross-entropy (B,) of scores (B, A) against `answers` (B, A), 1 at the right one."""
+    return {"cross_entropy": F.cross_entropy(outputs["scores"].float(), targets["answers"].argmax(dim=1), reduction="none")}
+
+
+def score(outputs: Targets, targets: Targets) -> Terms:
+    """One's own scores: the squared error (B,) of scores (B, 1) against `answers` (B, 1), in squared deviations of what was learnt from."""
+    error_B = (outputs["scores"].float() - targets["answers"].float()).squeeze(1) / outputs["deviation"]
+    return {"squared_error": error_B.square()}
+
+
+def matching_regions(outputs: Targets, targets: Targets) -> Terms:
+    """Phrases with several right regions: cross-entropy (B,) over the regions of each picture against all that are right, alike.
+
+    Args:
+        outputs: `scores` (B, R) and `region_counts` (B,).
+        targets: `right` (sum of region_counts,) bool, of all pictures end to end.
+
+    Returns:
+        `cross_entropy`; 0 where no region is right.
+    """
+    logs_BR = F.log_softmax(outputs["scores"].float(), dim=1)
+    right_BR = rows_of(targets["right"], outputs["region_counts"], logs_BR.shape[1])
+    shares_BR = right_BR.float() / right_BR.sum(dim=1, keepdim=True).clamp(min=1)
+    return {"cross_entropy": -(shares_BR * logs_BR).sum(dim=1)}
+
+
+def rows_of(values: Tensor, counts_B: Tensor, width: int) -> Tensor:
+    """(B, width) of values (sum of counts,) that lie end to end; 0 where a row has fewer."""
+    there = torch.arange(width, device=values.device) < counts_B.unsqueeze(1)
+    return values.new_zeros(there.shape).masked_scatter(there, values)
+
+
 def statements(outputs: Targets, targets: Targets) -> Terms:
     """NLVR2: cross-entropy (P,) of scores (P, 2) against `truth`."""
     return {"cross_entropy": F.cross_entropy(outputs["scores"].float(), targets["truth"], reduction="none")}

@@ -48,6 +48,15 @@ def referred_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tenso
     return {"accuracy": (targets["overlaps"][best_B] > IOU_THRESHOLD).float()}
 
 
+def region_recalls(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flickr30k Entities: whether a right region is among the 1, 5, 10 best-scoring ones, and among all (`upper_bound`), (B,)."""
+    scores_BR = outputs["scores"]
+    right_BR = losses.rows_of(targets["right"], outputs["region_counts"], scores_BR.shape[1])
+    found_BR = right_BR.gather(1, scores_BR.argsort(dim=1, descending=True, stable=True))
+    recalls = {f"r{depth}": found_BR[:, :depth].any(dim=1).float() for depth in DEPTHS}
+    return recalls | {"upper_bound": right_BR.any(dim=1).float()}
+
+
 def choice_accuracy(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, choices: int = 4) -> dict[str, Tensor]:
     """VCR: whether the best of each question's answers, and the best of its rationales, which follow them, is the right one.
 

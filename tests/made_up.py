@@ -95,7 +95,7 @@ class World:
             texts = None
             shape, colour = rng.choice(self.things[str(image)])
             fields: dict[str, object] = {}
-            if task == "vqa":
+            if task in ("vqa", "gqa", "classify"):
                 text = f"what is with the {SHAPES[shape]}"
                 fields["target"] = {"labels": [colour], "scores": [1.0]}
             elif task == "ve":
@@ -118,6 +118,10 @@ class World:
                     "ann_id": 100 * place + region,
                     "bbox": _xywh(boxes[region]),
                 }
+            elif task == "flickr30k-entities":
+                boxes, region = regions[str(image)].boxes, self._region_of(regions[str(image)], shape, colour)
+                text = f"the {COLOURS[colour]} {SHAPES[shape]}"
+                fields = {"image_id": str(image), "entity": str(number), "boxes": [_xywh(boxes[region])], "size": [440, 440]}
             elif task == "vcr":
                 image = (str(image), f"found_{image}")
                 text = f"what is with the {SHAPES[shape]}"
@@ -137,14 +141,16 @@ class World:
             {"id": place, "file_name": key, "height": 440, "width": 440, "ann_ids": [100 * place + row for row in range(len(regions[key]))]}
             for place, key in enumerate(keys if task == "refcoco" else ())
         ]
-        answers = {"vqa": {colour: place for place, colour in enumerate(COLOURS)}, "ve": VE_LABELS}.get(task)
+        colours = {colour: place for place, colour in enumerate(COLOURS)}
+        answers = {"vqa": colours, "gqa": colours, "classify": colours, "ve": VE_LABELS}.get(task)
+        kind = {"labels.json": {"kind": "one"}} if task == "classify" else {}
         build_text_db(
             examples,
             folder / f"{task}.db",
             tokenizer=vocabulary().with_words(TAGS) if task == "vcr" else vocabulary(),
             settings={"made_up": True, "task": task, "seed": seed},
             lengths=ANNOTATIONS[task].lengths if task == "vcr" else None,
-            side_files=lambda: {"images.json": listed} if listed else {} if answers is None else {"ans2label.json": answers},
+            side_files=lambda: {"images.json": listed} if listed else {} if answers is None else {"ans2label.json": answers} | kind,
         )
         return folder / f"{task}.db"
 

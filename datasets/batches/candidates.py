@@ -73,6 +73,16 @@ def inclusive_iou(box: Sequence[float], other: Sequence[float]) -> float:
     return float(common / (box[2] * box[3] + other[2] * other[3] - common))
 
 
+def overlap(boxes: NDArray[np.floating], others: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Plain intersection over union (N, M) of boxes (N, 4) and (M, 4), each x, y, width, height; 0 where neither has an area."""
+    top_left = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    bottom_right = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], (others[:, :2] + others[:, 2:])[None])
+    common = np.clip(bottom_right - top_left, 0, None).prod(axis=2)
+    together = boxes[:, 2:].prod(axis=1)[:, None] + others[:, 2:].prod(axis=1)[None] - common
+    overlaps: NDArray[np.float32] = np.divide(common, together, out=np.zeros(common.shape, dtype=np.float32), where=together > 0)
+    return overlaps
+
+
 def candidate_boxes(norm_bb: NDArray[np.floating], size: tuple[int, int]) -> NDArray[np.float32]:
     """(N, 4) float32 x, y, width, height in pixels of a picture of (height, width), from (N, 6) fractions."""
     height, width = size

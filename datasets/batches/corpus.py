@@ -21,6 +21,7 @@ from uniter.datasets.image_db.records import DEFAULT_FIELDS
 from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.storage.files import read_json_object
 from uniter.datasets.text_db import TextDB
+from uniter.datasets.text_db.annotations.table import may_lack_text
 from uniter.datasets.text_db.annotations.vcr import TAG_WORDS
 
 SPECIAL_TOKENS = 2
@@ -194,7 +195,7 @@ def gather(texts: Sequence[TextDB], images: ImageDB, name: str, max_text_length:
             pictures[:, 1] = _places(images, text.image_keys, detected=True)[text.image_numbers[:, 1]]
         keep = np.ones(len(lengths), dtype=np.bool_)
         for reason, wrong in (
-            ("empty", lengths < 1),
+            ("empty", (lengths < 1) & (not may_lack_text(text.meta.get("task")))),
             ("too long", (lengths > max_text_length) & (max_text_length >= 0)),
             ("without image", (pictures < 0).any(axis=1)),
             ("image without regions", (counts[pictures] < 1).any(axis=1)),

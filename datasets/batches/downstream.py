@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uniter.datasets.batches.candidates import IOU_THRESHOLD, Pictures, candidate_boxes, inclusive_iou, picture_of
+from uniter.datasets.batches.candidates import IOU_THRESHOLD, Pictures, candidate_boxes, inclusive_iou, overlap, picture_of
 from uniter.datasets.batches.example import (
     UNKNOWN,
     Example,
@@ -145,6 +145,20 @@ def referred_region(example: Example, rng: random.Random, masking: Masking, *, p
     draw = np.array([rng.randrange(2**62)])
     targets: dict[str, NDArray[np.generic] | Rows] = {"region": np.array([region]), "overlaps": overlaps, "draw": draw}
     return Sample(shown.id, [shown.sequence(shown.words(), regions)], targets)
+
+
+def grounded_phrase(example: Example, rng: random.Random, masking: Masking) -> Sample:
+    """Flickr30k Entities: a phrase with the detected regions of its photograph.
+
+    Targets: `right` (R,) bool, whether each region overlaps one of the phrase's boxes by half or more.
+    """
+    shown = example.read()
+    record, regions = shown.record, shown.regions()
+    boxes, size = record.get("boxes"), record.get("size")
+    if not boxes or not size:
+        raise BadInput(f"example {shown.id!r} says no boxes or no size of its photograph; was its text database built for this task?")
+    overlaps = overlap(candidate_boxes(regions[1], (size[0], size[1])), np.array(boxes, dtype=np.float32))
+    return Sample(shown.id, [shown.sequence(shown.words(), regions)], {"right": overlaps.max(axis=1) >= IOU_THRESHOLD})
 
 
 def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, every_answer: bool = False) -> Sample:

@@ -228,6 +228,7 @@ def write_texts(
         meta={name: value for name, value in stated_settings(sources[0], "meta.json").items() if name in ("task", "annotations")}
         | {"output": out.name},
         side_files=lambda: side_files_of(sources),
+        may_lack_text=task is not None and task.may_lack_text,
         overwrite=overwrite,
     )
     return report.counts["kept"], report.already_complete

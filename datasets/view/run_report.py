@@ -22,6 +22,7 @@ from uniter.datasets.view.charts import LINE_COLOURS, curves
 from uniter.datasets.view.drawing import draw_regions, draw_weights
 from uniter.datasets.view.held_out import draw_held_out
 from uniter.datasets.view.labels import label_regions
+from uniter.datasets.view.outcomes import Outcomes, outcomes_values
 from uniter.datasets.view.page import INDEX, PICTURES, report_folder, write_page
 from uniter.datasets.view.photographs import photograph, refuse_if_none_is_there
 from uniter.datasets.view.pictures import resized, write_picture
@@ -31,7 +32,8 @@ _Figures = dict[str, dict[str, tuple[list[float], list[float]]]]  # of each figu
 
 @dataclass
 class RunsSummary:
-    """What a page of curves shows: the page, and for each run its last update and how many lines its log has; how many curves and pairs."""
+    """What a page of curves shows: the page, and for each run its last update and how many lines its log has; how many curves, and pairs or
+    hard examples."""
 
     page: Path
     runs: dict[str, dict[str, int]]
@@ -71,6 +73,7 @@ def write_runs_report(
     *,
     looks: Iterable[LookedAt] = (),
     held_out: Mapping[str, HeldOut] | None = None,
+    outcomes: Outcomes | None = None,
     photographs: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     sources: Sequence[str | Path] = (),
@@ -83,6 +86,7 @@ def write_runs_report(
         out: the report's folder, as for `write_region_report`.
         looks: pairs of text and picture that a model looked at; they stand before the curves.
         held_out: by a run's name what it found on the photographs held out.
+        outcomes: what a fine-tuned run got right and wrong; they stand before the curves.
         photographs: the folder of the pictures' photographs.
         class_names: of the regions, counted from 0 without background.
         sources: the files and folders that runs and looks come from, which `out` must not hold.
@@ -96,6 +100,7 @@ def write_runs_report(
     pairs = list(looks)
     trainings = held_out or {}
     shown = [pair.key for pair in pairs] + [picture.file for training in trainings.values() for picture in training.worst]
+    shown += [key for one in (outcomes.hardest if outcomes is not None else ()) for key in one.keys]
     if found is not None and shown:
         refuse_if_none_is_there(found, shown)
     kinds: dict[str, list[Markup]] = {figure.split(" ")[0]: [] for figure in figures}
@@ -108,11 +113,13 @@ def write_runs_report(
             title=", ".join(runs),
             runs=[{"name": name, "colour": colours[name], **row} for name, row in summary.items()],
             looks=[_look(pair, place, folder, found, class_names) for place, pair in enumerate(pairs)],
+            outcomes=outcomes_values(outcomes, folder, found, class_names) if outcomes is not None else None,
             trainings=[draw_held_out(name, place, training, folder, found) for place, (name, training) in enumerate(trainings.items())],
             kinds=list(kinds.items()),
         )
     drawn = sum(len(training.worst) for training in trainings.values())
-    return RunsSummary(Path(out) / INDEX, summary, len(figures), len(pairs), drawn)
+    looked_at = len(pairs) + (len(outcomes.hardest) if outcomes is not None else 0)
+    return RunsSummary(Path(out) / INDEX, summary, len(figures), looked_at, drawn)
 
 
 def _figures(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> tuple[_Figures, dict[str, dict[str, int]]]:

@@ -17,6 +17,7 @@ from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
 from uniter.model.checkpoints.beside import DETECTOR, VOCABULARY_OF_BERT_BASE_CASED, infer_config, tokenizer_beside, told_beside
 from uniter.model.checkpoints.grow import listed, load_state, with_grown_tables
 from uniter.model.checkpoints.read import TIED, WEIGHTS_FILE, State, find_weights, read_state
+from uniter.model.heads.classification import UniterForClassification
 from uniter.model.heads.downstream import WORDS, DownstreamModel, UniterForReferring, UniterForRetrieval, UniterForVcr, UniterForVqa
 from uniter.model.heads.nlvr2 import UniterForNlvr2Paired, UniterForNlvr2PairedAttention, UniterForNlvr2Triplet
 from uniter.model.heads.pretraining import UniterForPretraining
@@ -153,7 +154,7 @@ def load(
     state, told = read_state(weights), told_beside(weights)
     model, fresh = _built(kind or kind_of(state, told), state, weights, source, None, **sizes)
     named = None
-    if isinstance(model, UniterForVqa):
+    if isinstance(model, UniterForVqa | UniterForClassification) and model.answer_count:
         named = _answers(model.answer_count, source, weights, told, answers)
     task = told.get("task")
     origin = RegionOrigin.from_dict(told.get(DETECTOR))
@@ -163,6 +164,7 @@ def load(
 # Which head makes a checkpoint what; the first that fits counts, because fine-tuned retrieval keeps the head of pre-training.
 _HEADS: tuple[tuple[str, type[DownstreamModel] | type[UniterForPretraining]], ...] = (
     ("vqa_output.", UniterForVqa),
+    ("label_output.", UniterForClassification),
     ("re_output.", UniterForReferring),
     ("vcr_output.", UniterForVcr),
     ("attn_pool.", UniterForNlvr2PairedAttention),

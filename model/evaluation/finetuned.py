@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from uniter.datasets.batches.corpus import Corpus, open_corpus
-from uniter.datasets.batches.loader import MicroBatch
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import matched_pair
@@ -17,7 +16,6 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.files import write_bytes, write_json, written_aside
 from uniter.model.checkpoints.load import Checkpoint, load
 from uniter.model.evaluation import pair_scores
-from uniter.model.heads.pretraining import Outputs
 from uniter.model.metrics import fold_recalls, retrieval_recalls
 from uniter.model.tasks.predictions import answer_table
 from uniter.model.tasks.table import DOWNSTREAM, row_of
@@ -34,11 +32,11 @@ from uniter.model.train.fit import (
     regions_to_read,
     tokenizer_of_texts,
 )
-from uniter.model.train.scoring import Scoring, validate
+from uniter.model.train.scoring import Scoring, by_id, validate
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class Opened:
     task: Task
     corpus: Corpus
     scoring: Scoring
@@ -47,16 +45,11 @@ class _Opened:
 
     def measured(self) -> dict[str, Any]:
         """Loss, metrics and official figures; what was predicted on the way is not computed again."""
-        row, found = extras(self.task), dict[int, Any]()
-
-        def note(made: MicroBatch, outputs: Outputs) -> None:
-            if row.figures is not None and row.predicted is None:
-                self._note(found, made, outputs)
-
+        row = extras(self.task)
         part = Part("evaluation", self.corpus, self.task.sample, lengths=self.task.lengths)
-        figures: dict[str, Any] = validate(self.scoring, self.task, part, note=note)
-        if row.figures is not None:
-            figures |= row.figures(self.corpus, self._by_id(found) if row.predicted is None else self.predictions())
+        figures: dict[str, Any] = validate(self.scoring, self.task, part, official=True)
+        if row.figures is not None and row.predicted is not None:
+            figures |= row.figures(self.corpus, self.predictions())
         return figures
 
     def predictions(self) -> dict[str, Any]:
@@ -64,16 +57,8 @@ class _Opened:
         row, found = extras(self.task), dict[int, Any]()
         part = Part("predictions", self.corpus, row.predicted or self.task.sample, lengths=row.predicted_lengths or self.task.lengths)
         for made, _, outputs in self.scoring.scored(part, self.task.head):
-            self._note(found, made, outputs)
-        return self._by_id(found)
-
-    def _note(self, found: dict[int, Any], made: MicroBatch, outputs: Outputs) -> None:
-        found |= dict(zip(made.plan.examples.tolist(), extras(self.task).answer(outputs), strict=True))
-
-    def _by_id(self, found: dict[int, Any]) -> dict[str, Any]:
-        """The answers of all processes by example id, in corpus order."""
-        everything = {number: answer for one in self.scoring.processes.gather(found) for number, answer in one.items()}
-        return {self.corpus.example_id(number): everything[number] for number in range(len(self.corpus))}
+            found |= dict(zip(made.plan.examples.tolist(), row.answer(outputs), strict=True))
+        return by_id(self.corpus, found, self.scoring.processes)
 
     def every_pair(self, folder: Path | None = None) -> tuple[pair_scores.Scores, np.ndarray[Any, np.dtype[np.int64]], list[str]]:
         """Scores (texts, pictures), the column of each text's picture, the pictures' keys.
@@ -103,7 +88,7 @@ class _Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """What is measured, and how."""
 
     text: Sequence[str]
@@ -146,9 +131,9 @@ def evaluate_finetuned(
         BadInput: databases and model do not fit, the model was trained for something else, or no text has a label.
     """
     _check_scores(name, scores)
-    asked = _Asked(text, images, batch_tokens, workers, precision, other_detector, seed, max_text_length)
+    asked = Asked(text, images, batch_tokens, workers, precision, other_detector, seed, max_text_length)
     with processes(device) as everyone:
-        run = _open(name, start_from, asked, everyone, labels=True)
+        run = opened(name, start_from, asked, everyone, labels=True)
         left_out = run.corpus.left_out
         if strict:
             refuse_left_out(left_out, len(run.corpus))
@@ -192,9 +177,9 @@ def predict(
     _check_scores(name, scores)
     if not out.absolute().parent.is_dir():
         raise BadInput(f"{out.absolute().parent} is no folder, so {out.name} cannot be written into it; make it first")
-    asked = _Asked(text, images, batch_tokens, workers, precision, other_detector)
+    asked = Asked(text, images, batch_tokens, workers, precision, other_detector)
     with processes(device) as everyone:
-        run = _open(name, start_from, asked, everyone, labels=False, answers=answers)
+        run = opened(name, start_from, asked, everyone, labels=False, answers=answers)
         corpus, write = run.corpus, extras(run.task).write
         if strict:
             refuse_left_out(corpus.left_out, len(corpus))
@@ -232,7 +217,7 @@ def _best(scores: np.ndarray[Any, Any], texts: list[str], pictures: list[str], d
     return {"images_of_text": ranked(scores, texts, pictures), "texts_of_image": ranked(scores.T, pictures, texts)}
 
 
-def _open(name: str, start_from: str, asked: _Asked, everyone: Processes, *, labels: bool, answers: Path | None = None) -> _Opened:
+def opened(name: str, start_from: str, asked: Asked, everyone: Processes, *, labels: bool, answers: Path | None = None) -> Opened:
     """Data and model, once it is known that they belong together.
 
     Args:
@@ -241,7 +226,7 @@ def _open(name: str, start_from: str, asked: _Asked, everyone: Processes, *, lab
     """
     row = row_of(name)
     own = extras(row)
-    if answers is not None and "answers" not in own.sizes:
+    if answers is not None and not own.named:
         raise BadInput(f"{name} does not choose among named answers; leave --answers out")
     regions = regions_to_read(asked.images, *regions_of_run(start_from), own.regions)
     corpus = open_corpus(name, asked.text, asked.images, max_text_length=asked.max_text_length, image_options=regions)
@@ -256,7 +241,7 @@ def _open(name: str, start_from: str, asked: _Asked, everyone: Processes, *, lab
         corpus = labelled(corpus, row, name)
     sizes = type(checkpoint.model).sizes(checkpoint.model.state_dict())
     task, names = row.of_data(row, corpus, NO_SIZES if labels else sizes), checkpoint.answers
-    if (table := answer_table(corpus)) is not None and "answers" in own.sizes:
+    if (table := answer_table(corpus)) is not None and own.named:
         of_texts = sorted(table, key=lambda answer: table[answer])
         if answers is None and names is not None and list(names) != of_texts:
             raise BadInput(
@@ -272,7 +257,7 @@ def _open(name: str, start_from: str, asked: _Asked, everyone: Processes, *, lab
     scoring = Scoring(
         checkpoint.model.to(everyone.device), everyone, asked.batch_tokens, asked.seed, precision=asked.precision, workers=asked.workers
     )
-    return _Opened(task, corpus, scoring, checkpoint.weights, names)
+    return Opened(task, corpus, scoring, checkpoint.weights, names)
 
 
 def _check_head(checkpoint: Checkpoint, row: Task, name: str) -> None:

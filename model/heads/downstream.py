@@ -81,7 +81,8 @@ class DownstreamModel(Shared):
         return state
 
 
-def _two_layers(width: int, inner: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
+def two_layers(width: int, inner: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
+    """The published heads: a layer, activation, norm, a layer."""
     return nn.Sequential(Linear(width, inner), activation(), layer_norm(inner), Linear(inner, outputs))
 
 
@@ -90,7 +91,7 @@ class UniterForVqa(DownstreamModel):
 
     def __init__(self, config: UniterConfig, *, answers: int = 3129) -> None:
         super().__init__(config)
-        self.vqa_output = _two_layers(config.hidden_size, 2 * config.hidden_size, answers, nn.GELU)
+        self.vqa_output = two_layers(config.hidden_size, 2 * config.hidden_size, answers, nn.GELU)
         initialise(self.vqa_output, deviation=config.initializer_range)
 
     @classmethod
@@ -168,7 +169,7 @@ class UniterForReferring(DownstreamModel):
         if layers not in (1, 2):
             raise BadInput(f"the referring head has 1 or 2 layers, got {layers}")
         width = config.hidden_size
-        self.re_output: nn.Module = Linear(width, 1) if layers == 1 else _two_layers(width, width, 1, nn.GELU)
+        self.re_output: nn.Module = Linear(width, 1) if layers == 1 else two_layers(width, width, 1, nn.GELU)
         initialise(self.re_output, deviation=config.initializer_range)
 
     @classmethod
@@ -199,7 +200,7 @@ class UniterForVcr(DownstreamModel):
                 f"{len(TAG_WORDS)} more at most, so use the model's tokenizer"
             )
         super().__init__(replace(config, vocab_size=max(config.vocab_size, words)))
-        self.vcr_output = _two_layers(config.hidden_size, 2 * config.hidden_size, 2, nn.ReLU)
+        self.vcr_output = two_layers(config.hidden_size, 2 * config.hidden_size, 2, nn.ReLU)
         initialise(self.vcr_output, deviation=config.initializer_range)
 
     @classmethod

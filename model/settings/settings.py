@@ -166,6 +166,9 @@ class TrainSettings(Settings):
     validation_examples: int = Field(default=2000, ge=1, description="at most so many examples are validated for each task")
     checkpoint_every: int | None = Field(default=None, ge=1, description="updates between checkpoints; none: as validate_every")
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay; the best one stays besides")
+    patience: int | None = Field(
+        default=None, ge=1, description="stop when so many validations in a row were no better than the best one; none: at the last update"
+    )
     stop_after: int | None = Field(default=None, ge=1, description="stop after this update, with a checkpoint; repeat to go on")
     tensorboard: bool = Field(default=True, description="write TensorBoard events into the run directory")
     wandb_project: str | None = Field(default=None, description="also log to this Weights & Biases project")
@@ -193,7 +196,7 @@ class TrainSettings(Settings):
 
 # A repeated command may differ in these and still be the same run.
 MAY_CHANGE = {
-    "device", "workers", "readahead", "checkpoint_every", "keep", "stop_after", "tensorboard", "wandb_project", "accumulation",
+    "device", "workers", "readahead", "checkpoint_every", "keep", "patience", "stop_after", "tensorboard", "wandb_project", "accumulation",
     "detector", "other_detector",  # compared by what they mean
 }  # fmt: skip
 

@@ -58,13 +58,19 @@ def vcr_figures(corpus: Corpus, predictions: Predictions) -> dict[str, float]:
 
 def write_answers(path: Path, corpus: Corpus, predictions: Predictions, names: Sequence[str] | None) -> None:
     """VQA's result file: a JSON list of {"question_id": int, "answer": str}."""
-    rows = [{"question_id": _number(name), "answer": _named(best, names)} for name, best in predictions.items()]
+    rows = [{"question_id": _number(name), "answer": named(best, names)} for name, best in predictions.items()]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def write_gqa(path: Path, corpus: Corpus, predictions: Predictions, names: Sequence[str] | None) -> None:
+    """GQA's file: a JSON list of {"questionId": str, "prediction": str}."""
+    rows = [{"questionId": name, "prediction": named(best, names)} for name, best in predictions.items()]
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
 def write_labels(path: Path, corpus: Corpus, predictions: Predictions, names: Sequence[str] | None) -> None:
     """SNLI-VE: a JSON object {example id: label}."""
-    path.write_text(json.dumps({name: _named(best, names) for name, best in predictions.items()}), encoding="utf-8")
+    path.write_text(json.dumps({name: named(best, names) for name, best in predictions.items()}), encoding="utf-8")
 
 
 def write_statements(path: Path, corpus: Corpus, predictions: Predictions, names: Sequence[str] | None) -> None:
@@ -82,6 +88,18 @@ def write_regions(path: Path, corpus: Corpus, predictions: Predictions, names: S
         norm_bb = corpus.regions(int(corpus.image_rows_NK[number, 0])).norm_bb[[region]]
         box = candidate_boxes(norm_bb, picture_of(pictures, corpus, number, record).size)[0].tolist()
         rows.append({name: record.get(name) for name in ("sent_id", "ref_id", "image_id")} | {"region": region, "box": box})
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def write_groundings(path: Path, corpus: Corpus, predictions: Predictions, names: Sequence[str] | None) -> None:
+    """Flickr30k Entities: a JSON list of {"id", "image_id", "entity", "region": its row, "box": [x, y, width, height] in pixels}."""
+    rows = []
+    for number in range(len(corpus)):
+        record, region = corpus.record(number), int(predictions[corpus.example_id(number)])
+        norm_bb = corpus.regions(int(corpus.image_rows_NK[number, 0])).norm_bb[[region]]
+        box = candidate_boxes(norm_bb, tuple(record["size"]))[0].tolist()
+        told = {name: record.get(name) for name in ("image_id", "entity")}
+        rows.append({"id": corpus.example_id(number), **told, "region": region, "box": box})
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
@@ -106,7 +124,12 @@ def _number(name: str) -> int | str:
     return int(name) if name.isdigit() else name
 
 
-def _named(number: int, names: Sequence[str] | None) -> str:
+def named(number: int, names: Sequence[str] | None) -> str:
+    """The name of an answer.
+
+    Raises:
+        BadInput: nobody knows it.
+    """
     if names is None:
         raise BadInput("the answers' names are not known: neither the model nor the text database has them; give --answers ans2label.json")
     if number >= len(names):

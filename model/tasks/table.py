@@ -17,11 +17,12 @@ from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.text_db.annotations.vcr import CHOICES
 from uniter.model import losses, metrics
 from uniter.model.heads import downstream
+from uniter.model.heads.classification import UniterForClassification
 from uniter.model.heads.nlvr2 import UniterForNlvr2Paired, UniterForNlvr2PairedAttention, UniterForNlvr2Triplet
 from uniter.model.heads.pretraining import Outputs, UniterForPretraining
 from uniter.model.losses import Targets, Terms
 from uniter.model.metrics import class_accuracy, distribution_distance, feature_error, pair_accuracy, word_accuracy
-from uniter.model.tasks import predictions
+from uniter.model.tasks import judging, own_labels, predictions
 from uniter.model.tasks.rows import (
     DRAWN,
     GROUP,
@@ -113,7 +114,9 @@ def _answers(texts: str, *, published: int, write: Any, **numbers: Any) -> Task:
             known=has_answer,
             answer=best_answer,
             write=write,
+            judge=judging.each_by_itself,
             sizes={"answers": published},
+            named=True,
             **numbers,
         ),
     )
@@ -135,6 +138,8 @@ def _statements(model: Any, sample: SampleFunction, lengths: Any = Corpus.length
             answer=holds,
             figures=predictions.nlvr2_figures,
             write=predictions.write_statements,
+            judge=judging.true_or_false,
+            words=("False", "True"),
             learning_rate=3e-5,
             steps=8000,
             taken=Taken(2 * SEQUENCE, 256),
@@ -155,6 +160,8 @@ def _referring(losses_of: Callable[[Outputs, Targets], Terms], **sizes: Any) -> 
             texts=("refcoco",),
             answer=best_answer,
             write=predictions.write_regions,
+            judge=judging.best_region,
+            points=True,
             sizes=sizes,
             head="re_output",
             # Annotated boxes have no confidence to be chosen by, and the published configurations take detected ones alike.
@@ -246,6 +253,8 @@ DOWNSTREAM: dict[str, Task] = {
             answer=choice_scores,
             figures=predictions.vcr_figures,
             write=predictions.write_choices,
+            judge=judging.first_choice,
+            words=tuple(f"answer {number}" for number in range(CHOICES)),
             predicted=partial(samples.multiple_choice, every_answer=True),
             predicted_lengths=partial(lengths_of_choices, sequences=CHOICES + CHOICES**2),
             max_text_length=LONGEST_CHOICE,
@@ -257,6 +266,58 @@ DOWNSTREAM: dict[str, Task] = {
             # Published: 4,000 tokens, not counting that each example is four sequences.
             batch_tokens=16000,
             accumulation=5,
+        ),
+    ),
+    "gqa": _answers(
+        "gqa",
+        published=1842,
+        write=predictions.write_gqa,
+        # Not among UNITER's tasks: VQA's numbers, and some four passes over the 943,000 balanced questions, as LXMERT's.
+        head="vqa_output",
+        learning_rate=8e-5,
+        head_rate_multiplier=10.0,
+        steps=8000,
+        batch_tokens=5120,
+        accumulation=5,
+    ),
+    "flickr30k-entities": Task(
+        sample=samples.grounded_phrase,
+        head=downstream.UniterForReferring.regions,
+        losses=losses.matching_regions,
+        metric=metrics.region_recalls,
+        finetuning=Finetuning(
+            model=downstream.UniterForReferring,
+            texts=("flickr30k-entities",),
+            answer=best_answer,
+            write=predictions.write_groundings,
+            judge=judging.best_region,
+            points=True,
+            best_by="r1",
+            learning_rate=5e-5,
+            steps=20000,
+            batch_tokens=5120,
+        ),
+    ),
+    # One label of several, until the data say otherwise.
+    "classify": Task(
+        sample=partial(samples.answered_question, answers=2),
+        head=UniterForClassification.labels,
+        losses=losses.one_label,
+        metric=metrics.answer_score,
+        of_data=own_labels.with_labels,
+        finetuning=Finetuning(
+            model=UniterForClassification,
+            texts=("classify",),
+            known=has_answer,
+            answer=own_labels.probabilities_of_one,
+            judge=judging.one_of_all,
+            figures_rank=True,
+            named=True,
+            begin=own_labels.begin_at_mean,
+            sizes={"labels": 2, "label_kind": "one"},
+            learning_rate=3e-5,
+            steps=5000,
+            batch_tokens=4096,
         ),
     ),
 }

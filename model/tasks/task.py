@@ -17,6 +17,7 @@ from uniter.model.heads.downstream import DownstreamModel
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.losses import Reduction, Targets, Terms, divergence_of_scores
 from uniter.model.tasks import predictions
+from uniter.model.tasks.judging import Judge
 
 NO_SIZES: Final[Mapping[str, Any]] = MappingProxyType({})
 
@@ -116,6 +117,12 @@ class Finetuning:
         answer: what a batch's outputs say, one JSON value an example, in the batch's order.
         write: the file that the official evaluation takes, from the predictions and the names of the answers.
         figures: official figures of a whole corpus beside the metric, where there are any.
+        figures_rank: they are computed at each validation too, because the best checkpoint is chosen by one of them.
+        judge: what was said of each example of a batch beside what is right, for pages to look at; None where no example has one answer.
+        words: the names of the answers by number, where they are the same in all texts.
+        points: the answers are regions.
+        named: it chooses among answers that have names (`ans2label.json`).
+        begin: what of a new model begins at values of the data, told the model and the training corpora.
         pairs: the head that scores single pairs, where all texts are evaluated with all pictures instead of example by example.
         validate_as: the row that training validates with, where its own would be too expensive.
         predicted: what of an example is asked in predictions, where that is more than in training, and `predicted_lengths` its tokens.
@@ -131,6 +138,12 @@ class Finetuning:
     known: Callable[[Mapping[str, Any]], bool] | None = None
     write: Callable[[Path, Corpus, predictions.Predictions, Sequence[str] | None], None] | None = None
     figures: Callable[[Corpus, predictions.Predictions], dict[str, float]] | None = None
+    figures_rank: bool = False
+    judge: Judge | None = None
+    words: tuple[str, ...] | None = None
+    points: bool = False
+    named: bool = False
+    begin: Callable[[DownstreamModel, Sequence[Corpus]], None] | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)
     pairs: Callable[[Any, PackedBatch], Outputs] | None = None
     validate_as: str | None = None

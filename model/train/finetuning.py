@@ -83,6 +83,8 @@ def build_model(settings: TrainSettings, data: Data) -> DownstreamModel:
         model = task.model(UniterConfig.preset(settings.model.size or "tiny", **overrides), **task.sizes)
     for corpus in data.training.values():
         check_fit(model.config, corpus, source=settings.from_ or "the model")
+    if task.begin is not None:
+        task.begin(model, list(data.training.values()))
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model.train()

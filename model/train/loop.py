@@ -61,6 +61,7 @@ class Recipe:
     stop_after: int | None = None
     adversarial: AdversarialSettings | None = None
     processes: int | None = None
+    patience: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +153,11 @@ class _Update:
 def train(
     learner: Learner, recipe: Recipe, *, run: Path, log: RunLog | None, progressed: state.Progressed, processes: Processes
 ) -> dict[str, Any]:
-    """Train from `progressed` to the last update (or `stop_after`), in place.
+    """Train from `progressed` to the last update (or `stop_after`, or until patience is at its end), in place.
 
     Returns:
-        A summary: steps, examples, tokens, the latest validation figures by part, and how long it took.
+        A summary: steps, examples, tokens, the latest validation figures by part, and how long it took; and if patience ended it, `best`,
+        the update of the best validation.
 
     Raises:
         NotFinite: with step, task, terms and example ids. The last checkpoint is untouched.
@@ -176,10 +178,10 @@ def train(
     remember_validations(run, progressed, learner.validation, processes)
     progress = Progress(recipe.steps, unit="updates", label="training", done=progressed.step) if processes.writes else None
     shown: dict[str, float] = {}
-    if progressed.step >= last and processes.writes:
+    if (progressed.step >= last or out_of_patience(progressed, recipe)) and processes.writes:
         logger.info("%s is already trained, to update %s of %s: nothing is left to do", run, f"{progressed.step:,}", f"{recipe.steps:,}")
     with told_to_stop() as told:
-        while progressed.step < last:
+        while progressed.step < last and not out_of_patience(progressed, recipe):
             update = _update(learner, recipe, batches, progressed=progressed, told=told, processes=processes)
             step, name = progressed.step, update.name
             shown[name] = 0.9 * shown.get(name, update.loss) + 0.1 * update.loss
@@ -192,7 +194,7 @@ def train(
                 figures = _validate_all(learner, recipe, processes=processes)
                 best = _note_validation(figures, learner, progressed, log)
             # What is best has a checkpoint, wherever they are due.
-            if best or update.stop or step == last or step % recipe.checkpoint_every == 0:
+            if best or update.stop or step == last or step % recipe.checkpoint_every == 0 or out_of_patience(progressed, recipe):
                 _checkpoint(learner, recipe, run, progressed, log, processes)
             if update.stop and step < last:
                 if progress is not None:
@@ -201,6 +203,7 @@ def train(
                 raise Stopped.after(step, recipe.steps, number)
     if progress is not None:
         progress.close()
+    stopped = {} if progressed.best is None or not out_of_patience(progressed, recipe) else {"best": progressed.best[2]}
     return {
         "steps": progressed.step,
         "of_steps": recipe.steps,
@@ -208,7 +211,16 @@ def train(
         "tokens": progressed.tokens,
         "seconds": round(time.monotonic() - began, 1),
         "validation": figures,
+        **stopped,
     }
+
+
+def out_of_patience(progressed: state.Progressed, recipe: Recipe) -> bool:
+    """Whether as many validations in a row as the recipe bears were no better than the best one; told by their updates alone, so that a
+    run that is repeated knows it as well."""
+    if recipe.patience is None or progressed.best is None or progressed.step >= recipe.steps:
+        return False
+    return progressed.step // recipe.validate_every - progressed.best[2] // recipe.validate_every >= recipe.patience
 
 
 def _update(

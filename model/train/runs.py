@@ -265,6 +265,7 @@ def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
         stop_after=settings.stop_after,
         adversarial=settings.adversarial,
         processes=settings.processes,
+        patience=settings.patience,
     )
 
 

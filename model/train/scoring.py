@@ -3,7 +3,7 @@
 Everything is a function of the seed: which words are hidden, which other picture is shown, which pairs compete in retrieval.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.corpus import Corpus
 from uniter.datasets.batches.example import Masking
 from uniter.datasets.batches.loader import MicroBatch, load_once
 from uniter.datasets.batches.masking import Pairing
@@ -101,20 +102,27 @@ class Means:
         return {name: self.sums[name] / count for name, count in sorted(self.counts.items()) if count}
 
 
-def validate(
-    scoring: Scoring, task: Task, part: Part, *, note: Callable[[MicroBatch, Outputs], None] = lambda made, outputs: None
-) -> dict[str, float]:
+def by_id(corpus: Corpus, found: Mapping[int, Any], processes: Processes) -> dict[str, Any]:
+    """What all processes found of the examples, by number, as one: by example id, in corpus order."""
+    everything = {number: answer for one in processes.gather(dict(found)) for number, answer in one.items()}
+    return {corpus.example_id(number): everything[number] for number in range(len(corpus))}
+
+
+def validate(scoring: Scoring, task: Task, part: Part, *, official: bool = False) -> dict[str, float]:
     """A task's loss, its terms and its metrics over all examples of a part, shared out to the processes.
 
     Args:
-        note: is told what came out of each of this process's batches.
+        official: also the row's official figures, as far as they follow from the same answers; rows whose best checkpoint is chosen by one
+            of them give them anyway.
 
     Returns:
         "loss" (the terms weighted as in training), "loss_TERM" the mean of each term, each metric's mean by its name.
     """
-    means = Means()
+    means, found, row = Means(), dict[int, Any](), task.finetuning
+    figures_of = row.figures if row is not None and row.predicted is None and (official or row.figures_rank) else None
     for made, batch, outputs in scoring.scored(part, task.head):
-        note(made, outputs)
+        if row is not None and figures_of is not None:
+            found |= dict(zip(made.plan.examples.tolist(), row.answer(outputs), strict=True))
         for name, (total, count) in losses.of(task.losses(outputs, batch.targets), reduction=task.reduction).sums.items():
             means.add(f"loss_{name}", total.double(), count)
         for name, values in task.metric(outputs, batch.targets).items():
@@ -123,4 +131,4 @@ def validate(
     figures["loss"] = sum(
         value * task.weights.get(name.removeprefix("loss_"), 1.0) for name, value in figures.items() if name.startswith("loss_")
     )
-    return figures
+    return figures if figures_of is None else figures | figures_of(part.corpus, by_id(part.corpus, found, scoring.processes))

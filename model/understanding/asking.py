@@ -33,12 +33,25 @@ from uniter.datasets.view.drawing import draw_regions, draw_weights
 from uniter.datasets.view.labels import label_regions
 from uniter.datasets.view.pictures import ByteImage, resized
 from uniter.model.checkpoints.load import Checkpoint, load
+from uniter.model.heads.classification import UniterForClassification
 from uniter.model.heads.downstream import UniterForReferring, UniterForRetrieval, UniterForVqa
 from uniter.model.heads.pretraining import UniterForPretraining
+from uniter.model.tasks.own_labels import SCORE, given_labels, predictions_of
 from uniter.model.tasks.table import made_by
 from uniter.model.understanding.looking import attention_to_regions
 from uniter.model.understanding.pictures import SHOWN_PHOTOGRAPHS, SHOWN_REGIONS, SHOWN_WORDS, pixels
-from uniter.model.understanding.results import Answer, Embedding, Grounding, Match, Photograph, Ranking, Seen, in_words, name_of
+from uniter.model.understanding.results import (
+    Answer,
+    Classification,
+    Embedding,
+    Grounding,
+    Match,
+    Photograph,
+    Ranking,
+    Seen,
+    in_words,
+    name_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +125,10 @@ class Understanding:
         """Where the phrase points. Needs a RefCOCO run, or makes do with a pre-trained one. Errors as for `match`."""
         return self.ground_all([image], [phrase])[0]
 
+    def classify(self, image: Photograph, text: str = "") -> Classification:
+        """The labels of the photograph and its text, or its score. Needs a run of own labels. Errors as for `match`, but for no text."""
+        return self.classify_all([image], [text])[0]
+
     @torch.no_grad()
     def rank(self, images: Sequence[Photograph], text: str) -> Ranking:
         """The photographs by how well the text fits. Needs a pre-trained or a retrieval run. Errors as for `match`."""
@@ -158,6 +175,25 @@ class Understanding:
                 named = tuple((model.answers[number], value) for number, value in zip(numbers, values, strict=True))
                 place = len(results)
                 results.append(Answer(images[place], questions[place], regions[place], model.source, *named[0], named))
+        return results
+
+    @torch.no_grad()
+    def classify_all(self, images: Sequence[Photograph], texts: Sequence[str] | None = None) -> list[Classification]:
+        """`classify` of each photograph with the text of the same place (none: photographs alone), in batches."""
+        model = self._model(UniterForClassification, able="label photographs")
+        told = [""] * len(images) if texts is None else texts
+        regions = self._regions(images, told)
+        kind, results = model.model.kind, list[Classification]()
+        for batch in self._batches(model, images, told, regions):
+            for values in predictions_of(kind, model.model.labels(batch)):
+                seen = images[len(results)], told[len(results)], regions[len(results)], model.source
+                if kind == SCORE:
+                    results.append(Classification(*seen, (), {}, values[0]))
+                    continue
+                assert model.answers is not None
+                named = dict(sorted(zip(model.answers, values, strict=True), key=lambda pair: -pair[1]))
+                given = {model.answers[number] for number in given_labels(values, kind)}
+                results.append(Classification(*seen, tuple(name for name in named if name in given), named, None))
         return results
 
     @torch.no_grad()
@@ -316,7 +352,7 @@ class Understanding:
     def _sequence(self, model: Checkpoint, image: Photograph, text: str, regions: RegionFeatures) -> TokenSequence:
         config, tokenizer = model.config, _tokenizer(model)
         pieces = tokenizer.encode(text)
-        if not pieces:
+        if not pieces and not isinstance(model.model, UniterForClassification):
             raise BadInput(f"the text {text!r} holds no words; expected a caption, a question or a phrase")
         if len(pieces) + 2 > config.max_position_embeddings:
             raise BadInput(
@@ -335,14 +371,14 @@ class Understanding:
         return TokenSequence(ids, np.asarray(regions.features), np.asarray(regions.norm_bb))
 
 
-_ASKED = (UniterForVqa, UniterForReferring, UniterForRetrieval, UniterForPretraining)
+_ASKED = (UniterForVqa, UniterForClassification, UniterForReferring, UniterForRetrieval, UniterForPretraining)
 
 
 def _check_askable(found: Checkpoint) -> None:
     """Raise BadInput unless a checkpoint has a trained head that photographs are asked with, and all that is needed to ask it."""
     if not isinstance(found.model, _ASKED) or any(name.startswith("itm_output.") for name in found.fresh):
         raise BadInput(
-            f"{found.source} has none of the heads that photographs are asked with (matching, retrieval, VQA, RefCOCO); "
+            f"{found.source} has none of the heads that photographs are asked with (matching, retrieval, VQA, own labels, RefCOCO); "
             f"train it further: {made_by(UniterForPretraining)} or uniter-train finetune"
         )
     if found.tokenizer is None:
@@ -350,7 +386,7 @@ def _check_askable(found: Checkpoint) -> None:
             f"{found.source} does not tell its tokenizer ({found.config.vocab_size:,} word pieces, and the texts of its run are not at "
             "hand); name it: a vocabulary file, or the text database it was trained on"
         )
-    if isinstance(found.model, UniterForVqa) and found.answers is None:
+    if isinstance(found.model, UniterForVqa | UniterForClassification) and found.model.answer_count and found.answers is None:
         raise BadInput(f"{found.source} does not tell the names of its {found.model.answer_count:,} answers; give its ans2label.json")
 
 

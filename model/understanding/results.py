@@ -56,6 +56,21 @@ class Answer(Seen):
 
 
 @dataclass(frozen=True, eq=False)
+class Classification(Seen):
+    """The labels of a photograph and its text, or its score.
+
+    Attributes:
+        labels: those that apply: the likeliest one, or of a model of several labels all that are as likely as not; none of a score.
+        probabilities: of every label by its name, likeliest first; of one label they sum to 1.
+        score: the number, None where it predicts labels.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: dict[str, float]
+    score: float | None
+
+
+@dataclass(frozen=True, eq=False)
 class Grounding(Seen):
     """Where in a photograph a phrase points.
 
@@ -109,6 +124,10 @@ def in_words(result: Seen) -> str:
             return f"match {result.probability:.3f}"
         case Answer():
             return ", ".join(f"{answer} {probability:.2f}" for answer, probability in result.best)
+        case Classification(score=float() as score):
+            return f"score {score:.4g}"
+        case Classification():
+            return ", ".join(f"{label} {result.probabilities[label]:.2f}" for label in result.labels) or "no label"
         case Grounding():
             way = " (each region matched alone: no model was trained to point)" if result.zero_shot else ""
             corners = ", ".join(f"{value:.6g}" for value in np.round(result.box, 1).tolist())

@@ -8,6 +8,9 @@
     refcoco+/  refs(unc).p, instances.json: by looks only
     refcocog/  refs(umd).p, instances.json: long ones, with a size and another thing
     vcr/       {train,val}.jsonl, vcr1images/scenes/*.json (metadata)
+    gqa/       {train,val}_balanced_questions.json
+    flickr30k_entities/  {train,val}.txt, Annotations/*.xml, Sentences/*.txt
+    own_labels/          {train,val}_{one,several,score}.csv: tables as somebody has them, for `classify`
 
 What a reader would get wrong: VQA names a picture by its number only, as COCO's photographs, so its text database is built with
 `--key 'scene_{id:06d}'`; NLVR2 names pictures by statement, so its region database is made from nlvr2/images.
@@ -21,7 +24,10 @@ from typing import Final
 from uniter.datasets.errors import BadInput
 from uniter.datasets.made_up.files import IMAGES, WORLD, read_scenes, read_world
 from uniter.datasets.made_up.tasks.entailment import write_entailment
+from uniter.datasets.made_up.tasks.entities import write_entities
+from uniter.datasets.made_up.tasks.gqa import write_gqa
 from uniter.datasets.made_up.tasks.nlvr2 import write_nlvr2
+from uniter.datasets.made_up.tasks.own_labels import write_own_labels
 from uniter.datasets.made_up.tasks.referring import long_phrases, phrases_by_looks, short_phrases, write_referring
 from uniter.datasets.made_up.tasks.retrieval import write_retrieval
 from uniter.datasets.made_up.tasks.telling import PARTS, Parts
@@ -79,7 +85,7 @@ def write_tasks(world_folder: str | Path, out: str | Path | None = None, *, seed
 
 def _of_an_older_version(folder: Path) -> bool:
     """Whether an earlier version wrote these tasks, which did not say so."""
-    return SETTINGS not in _names(folder) and set(_WRITERS) <= _names(folder)
+    return SETTINGS not in _names(folder) and _names(folder) >= _FIRST
 
 
 def _names(folder: Path) -> set[str]:
@@ -96,6 +102,11 @@ _WRITERS: Final[dict[str, Callable[[Path, World, Parts, str, Path, int], int]]] 
     "refcoco+": partial(write_referring, describe=phrases_by_looks, by="unc", held_out=("val", "testA", "testB")),
     "refcocog": partial(write_referring, describe=long_phrases, by="umd", held_out=("val", "test")),
     "vcr": write_vcr,
+    "gqa": write_gqa,
+    "flickr30k_entities": write_entities,
+    "own_labels": write_own_labels,
 }
+
+_FIRST: Final = {"vqa", "snli_ve", "nlvr2", "retrieval", "refcoco", "refcoco+", "refcocog", "vcr"}  # of the first version
 
 TASKS: Final = Maker("tasks of a made-up world", complete="tasks.json", writes=tuple(_WRITERS))

@@ -13,7 +13,7 @@ from uniter.datasets.made_up.world import World
 from uniter.datasets.storage.files import write_json
 
 
-def _questions(world: World, scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str, list[str]]]:
+def questions_about(world: World, scene: Scene, rng: random.Random) -> Iterator[tuple[str, str, str, list[str]]]:
     """(question, answer, type of the answer, what somebody might say instead)."""
     things = scene.things
     for thing in told_apart(things, lambda one: one.shape):
@@ -37,7 +37,7 @@ def write_vqa(folder: Path, world: World, scenes: Parts, suffix: str, images: Pa
         questions, annotations = [], []
         for scene in members:
             rng = chance(seed, "vqa", scene.number)
-            asked = list(_questions(world, scene, rng))
+            asked = list(questions_about(world, scene, rng))
             for place, (question, answer, kind, others) in enumerate(rng.sample(asked, min(4, len(asked)))):
                 number = scene.number * 1000 + place
                 people = [answer] * 10

@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from uniter.datasets.errors import BadInput, shown
-from uniter.datasets.storage.streams import json_events
+from uniter.datasets.storage.streams import json_events, whole_json
+
+LARGEST_LIST = 64 << 20  # bytes of a list of answers
+
+Stamps = tuple[tuple[Path, int, int], ...]
+"""Files with size and time, by which what was read of them is remembered."""
 
 
 def text_field(entry: dict[str, Any], name: str, where: str) -> str:
@@ -55,3 +60,35 @@ def no_companions(join: Sequence[Path], what: str) -> None:
     """Refuse --join where there is nothing to join."""
     if join:
         raise BadInput(f"{join[0]} was given with --join, but {what} needs no further file; leave it away")
+
+
+def stamps(paths: Sequence[Path]) -> Stamps:
+    """The files as they are now.
+
+    Raises:
+        BadInput: one is not there.
+    """
+    try:
+        return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    except OSError as error:
+        raise BadInput(f"{error.filename} cannot be read ({error.strerror}); expected a file of annotations") from None
+
+
+def answer_list(path: Path) -> dict[str, int]:
+    """A list of answers or labels by number: a JSON list, or {answer: number}.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    document = whole_json(path, "a list of answers", most_bytes=LARGEST_LIST)
+    if isinstance(document, list) and all(isinstance(answer, str) for answer in document):
+        table = {answer: number for number, answer in enumerate(document)}
+        if len(table) != len(document):
+            raise BadInput(f"{path} lists an answer twice; expected each once")
+    elif isinstance(document, dict) and sorted(map(str, document.values())) == sorted(map(str, range(len(document)))):
+        table = {answer: int(number) for answer, number in document.items()}
+    else:
+        raise BadInput(f"{path} is no table of answers; expected a JSON list, or {{answer: number}} with the numbers from 0")
+    if not table:
+        raise BadInput(f"{path} holds no answer; expected a JSON list of them")
+    return table

@@ -6,11 +6,13 @@ databases (facts/uniter.md, 2.4). Companion files (answers, boxes, missing image
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from uniter.datasets.text_db.annotations import entailment, nlvr2, referring, vcr, vqa
+from uniter.datasets.errors import BadInput
+from uniter.datasets.text_db.annotations import entailment, entities, gqa, nlvr2, own_labels, referring, vcr, vqa
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.karpathy import read_karpathy
 
@@ -43,6 +45,8 @@ class Annotations:
         lengths: what side files of lengths are written, from the finished record.
         added_words: word pieces that the task adds to the vocabulary, in order.
         folders_tell_apart: whether names in different folders are of different images.
+        options: the further arguments that its reader and its side files take; "files" is not the user's: all files of the database.
+        may_lack_text: whether an example may be a picture alone.
     """
 
     read: Read
@@ -52,6 +56,27 @@ class Annotations:
     lengths: Mapping[str, Length] | None = None
     added_words: Sequence[str] = field(default=())
     folders_tell_apart: bool = True
+    options: tuple[str, ...] = ()
+    may_lack_text: bool = False
+
+    def with_options(self, task: str, given: Mapping[str, Any], files: Sequence[Path]) -> "Annotations":
+        """The row whose functions are called with these options.
+
+        Args:
+            given: what the user gave, by name.
+            files: all files of the database.
+
+        Raises:
+            BadInput: the task has no such option.
+        """
+        for name in given:
+            if name not in self.options:
+                takers = [other for other, row in ANNOTATIONS.items() if name in row.options]
+                raise BadInput(f"--{name.replace('_', '-')} does nothing with --task {task}; it is of --task {' and '.join(takers)}")
+        bound = {**given, **({"files": tuple(files)} if "files" in self.options else {})}
+        read: Any = self.read
+        side_files: Any = self.side_files
+        return replace(self, read=partial(read, **bound), side_files=partial(side_files, **bound)) if bound else self
 
 
 ANNOTATIONS: dict[str, Annotations] = {
@@ -60,6 +85,7 @@ ANNOTATIONS: dict[str, Annotations] = {
         companions="VQA's annotations of these questions, and a list of answers (a JSON list, or {answer: number})",
         published_keys=("coco_{parent}_{id:012d}.npz", "vg_{stem}.npz", "vg_{id:012d}.npz"),
         side_files=vqa.side_files,
+        options=("files", "label_separator", "answers_more_than"),
     ),
     "ve": Annotations(
         read=entailment.read_entailment,
@@ -92,4 +118,29 @@ ANNOTATIONS: dict[str, Annotations] = {
         added_words=vcr.TAG_WORDS,
         folders_tell_apart=False,  # the annotated and the detected boxes of one photograph
     ),
+    "gqa": Annotations(
+        read=gqa.read_gqa,
+        companions="a list of answers (a JSON list, or {answer: number}), or further files of questions whose answers are learnt",
+        published_keys=("vg_{stem}.npz", "vg_{id:012d}.npz"),
+        side_files=gqa.side_files,
+        options=("files",),
+    ),
+    "flickr30k-entities": Annotations(
+        read=entities.read_entities,
+        companions="the folder that holds Annotations/ and Sentences/, where it is not that of the list",
+        published_keys=("flickr30k_{id:012d}.npz", "flickr30k_{stem}.npz"),
+    ),
+    "classify": Annotations(
+        read=own_labels.read_labels,
+        companions="a list of labels (a JSON list, or {label: number})",
+        published_keys=(),
+        side_files=own_labels.side_files,
+        options=("files", "label_separator", "score"),
+        may_lack_text=True,
+    ),
 }
+
+
+def may_lack_text(task: object) -> bool:
+    """Whether the texts of a task, as a database's meta.json calls it, may be empty."""
+    return isinstance(task, str) and task in ANNOTATIONS and ANNOTATIONS[task].may_lack_text

@@ -54,6 +54,7 @@ def build_text_db(
     lengths: Mapping[str, Length] | None = None,
     meta: Mapping[str, Any] | None = None,
     side_files: SideFiles | None = None,
+    may_lack_text: bool = False,
     overwrite: bool = False,
 ) -> BuildReport:
     """Write a text database, or find it finished.
@@ -70,6 +71,7 @@ def build_text_db(
         lengths: what side files of lengths to write, by name, from the finished record; by default `id2len` of `input_ids`.
         meta: what meta.json says beside the tokeniser.
         side_files: the further JSON files of a task, by name; asked for once the texts are read.
+        may_lack_text: an example may be a picture alone; otherwise texts of which nothing is left are passed over.
         overwrite: begin anew, beside what is there.
 
     Raises:
@@ -89,7 +91,8 @@ def build_text_db(
             return BuildReport.of_complete(claimed.folder)
         with _abandoned_on_failure(claimed):
             work = begin_anew(claimed.folder)
-            spool = Spool(work, claimed.folder, tokenizer, ImageNames(work, find), lengths or {"id2len": _length_of_input_ids})
+            names = ImageNames(work, find)
+            spool = Spool(work, claimed.folder, tokenizer, names, lengths or {"id2len": _length_of_input_ids}, may_lack_text=may_lack_text)
             counts = _read(captions, spool, Counter() if source_counts is None else source_counts, out, with_images=images is not None)
             report = _write(claimed.folder, spool, counts, folders_tell_apart=folders_tell_apart, with_images=images is not None)
             _write_meta(claimed.folder, tokenizer, meta or {}, side_files)

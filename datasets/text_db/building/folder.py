@@ -11,7 +11,7 @@ from uniter.datasets.storage.claims import MADE_FROM, SETTINGS, Maker, Source
 from uniter.datasets.storage.files import difference_in_words, first_phrases, read_json_object, remove, sha256_of, write_json
 from uniter.datasets.storage.index_file import INDEX
 
-TASK_FILES: Final = ("ans2label.json", "refs.json", "images.json", "annotations.json", "categories.json", "boxes.json")
+TASK_FILES: Final = ("ans2label.json", "labels.json", "refs.json", "images.json", "annotations.json", "categories.json", "boxes.json")
 WORK: Final = "building"
 REMEMBERED: Final = ("tokenizer", "exclude", "sources")
 """Settings that are compared by content: names of tokenisers and lists may differ, and how the sources of merged texts were made."""

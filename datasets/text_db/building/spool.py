@@ -49,7 +49,17 @@ class Spool:
         width: how many images an example is about.
     """
 
-    def __init__(self, work: Path, folder: Path, tokenizer: Tokenizer, images: ImageNames, lengths: Mapping[str, Length]) -> None:
+    def __init__(
+        self,
+        work: Path,
+        folder: Path,
+        tokenizer: Tokenizer,
+        images: ImageNames,
+        lengths: Mapping[str, Length],
+        *,
+        may_lack_text: bool = False,
+    ) -> None:
+        self._may_lack_text = may_lack_text
         self._work, self._tokenizer, self.images, self._length_of = work, tokenizer, images, dict(lengths)
         self.read = self.kept = self.empty = self.long = self.too_long = self.special = self.without_image = 0
         self.first_without_image: str | None = None
@@ -87,7 +97,7 @@ class Spool:
         lengths: dict[str, array[int]] = {name: array("i") for name in self._length_of}
         for caption, pieces in zip(batch, self._tokenizer.encode_batch([caption.text or "" for caption in batch]), strict=True):
             example, names, text, _, fields, _ = caption
-            if not pieces and not (fields and fields.get("input_ids")):
+            if not pieces and not self._may_lack_text and not (fields and fields.get("input_ids")):
                 self.empty += 1
                 continue
             found = self.images.of(names)

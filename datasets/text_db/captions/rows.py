@@ -51,7 +51,7 @@ def column_named(columns: Iterable[str], names: Sequence[str]) -> str | None:
 
 def read_jsonl(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
     """Rows {"image": ..., "caption": ...} (or a list of captions), optionally "id" and "split"."""
-    yield from captions_of_rows(path, _json_rows(path), split=split, join=join, counts=counts, row_prefix=row_prefix)
+    yield from captions_of_rows(path, json_rows(path), split=split, join=join, counts=counts, row_prefix=row_prefix)
 
 
 def read_csv(path: Path, *, split: str | None, join: Sequence[Path], counts: Counter[str], row_prefix: str = "") -> Iterator[Caption]:
@@ -132,7 +132,8 @@ def delimiter_of(header: str) -> str:
     return max(DELIMITERS, key=header.count)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of JSON lines, or of a JSON array."""
     if first_character(path) == "[":
         for row, value in enumerate(json_items(path, "item")):
             yield f"entry {row} of {path}", object_of(value, f"entry {row} of {path}")
@@ -152,15 +153,33 @@ def captions_of_rows(
     """What rows of an image and a caption column say; other arguments as of the readers."""
     if join:
         raise BadInput(f"{path} names its images itself; leave --join away")
+    for number, where, row in rows_of_split(path, rows, split=split, counts=counts):
+        image_column, caption_column = column_named(row, IMAGE_COLUMNS), column_named(row, CAPTION_COLUMNS)
+        if image_column is None or caption_column is None:
+            missing = "image" if image_column is None else "caption"
+            raise BadInput(f"{where} has no {missing} column (it has: {columns_in_words(row)}); expected `image` and `caption`")
+        caption, name = row[caption_column], image_named(row[image_column], where)
+        id_column = column_named(row, ID_COLUMNS)
+        example = id_of(row[id_column] if id_column is not None else None, number, row_prefix)
+        captions = _several(caption)
+        for place, text in enumerate(captions):
+            yield Caption(f"{example}-{place}" if len(captions) > 1 else example, name, text_of(text, where))
+
+
+def rows_of_split(
+    path: Path, rows: Iterable[tuple[str, Mapping[str, Any]]], *, split: str | None, counts: Counter[str]
+) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """(its number, where, the row) of the rows whose `split` column says one of these parts; of all rows where none is asked for.
+
+    `counts` receives `texts_of_other_parts`.
+
+    Raises:
+        BadInput: no row is of a part that was asked for.
+    """
     wanted = set(split.split(",")) if split is not None else None
     seen: set[str] = set()
     split_column = False
     for number, (where, row) in enumerate(rows):
-        image_column, caption_column = column_named(row, IMAGE_COLUMNS), column_named(row, CAPTION_COLUMNS)
-        if image_column is None or caption_column is None:
-            missing = "image" if image_column is None else "caption"
-            there = ", ".join(map(str, list(row)[:8]))
-            raise BadInput(f"{where} has no {missing} column (it has: {there[:400]}); expected `image` and `caption`")
         if wanted is not None:
             split_column |= "split" in row
             part = str(row.get("split"))
@@ -168,16 +187,25 @@ def captions_of_rows(
             if part not in wanted:
                 counts["texts_of_other_parts"] += 1
                 continue
-        image, caption = row[image_column], row[caption_column]
-        if not isinstance(image, str | int) or isinstance(image, bool):
-            raise BadInput(f"the image of {where} is {shown(image)}; expected its name")
-        id_column = column_named(row, ID_COLUMNS)
-        example = id_of(row[id_column] if id_column is not None else None, number, row_prefix)
-        captions = _several(caption)
-        for place, text in enumerate(captions):
-            yield Caption(f"{example}-{place}" if len(captions) > 1 else example, str(image), text_of(text, where))
+        yield number, where, row
     for part in sorted((wanted or set()) - seen):
         if seen and not split_column:
             raise BadInput(f"{path} has no `split` column; leave --split away, or add the column")
         known = ", ".join(map(shown, sorted(seen)[:40])) or "nothing"
         raise BadInput(f"{path} has no part {shown(part)} in its `split` column (it has: {known})")
+
+
+def image_named(value: Any, where: str) -> str:
+    """The name in an image column.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise BadInput(f"the image of {where} is {shown(value)}; expected its name")
+    return str(value)
+
+
+def columns_in_words(row: Mapping[str, Any]) -> str:
+    """The columns that a row has, for a sentence."""
+    return ", ".join(map(str, list(row)[:8]))[:400]

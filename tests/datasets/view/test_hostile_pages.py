@@ -21,6 +21,7 @@ from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.runs.held_out import ClassFigures, FoundBox, HeldOut, HeldOutPicture
 from uniter.datasets.view.charts import curves, histogram
+from uniter.datasets.view.outcomes import HardExample, Outcomes
 from uniter.datasets.view.region_report import write_region_report
 from uniter.datasets.view.run_report import LookedAt, write_runs_report
 
@@ -213,6 +214,24 @@ def test_a_page_of_runs_and_what_their_words_look_at(tmp_path: Path, word: str) 
         assert said in found.text
     assert sum(label.endswith(f" loss {word}") for label in found.values("aria-label")) == 1
     assert sum(label.endswith(f" nested.{word}") for label in found.values("aria-label")) == 1
+    forbids_scripts(page)
+
+
+def outcomes_page(out: Path, word: str) -> str:
+    shown = HardExample(f"title {word}", f"text {word}", f"said {word}", f"truth {word}", f"note {word}", [f"key {word}"], [record()])
+    pairs = {(f"truth {word}", f"said {word}"): 3, (f"truth {word}", f"truth {word}"): 2}
+    outcomes = Outcomes(f"part {word}", {f"fact {word}": f"value {word}"}, pairs, [(0.4, 0.5, 2)], [shown])
+    write_runs_report({"run": [{"step": 1, "kind": "train", "loss": 1.0}]}, out, outcomes=outcomes, class_names=[f"class {word}", "other"])
+    return (out / "index.html").read_text()
+
+
+@EACH_WORD
+def test_a_page_of_what_was_right_and_wrong(tmp_path: Path, word: str) -> None:
+    page = outcomes_page(tmp_path / "hostile", word)
+    found = parsed(page)
+    same_skeleton(found, parsed(outcomes_page(tmp_path / "harmless", "harmless")))
+    for said in ("part", "fact", "value", "title", "text", "said", "truth", "note", "key"):
+        assert f"{said} {word}" in found.text
     forbids_scripts(page)
 
 

@@ -10,6 +10,7 @@ import pytest
 from uniter.datasets.batches.corpus import open_corpus
 from uniter.datasets.errors import BadInput
 from uniter.datasets.runs.run_log import read_log
+from uniter.datasets.runs.step_folders import checkpoint_steps
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.model import UniterConfig, UniterForPretraining
 from uniter.model.checkpoints.beside import tokenizer_beside
@@ -95,3 +96,19 @@ def test_what_is_trained_is_said(small: Make, tmp_path: Path, caplog: pytest.Log
         pretrain(small(steps=1, validate_every=1), tmp_path / "run")
     assert "corpus toy: 76 examples, 4 held out for validation; tasks itm 2, mlm 2, mrfr 1, mrc-kl 1" in caplog.text
     assert "million parameters on cpu x 1, fp32; 1 updates of 2 x 1 micro-batches of 150 tokens" in caplog.text
+
+
+def test_patience_ends_a_run_behind_its_best_validation_and_repeating_it_too(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validations get worse from the second on: the run ends two of them behind it, and its repetition has nothing to do."""
+    losses = iter([3.0, 2.0, 2.5, 2.6, 1.0, 0.5])
+    monkeypatch.setattr("uniter.model.train.loop._validate_all", lambda learner, recipe, processes: {"mlm_toy": {"loss": next(losses)}})
+    asked = {"steps": 12, "validate_every": 2, "checkpoint_every": 50, "patience": 2}
+    summary = pretrain(small(**asked), tmp_path / "run")
+    assert summary["steps"] == 8 and summary["of_steps"] == 12 and summary["best"] == 4
+    assert checkpoint_steps(tmp_path / "run") == [4, 8], "the last update has a checkpoint, and so has the best"
+    again = pretrain(small(**asked), tmp_path / "run")
+    assert again["steps"] == 8 and again["best"] == 4 and len(read_log(tmp_path / "run")) == 8 + 4
+    longer = pretrain(small(**{**asked, "patience": 3}), tmp_path / "run")
+    assert longer["steps"] == 12 and "best" not in longer, "more patience goes on"

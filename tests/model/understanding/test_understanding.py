@@ -24,6 +24,7 @@ from uniter.datasets.view.pictures import read_photograph, resized, write_pictur
 from uniter.model import Understanding, UniterConfig, UniterForPretraining, load_uniter, losses
 from uniter.model import load as uniter_load
 from uniter.model.checkpoints.write import save_checkpoint
+from uniter.model.heads.classification import UniterForClassification
 from uniter.model.heads.downstream import UniterForReferring, UniterForRetrieval, UniterForVqa
 from uniter.model.heads.nlvr2 import UniterForNlvr2Paired
 from uniter.model.understanding.looking import look
@@ -180,6 +181,35 @@ def test_the_best_answers_come_in_order_with_their_names(untrained, photos):
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["one", "several", "score"])
+def test_labels_and_scores_are_those_of_the_head(untrained, photos, tmp_path, kind):
+    torch.manual_seed(1)
+    names = [] if kind == "score" else ["red", "blue", "green"]
+    model = UniterForClassification(small(), labels=len(names) or 1, label_kind=kind).eval()
+    model.scale_to(3.0, 2.0)
+    about = {"task": "classify", **({"answers": names} if names else {})}
+    asked = Understanding(squares.find_squares, write_checkpoint(tmp_path / "own", model, **about))
+    scores = [
+        model.labels(collate([Sample("0", [sequence_of(cv2.imread(str(photo)), text)])]))["scores"][0].tolist()
+        for photo, text in zip(photos, ["a red square", ""] * 3, strict=True)
+    ]
+    found = asked.classify_all(photos, ["a red square", ""] * 3)
+    if kind == "score":
+        assert [one.score for one in found] == pytest.approx([score for (score,) in scores], abs=1e-5)
+        assert found[0].labels == () and in_words(found[0]).startswith("score ")
+    else:
+        shares = torch.softmax(torch.tensor(scores), dim=1) if kind == "one" else torch.sigmoid(torch.tensor(scores))
+        for one, wanted in zip(found, shares.tolist(), strict=True):
+            assert [one.probabilities[name] for name in names] == pytest.approx(wanted, abs=1e-5)
+            assert list(one.probabilities.values()) == pytest.approx(sorted(wanted, reverse=True), abs=1e-5)
+            likely = {name for name, share in zip(names, wanted, strict=True) if share >= 0.5}
+            assert set(one.labels) == ({names[int(np.argmax(wanted))]} if kind == "one" else likely)
+    alone = asked.classify(photos[1])
+    assert alone.text == "" and asked.picture(alone).ndim == 3
+    with pytest.raises(BadInput, match=r"to label photographs takes a model .* make one with uniter-train finetune classify"):
+        Understanding(squares.find_squares, untrained["vqa"]).classify(photos[0], "a red square")
 
 
 def test_a_question_that_no_model_was_trained_for(untrained, photos):

@@ -1,5 +1,6 @@
 """Annotation files in which something is missing, of another type, or cut off: read as they are, or refused in a sentence."""
 
+import csv
 import json
 import pickle
 import random
@@ -22,6 +23,8 @@ SOURCES = {
     "retrieval": ("retrieval/dataset_scenes.json", [], "train"),
     "refcoco": ("refcoco/refs(unc).p", ["refcoco/instances.json"], "train"),
     "vcr": ("vcr/train.jsonl", ["vcr/vcr1images"], None),
+    "gqa": ("gqa/train_balanced_questions.json", [], None),
+    "classify": ("own.jsonl", [], None),
 }
 STRANGE = (None, 7, -1, 2.5, "", "x", [], {}, [1], {"a": 1}, True, "9" * 30)
 
@@ -32,6 +35,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_world(out, images=20, held_out=4, captions=1)
     write_tasks(out)
     (out / "tasks" / "missing.json").write_text(json.dumps(["nlvr2_train-0-0-img0.npz"]))
+    with (out / "tasks" / "own_labels" / "train_one.csv").open(newline="") as file:
+        (out / "tasks" / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in csv.DictReader(file)))
     return out / "tasks"
 
 

@@ -54,10 +54,17 @@ KARPATHY = {
     "images": [{"filename": "a.jpg", "filepath": "val2014", "split": "test", "cocoid": 3, "sentences": [{"raw": "A man.", "sentid": 7}]}],
     "dataset": "coco",
 }
+GQA = {n: {"question": "Is it?", "imageId": "7", "answer": answer} for n, answer in (("1", "yes"), ("2", "no"))}
+OWN = [{"image": "a.jpg", "text": "a dog", "label": "dog"}, {"image": "b.jpg", "label": ["cat"]}, {"img": "c.jpg", "label": 1}]
+OWN_QUESTIONS = [{"image": "a.jpg", "question": "who?", "answer": "dog"}, {"image": "b.jpg", "question": "who?", "answers": ["a", "b"]}]
 # By name: (task, the file, whether it is one value a line, its companions).
 FILES = {
     "vqa": ("vqa", QUESTIONS, False, {"annotations.json": ANSWERS, "answers.json": ["dog", "cat"]}),
     "vqa of Visual Genome": ("vqa", GENOME, False, {"answers.json": {"dog": 0, "cat": 1}}),
+    "vqa of one's own": ("vqa", OWN_QUESTIONS, True, {}),
+    "gqa": ("gqa", GQA, False, {"val.json": {"3": {"question": "Who?", "imageId": "n1", "answer": "girl"}}}),
+    "classify": ("classify", OWN[:1] + OWN[2:], True, {}),
+    "classify with a list": ("classify", OWN[1:2], True, {"labels.json": ["cat", "dog"]}),
     "ve": ("ve", PAIRS, True, {}),
     "nlvr2": ("nlvr2", STATEMENTS, True, {"missing.json": ["nlvr2_dev-850-1-img0.npz"]}),
     "retrieval": ("retrieval", KARPATHY, False, {}),
