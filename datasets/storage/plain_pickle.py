@@ -83,12 +83,28 @@ def _bytes_of_text(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes(*words: Any) -> bytes:
+    """How protocols before 3 write bytes of which there are none."""
+    if words:
+        raise pickle.UnpicklingError("it makes bytes of something else than nothing")
+    return b""
+
+
+def _set(members: Any) -> set[Any]:
+    """How protocols before 4 write sets."""
+    if not isinstance(members, list | tuple):
+        raise pickle.UnpicklingError("it makes a set of something else than a list")
+    return set(map(_name, members))
+
+
 _STAND_INS: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _number for core in ("core", "_core")},
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _bytes_of_text,
+    **{(module, "bytes"): _no_bytes for module in ("builtins", "__builtin__")},
+    **{(module, "set"): _set for module in ("builtins", "__builtin__")},
 }
 
 

@@ -45,7 +45,10 @@ def _sources(path: Path) -> list[Path]:
     """The folders of the LMDBs at a path."""
     if path.is_file():
         return [path.parent]
-    return [path] if (path / "data.mdb").is_file() else sorted(data.parent for data in path.rglob("data.mdb"))
+    if (path / "data.mdb").is_file():
+        return [path]
+    # Of VOLTA's two kinds the one with soft labels comes first: an image is taken from the first that has it.
+    return sorted((data.parent for data in path.rglob("data.mdb")), key=lambda folder: (not folder.name.endswith("_feat.lmdb"), folder))
 
 
 def _reader(of: Callable[[str, dict[str, Any]], tuple[str, RegionFeatures]]) -> Callable[[Path, str, Known], Iterator[Item]]:

@@ -30,7 +30,7 @@ HOLDS = {
     "mmf_lmdb": {"boxes", "size", "foreground"},
     "vilbert_lmdb": {"boxes", "size"},
     "vlt5_h5": {"boxes", "size", "class_id", "class_conf", "attr_id", "attr_conf"},
-    "volta_lmdb": {"boxes", "size", "class_id"},
+    "volta_lmdb": {"boxes", "size", "class_id", "soft_labels"},
     "oscar_caption": {"boxes", "size", "class_id", "class_conf"},
     "oscar_retrieval": {"boxes", "size", "class_id", "class_conf"},
     "vinvl_predictions": {"boxes", "class_id", "class_conf"},
@@ -111,7 +111,7 @@ def test_golden_formats_are_read_file_by_file(formats_golden: Path, files: Modul
         "selfcritical": (["cocobu_att", "cocobu_att.h5", "cocobu_att.lmdb", "cocobu_att.pth"], "regions", {"boxes", "size"}),
         "xmodaler": (["single"], "regions", set()),
         "mmf_lmdb": (["names.lmdb", "numbers.lmdb"], "regions", HOLDS["mmf_lmdb"]),
-        "volta_lmdb": (["trainval_feat.lmdb", "test_feat.lmdb"], "regions36", {"boxes", "size", "soft_labels", "class_id"}),
+        "volta_lmdb": (["raw.lmdb"], "regions36", {"boxes", "size", "class_id", "class_conf", "attr_id", "attr_conf"}),
         "visdial_h5": (["as_written_train.h5"], "regions36", HOLDS["visdial_h5"]),
         "vlbert_zip": (["val_frcnn.zip"], "regions", {"boxes", "size", "soft_labels"}),
     }
