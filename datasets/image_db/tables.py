@@ -24,6 +24,7 @@ NAME_COLUMNS: Final = ("file_name", "filename", "image_name", "image_path", "fil
 
 _BATCH_PICTURES: Final = 32
 _OPEN_TABLES: Final = 2
+_BUFFER: Final = 1 << 20  # bytes that are read ahead; without it a whole group of rows would be
 _KEPT_BATCHES: Final = 6
 """What threads that read ahead are apart, in batches."""
 
@@ -191,7 +192,7 @@ def _open(path: Path) -> tuple[Any, Any]:
     with open(path, "rb") as file:
         parquet = file.read(4) == PARQUET_MAGIC
     if parquet or path.suffix != ".arrow":
-        opened = pyarrow.parquet.ParquetFile(path)
+        opened = pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
         return opened, opened.close
     mapped = pyarrow.memory_map(str(path))
     try:

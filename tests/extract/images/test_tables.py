@@ -75,7 +75,7 @@ def test_pictures_and_captions_of_a_table_belong_together(
     from uniter.datasets.text_db import TextDB
 
     assert sorted(TextDB(texts).image_keys) == sorted(mine.keys_list)
-    # The same again does nothing, and a table that has grown is extended.
+    # The same again does nothing.
     again = extract_images(source, tmp_path / "out.lmdb", detector=fake.FakeDetector())
     assert again.complete and not again.extracted
 
