@@ -158,6 +158,7 @@ def main(
     log.info("%s images in %s units of work", f"{listed.images:,}", f"{listed.units:,}")
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions, classes and confidences mean NOTHING; they are for trying things out only.")
+    named = {} if label_map is None else {"label_map": label_map}
     build = functools.partial(
         build_detector, detector_name, weights=weights, precision=precision, attributes=attributes, label_map=label_map
     )
