@@ -158,9 +158,8 @@ def main(
     log.info("%s images in %s units of work", f"{listed.images:,}", f"{listed.units:,}")
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions, classes and confidences mean NOTHING; they are for trying things out only.")
-    build = functools.partial(
-        build_detector, detector_name, weights=weights, precision=precision, attributes=attributes, label_map=label_map
-    )
+    named = {} if label_map is None else {"label_map": label_map}
+    build = functools.partial(build_detector, detector_name, weights=weights, precision=precision, attributes=attributes, **named)
     device = device or (default_device(share.local_index) if ray_address is None else None)
     summary = _extracted(listed, out, options, build, device=device, ray_address=ray_address)
     _say(summary, out, alone=options.shard[1] == 1, strict=strict, as_json=as_json)

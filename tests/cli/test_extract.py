@@ -183,6 +183,8 @@ def test_the_detector_gets_its_options(run: Run, photos: Path, tmp_path: Path) -
     assert "random weights" in result.stderr and "NOTHING" in result.stderr
     built = run.built  # type: ignore[attr-defined]
     assert built == {"name": "butd-36", "weights": "random:3", "precision": "bf16", "attributes": True, "device": built["device"]}
+    run(photos, tmp_path / "again", "--detector", "vinvl", "--weights", "random:3", "--label-map", "map.json")
+    assert run.built["label_map"] == "map.json"  # type: ignore[attr-defined]
 
 
 def test_without_detectron2_the_remedy_is_named(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
