@@ -21,6 +21,7 @@ from uniter.datasets.storage.files import expand_braces, write_json
 from uniter.datasets.storage.streams import first_character, json_pairs
 from uniter.datasets.text_db.annotations.table import ANNOTATIONS, Annotations
 from uniter.datasets.text_db.building.build import build_text_db
+from uniter.datasets.text_db.building.folder import BuildReport
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.table import CAPTIONS, detect
 from uniter.datasets.text_db.captions.visual_genome import image_tables
@@ -116,10 +117,7 @@ def main(
     """
     start = time.monotonic()
     options = {"label_separator": label_separator, "score": score, "answers_more_than": answers_more_than}
-    source = _source(
-        task, format_name, expand(captions), split=split, join=join, lists=lists,
-        options={name: value for name, value in options.items() if value is not None},
-    )  # fmt: skip
+    source = _source(task, format_name, expand(captions), split=split, join=join, lists=lists, options=options)
     folder = out or _default_out(source.paths[0])
     regions = _regions(images, folder)
     pieces = _tokenizer(tokenizer, source).with_words(source.kind.added_words)
@@ -139,14 +137,18 @@ def main(
         may_lack_text=source.kind.may_lack_text,
         overwrite=overwrite,
     )
-    seconds = time.monotonic() - start
-    summary = {"out": str(folder), "format": source.format, "tokenizer": pieces.name, **report.as_dict(), "seconds": round(seconds, 3)}
-    if not report.already_complete:
-        summary["texts_per_second"] = round(report.counts["read"] / max(seconds, 1e-9))
+    summary = _summary(report, folder, source.format, pieces.name, time.monotonic() - start)
     title = "Already complete; nothing was done." if report.already_complete else "Text database made."
     print_summary(summary, as_json=as_json, title=title)
     if strict and report.counts.get("empty", 0) + report.counts.get("without_image", 0):
         sys.exit(SKIPPED_UNDER_STRICT)
+
+
+def _summary(report: BuildReport, folder: Path, form: str, tokenizer: str, seconds: float) -> dict[str, Any]:
+    summary = {"out": str(folder), "format": form, "tokenizer": tokenizer, **report.as_dict(), "seconds": round(seconds, 3)}
+    if not report.already_complete:
+        summary["texts_per_second"] = round(report.counts["read"] / max(seconds, 1e-9))
+    return summary
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -310,6 +312,7 @@ def _source(
     options: Mapping[str, Any],
 ) -> _Source:
     name, kind = _reader(task, format_name, paths[0])
+    options = {option: value for option, value in options.items() if value is not None}
     kind = kind.with_options(task, options, paths)
     exclusion = Exclusion(lists) if lists else None
     read_split, part = _parts(name, split, exclusion)

@@ -15,6 +15,7 @@ from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.database import open_image_dbs
 from uniter.datasets.runs.held_out import read_held_out
 from uniter.datasets.runs.run_log import read_log
+from uniter.datasets.runs.step_folders import BEST, CHECKPOINTS
 from uniter.datasets.text_db import TextDB
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.view.outcomes import HardExample, Outcomes
@@ -179,13 +180,13 @@ def _looks(run: Path, regions: ImageDB, texts: Sequence[Path], pairs: int, keys:
 
 
 def _outcomes(run: str, regions: Sequence[str], texts: Path, count: int, keys: Sequence[str]) -> Outcomes | None:
-    """What a fine-tuned run got right and wrong on these texts, with its hardest examples; None of a pre-trained run."""
+    """What a fine-tuned run's best checkpoint got right and wrong on these texts, with its hardest examples; None of a pre-trained run."""
     from uniter.model.evaluation.outcomes import outcomes_of, task_of
 
-    task = task_of(run)
+    task, best = task_of(run), Path(run) / CHECKPOINTS / BEST
     if task is None:
         return None
-    found = outcomes_of(task, run, text=[str(texts)], images=list(regions))
+    found = outcomes_of(task, str(best) if best.is_dir() else run, text=[str(texts)], images=list(regions))
     vocabularies: dict[Path, Tokenizer | None] = {}
     hardest = []
     for one in found.hardest(count, keys):

@@ -24,6 +24,7 @@ from uniter.datasets.batches.plans import Mixture, Part, Plan
 from uniter.datasets.errors import UniterError
 from uniter.datasets.progress import Progress
 from uniter.datasets.runs.run_log import RunLog
+from uniter.datasets.runs.step_folders import BEST, CHECKPOINTS
 from uniter.datasets.stopping import Stopped, told_to_stop
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
@@ -156,8 +157,7 @@ def train(
     """Train from `progressed` to the last update (or `stop_after`, or until patience is at its end), in place.
 
     Returns:
-        A summary: steps, examples, tokens, the latest validation figures by part, and how long it took; and if patience ended it, `best`,
-        the update of the best validation.
+        A summary: steps, examples, tokens, the latest validation figures by part, how long it took; `best`, if patience ended it.
 
     Raises:
         NotFinite: with step, task, terms and example ids. The last checkpoint is untouched.
@@ -170,14 +170,12 @@ def train(
         mixture, learner.masking, taken, first_step=progressed.step + 1, last_step=last, accumulation=recipe.accumulation,
         rank=processes.rank, world=world, workers=learner.workers, pin_memory=processes.device.type == "cuda",
     )  # fmt: skip
-    figures: Figures = {}
-    began = time.monotonic()
+    figures, shown, began = dict[str, dict[str, float]](), dict[str, float](), time.monotonic()
     learner.model.train()
     if recipe.unused_gradients == "zero":
         begin_with_zero_gradients(learner.optimizer)
     remember_validations(run, progressed, learner.validation, processes)
     progress = Progress(recipe.steps, unit="updates", label="training", done=progressed.step) if processes.writes else None
-    shown: dict[str, float] = {}
     if (progressed.step >= last or out_of_patience(progressed, recipe)) and processes.writes:
         logger.info("%s is already trained, to update %s of %s: nothing is left to do", run, f"{progressed.step:,}", f"{recipe.steps:,}")
     with told_to_stop() as told:
@@ -203,7 +201,6 @@ def train(
                 raise Stopped.after(step, recipe.steps, number)
     if progress is not None:
         progress.close()
-    stopped = {} if progressed.best is None or not out_of_patience(progressed, recipe) else {"best": progressed.best[2]}
     return {
         "steps": progressed.step,
         "of_steps": recipe.steps,
@@ -211,8 +208,18 @@ def train(
         "tokens": progressed.tokens,
         "seconds": round(time.monotonic() - began, 1),
         "validation": figures,
-        **stopped,
+        **_ended_early(progressed, recipe, run, processes),
     }
+
+
+def _ended_early(progressed: state.Progressed, recipe: Recipe, run: Path, processes: Processes) -> dict[str, Any]:
+    """What the summary of a run says that patience ended; said in the log, too."""
+    if progressed.best is None or not out_of_patience(progressed, recipe):
+        return {}
+    step = progressed.best[2]
+    if processes.writes:
+        logger.info("no better validation since update %s: the run ends, and its best is %s", f"{step:,}", run / CHECKPOINTS / BEST)
+    return {"best": step}
 
 
 def out_of_patience(progressed: state.Progressed, recipe: Recipe) -> bool:
