@@ -231,6 +231,8 @@ def convert_command(
     summary = asdict(report)
     if not as_json:
         summary["skipped"] = len(report.skipped)
+        if not report.said:
+            del summary["said"]
     _print_written(summary, as_json=as_json, out=out)
     if report.skipped and strict:
         sys.exit(SKIPPED_UNDER_STRICT)

@@ -287,7 +287,7 @@ def _to_others(
 
 def _is_folder(form: Format, name: str) -> bool:
     """Whether the note of a layout lies in a folder, which appears with it."""
-    return form.layout is not None or name == "npz"
+    return form.layout is not None or name in ("npz", "npy")
 
 
 class Encoded:
