@@ -3,6 +3,7 @@
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -136,7 +137,7 @@ def npy_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, "np.dtype[A
         raise BadInput(f"array {name!r} has .npy version {version}, expected 1.0")
     try:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=4096)
-    except (SyntaxError, TypeError, RecursionError, MemoryError, AttributeError) as error:
+    except (SyntaxError, TypeError, RecursionError, MemoryError, AttributeError, tokenize.TokenError) as error:
         raise BadInput(f"array {name!r} has a damaged header ({type(error).__name__})") from None
     if dtype.hasobject or dtype.str not in ALLOWED_TYPES:
         raise BadInput(f"array {name!r} has type {dtype.str}; only plain number types are read, never Python objects")

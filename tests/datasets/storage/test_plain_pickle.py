@@ -1,7 +1,9 @@
 """Pickles of arrays and plain containers: read without executing anything, written so that every NumPy reads them."""
 
+import contextlib
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.npz import plain_npy, unpack_npz, write_npy
+from uniter.datasets.storage.npz import map_npy, plain_npy, unpack_npz, write_npy
 from uniter.datasets.storage.plain_pickle import plain_pickle, to_plain_pickle
 
 plain = st.recursive(
@@ -88,3 +90,15 @@ def test_whatever_could_run_is_refused_inside_arrays_too(what: Any, tmp_path: An
         with pytest.raises(BadInput, match="never Python objects"):
             unpack_npz(buffer.getvalue())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", [10, 50, 60, 70, 127])
+def test_heads_of_npy_that_are_no_python_are_said(place: int, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    write_npy(buffer, np.ones((2, 3), np.float32))
+    for damage in (b"(", b"\0", b"'", b"\xff", b"{"):
+        content = bytearray(buffer.getvalue())
+        content[place : place + 1] = damage
+        (tmp_path / "x.npy").write_bytes(content)
+        with contextlib.suppress(BadInput):
+            assert map_npy(tmp_path / "x.npy").shape == (2, 3)
