@@ -116,7 +116,12 @@ def write_npy(file: Any, array: NDArray[Any]) -> None:
     """Write one array as .npy of version 1.0; an array of objects as a plain pickle."""
     header = np.lib.format.header_data_from_array_1_0(array)
     np.lib.format.write_array_header_1_0(file, header)
-    file.write(to_plain_pickle(array) if array.dtype.hasobject else array.tobytes("F" if header["fortran_order"] else "C"))
+    if array.dtype.hasobject:
+        file.write(to_plain_pickle(array))
+    elif array.ndim and array.size and array.flags.c_contiguous:
+        file.write(array.data.cast("B"))  # without a copy
+    else:
+        file.write(array.tobytes("F" if header["fortran_order"] else "C"))
 
 
 def npz_rows(value: bytes | memoryview, name: str) -> int | None:

@@ -66,7 +66,7 @@ class Known:
         """(N,) class numbers from 0: Visual Genome's where the first image's names are all of them, others in the order they come."""
         if not self.class_names and names and set(names) <= set(visual_genome_objects()):
             self.class_names.extend(visual_genome_objects())
-        if len(self.numbers) < len(self.class_names):
+        if not self.numbers:  # of equal names the first one counts
             self.numbers = {name: number for number, name in reversed(list(enumerate(self.class_names)))}
         for name in names:
             if name not in self.numbers:
