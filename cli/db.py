@@ -16,7 +16,7 @@ from uniter.datasets.image_db.formats.records import Selection
 from uniter.datasets.image_db.formats.table import FORMATS, format_named, listed
 from uniter.datasets.maintenance.check import check_coverage, check_database
 from uniter.datasets.maintenance.check_report import CheckReport
-from uniter.datasets.maintenance.convert import convert
+from uniter.datasets.maintenance.convert import ConvertReport, convert
 from uniter.datasets.maintenance.convert_texts import convert_texts, holds_texts
 from uniter.datasets.maintenance.describe import describe
 from uniter.datasets.maintenance.kinds import database_kind
@@ -232,6 +232,13 @@ def convert_command(
         split=split,
         overwrite=overwrite,
     )
+    _print_converted(report, as_json=as_json, out=out)
+    if report.skipped and strict:
+        sys.exit(SKIPPED_UNDER_STRICT)
+
+
+def _print_converted(report: ConvertReport, *, as_json: bool, out: Path) -> None:
+    """What was converted, and the first images that were not."""
     for row in report.skipped[:5]:
         click.echo(f"skipped: {row['error']}", err=True)
     if len(report.skipped) > 5:
@@ -239,9 +246,9 @@ def convert_command(
     summary = asdict(report)
     if not as_json:
         summary["skipped"] = len(report.skipped)
+        if not report.said:
+            del summary["said"]
     _print_written(summary, as_json=as_json, out=out)
-    if report.skipped and strict:
-        sys.exit(SKIPPED_UNDER_STRICT)
 
 
 def _print_formats(source: Path | None, *, as_json: bool) -> None:

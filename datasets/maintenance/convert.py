@@ -1,5 +1,6 @@
 """`uniter-db convert`: from any layout to any other. What a layout lacks is said, never invented."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -152,9 +153,7 @@ def convert(
     rule = selection or Selection()
     if target.exists() and target.resolve() == source.resolve():
         raise BadInput(f"{target} is both source and target")
-    for given, what, option in ((captions, CAPTIONS, "--captions"), (split, SPLITS, "--split")):
-        if given is not None and what not in FORMATS[to].takes:
-            raise BadInput(f"{option} has no meaning here, since {to} holds no {what}")
+    _refuse_pointless(to, captions, split)
     sizes = ImageSizes(images) if images is not None else None
     folders = folders_of(source) if name == "lmdb" else [source]
     sources = source_names(folders) | {what: path for what, path in (("images", images), ("captions", captions)) if path is not None}
@@ -176,16 +175,20 @@ def convert(
         items: Iterable[Item] = read_items(source, selection=rule, source=name, known=known)
         if FORMATS[to].needs_pixels or sizes is not None:
             items = with_pixels(items, sizes, needed=FORMATS[to].needs_pixels)
-        make = None if key is None else key_maker(key)
-        if make is not None:
-            items = _renamed(items, make, known.renamed if FORMATS[to].layout is not None else None)
-        watched = _not_in_vain(seen.watch(items), seen, source, name)
         box_ids = box_ids_of(folders) if name == "lmdb" else {}
-        if make is not None:
-            box_ids = {make(one): ids for one, ids in box_ids.items()}
+        if key is not None:
+            items = _renamed(items, key_maker(key), known.renamed if FORMATS[to].layout is not None else None)
+            box_ids = dict(_renamed_ids(box_ids, key_maker(key)))
+        watched = _not_in_vain(seen.watch(items), seen, source, name)
         if FORMATS[to].write is None:
             return _to_ours(target, watched, seen, (name, source, folders), settings, sources, box_ids, overwrite, known)
         return _to_others(target, watched, seen, (name, to, source), rule, settings, sources, box_ids, overwrite, known)
+
+
+def _refuse_pointless(to: str, captions: Path | None, split: str | None) -> None:
+    for given, what, option in ((captions, CAPTIONS, "--captions"), (split, SPLITS, "--split")):
+        if given is not None and what not in FORMATS[to].takes:
+            raise BadInput(f"{option} has no meaning here, since {to} holds no {what}")
 
 
 def _renamed(items: Iterable[Item], make: Callable[[str], str], renamed: dict[str, str] | None) -> Iterator[Item]:
@@ -199,6 +202,13 @@ def _renamed(items: Iterable[Item], make: Callable[[str], str], renamed: dict[st
         if renamed is not None and not isinstance(regions, BadInput):
             renamed[called] = key
         yield called, regions
+
+
+def _renamed_ids(box_ids: Mapping[str, list[Any]], make: Callable[[str], str]) -> Iterator[tuple[str, list[Any]]]:
+    """The ids of given boxes under the keys that `--key` makes; those of images that get none go with them."""
+    for key, ids in box_ids.items():
+        with contextlib.suppress(BadInput):
+            yield make(key.removesuffix(".npz")), ids
 
 
 def _names_of(source: Path, name: str) -> list[str]:

@@ -1,14 +1,15 @@
-"""One `.npz` in memory, to arrays and back, without pickles."""
+"""`.npz` and `.npy` files to arrays and back; of pickles only plain data, where a layout of others demands them."""
 
 import functools
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,18 +123,52 @@ def map_npy(path: Path) -> NDArray[Any]:
 
 
 def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays as `numpy.savez` does, not compressed. The same arrays give the same bytes; objects become plain pickles."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0)), "w", force_zip64=True) as file:
-                write_npy(file, array)
+    """Write arrays as `numpy.savez` does, not compressed. The same arrays give the same bytes; objects become plain pickles.
+
+    The few records of such a zip are made here: `zipfile` takes longer for them than the disk for the arrays.
+    """
+    pieces: list[bytes | memoryview] = []
+    directory = b""
+    offset = 0
+    for name, array in arrays.items():
+        member = f"{name}.npy".encode("ascii")
+        head, content = _npy_pieces(array)
+        checksum, size = zlib.crc32(content, zlib.crc32(head)), len(head) + len(content)
+        if offset + size >= 1 << 31:
+            raise BadInput(f"the arrays of {path.name} have more than {1 << 31:,} bytes together, expected those of one image")
+        described = struct.pack("<5H3L2H", 20, 0, 0, 0, _FIRST_DAY, checksum, size, size, len(member), 0)
+        pieces += [b"PK\3\4" + described + member, head, content]
+        directory += struct.pack("<4sH", b"PK\1\2", 0x314) + described + struct.pack("<3H2L", 0, 0, 0, 0o600 << 16, offset) + member
+        offset += 30 + len(member) + size
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, len(arrays), len(arrays), len(directory), offset, 0)
+    with open(path, "wb") as file:
+        file.writelines([*pieces, directory, end])
 
 
-def write_npy(file: Any, array: NDArray[Any]) -> None:
+_FIRST_DAY: Final = 0x21  # 1 January 1980, the first that a zip knows
+
+
+def write_npy(file: BinaryIO, array: NDArray[Any]) -> None:
     """Write one array as .npy of version 1.0; an array of objects as a plain pickle."""
+    file.writelines(_npy_pieces(array))
+
+
+def _npy_pieces(array: NDArray[Any]) -> tuple[bytes, bytes | memoryview]:
+    """The head and the content of a .npy file."""
     header = np.lib.format.header_data_from_array_1_0(array)
-    np.lib.format.write_array_header_1_0(file, header)
-    file.write(to_plain_pickle(array) if array.dtype.hasobject else array.tobytes("F" if header["fortran_order"] else "C"))
+    head = _npy_head(header["descr"], header["fortran_order"], header["shape"])
+    if array.dtype.hasobject:
+        return head, to_plain_pickle(array)
+    if array.ndim and array.size and array.flags.c_contiguous:
+        return head, array.data.cast("B")
+    return head, array.tobytes("F" if header["fortran_order"] else "C")
+
+
+@functools.lru_cache(maxsize=1024)
+def _npy_head(descr: str, fortran_order: bool, shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": fortran_order, "shape": shape})
+    return buffer.getvalue()
 
 
 def npz_rows(value: bytes | memoryview, name: str) -> int | None:
@@ -156,7 +191,7 @@ def npy_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, "np.dtype[A
     text = file.read(int.from_bytes(size, "little"))
     try:
         shape, fortran, dtype = _parsed_header(size + text)
-    except (SyntaxError, TypeError, RecursionError, MemoryError, AttributeError) as error:
+    except (SyntaxError, TypeError, RecursionError, MemoryError, AttributeError, tokenize.TokenError) as error:
         raise BadInput(f"array {name!r} has a damaged header ({type(error).__name__})") from None
     if dtype.hasobject or dtype.str not in ALLOWED_TYPES:
         raise BadInput(f"array {name!r} has type {dtype.str}; only plain number types are read, never Python objects")

@@ -4,6 +4,7 @@ A record keeps what both formats hold; what a format lacks is said, never invent
 formats have soft labels (MRC-KL needs them).
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,13 +66,13 @@ class Format:
 
 
 def _whole(read: Callable[[Path], Iterator[Item]]) -> Callable[[Path, Selection], Iterator[Item]]:
-    """A reader whose source holds the chosen rows only; the files of a folder are read as one."""
+    """A reader whose source holds the chosen rows only."""
+    return lambda path, _: read(path)
 
-    def read_files(path: Path, _: Selection) -> Iterator[Item]:
-        for file in _parts_of(path):
-            yield from read(file)
 
-    return read_files
+def _each(read: Callable[[Path], Iterator[Item]]) -> Callable[[Path, Selection], Iterator[Item]]:
+    """The same of a source that may be a folder of such files, which are read as one."""
+    return lambda path, _: itertools.chain.from_iterable(map(read, _parts_of(path)))
 
 
 def _parts_of(path: Path) -> list[Path]:
@@ -158,11 +159,11 @@ FORMATS: Final[dict[str, Format]] = {
     "npz": Format(
         "a folder of .npz files, as UNITER's docker writes them", npz.read, _write_npz, False, _UNITERS, out="*.npz", rounds=_ALL_HALVES
     ),
-    "butd-tsv": Format("Caffe's TSV", _whole(tsv.read_caffe), _plainly(tsv.write_caffe), True, _LISTED[:2], needs=(PIXELS,)),
-    "lxmert-tsv": Format("LXMERT's TSV", _whole(tsv.read_lxmert), _plainly(tsv.write_lxmert), True, _LISTED, needs=(PIXELS,)),
+    "butd-tsv": Format("Caffe's TSV", _each(tsv.read_caffe), _plainly(tsv.write_caffe), True, _LISTED[:2], needs=(PIXELS,)),
+    "lxmert-tsv": Format("LXMERT's TSV", _each(tsv.read_lxmert), _plainly(tsv.write_lxmert), True, _LISTED, needs=(PIXELS,)),
     "hdf5": Format(
         "adaptive HDF5 (pickled: imgid2idx)",
-        _whole(hdf5.read),
+        _each(hdf5.read),
         _plainly(hdf5.write_adaptive),
         True,
         _LISTED[:2],
@@ -171,16 +172,14 @@ FORMATS: Final[dict[str, Format]] = {
     ),
     "hdf5-36": Format(
         "fixed HDF5, one file of butd_vqa (pickled: imgid2idx)",
-        _whole(hdf5.read),
+        _each(hdf5.read),
         _plainly(hdf5.write_fixed),
         True,
         _LISTED[:2],
         out=_PICKLED,
         needs=(THIRTY_SIX, PIXELS),
     ),
-    "hdf5-volta": Format(
-        "VOLTA's HDF5, one file of vlt5_h5", _whole(hdf5.read), _plainly(hdf5.write_volta), True, _LISTED, needs=(PIXELS,)
-    ),
+    "hdf5-volta": Format("VOLTA's HDF5, one file of vlt5_h5", _each(hdf5.read), _plainly(hdf5.write_volta), True, _LISTED, needs=(PIXELS,)),
     "npy": Format(
         "plain .npy files: features and boxes of each image",
         lambda path, _: npy.read(path),
@@ -191,7 +190,7 @@ FORMATS: Final[dict[str, Format]] = {
         needs=(PIXELS,),
     ),
     "parquet": Format(
-        "a table, for Hugging Face's datasets", _whole(parquet.read), _plainly(parquet.write), False, HOLDABLE, rounds=_HALVES
+        "a table, for Hugging Face's datasets", _each(parquet.read), _plainly(parquet.write), False, HOLDABLE, rounds=_HALVES
     ),
     **{name: _of_project(layout) for name, layout in LAYOUTS.items()},
 }

@@ -1,7 +1,10 @@
 """Pickles of arrays and plain containers: read without executing anything, written so that every NumPy reads them."""
 
+import contextlib
 import io
 import pickle
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.storage.npz import plain_npy, unpack_npz, write_npy
+from uniter.datasets.storage.npz import map_npy, plain_npy, unpack_npz, write_npy, write_npz
 from uniter.datasets.storage.plain_pickle import plain_pickle, to_plain_pickle
 
 plain = st.recursive(
@@ -88,3 +91,33 @@ def test_whatever_could_run_is_refused_inside_arrays_too(what: Any, tmp_path: An
         with pytest.raises(BadInput, match="never Python objects"):
             unpack_npz(buffer.getvalue())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", [10, 50, 60, 70, 127])
+def test_heads_of_npy_that_are_no_python_are_said(place: int, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    write_npy(buffer, np.ones((2, 3), np.float32))
+    for damage in (b"(", b"\0", b"'", b"\xff", b"{"):
+        content = bytearray(buffer.getvalue())
+        content[place : place + 1] = damage
+        (tmp_path / "x.npy").write_bytes(content)
+        with contextlib.suppress(BadInput):
+            assert map_npy(tmp_path / "x.npy").shape == (2, 3)
+
+
+@given(data=st.data())
+def test_npz_files_are_zips_that_everybody_reads(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shapes = data.draw(st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4))
+    kinds = data.draw(st.lists(st.sampled_from(["<f4", "<i8", "<f2", "|u1"]), min_size=4, max_size=4))
+    arrays = {f"a{number}": np.ones(shape, kind) * number for number, (shape, kind) in enumerate(zip(shapes, kinds, strict=False))}
+    arrays = {name: np.asarray(array, kind).T for (name, array), kind in zip(arrays.items(), kinds, strict=False)}
+    path = tmp_path_factory.mktemp("npz") / "x.npz"
+    write_npz(path, {**arrays, "info": np.array({"a": [1, "b"]}, dtype=object)})
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    with np.load(path, allow_pickle=True) as stored:
+        assert stored["info"].item() == {"a": [1, "b"]}
+        for name, array in arrays.items():
+            assert stored[name].dtype == array.dtype
+            np.testing.assert_array_equal(stored[name], array)
+    assert unpack_npz(path.read_bytes(), scalars=True, plain="info").keys() == {*arrays, "info"}

@@ -66,7 +66,7 @@ class Known:
         """(N,) class numbers from 0: Visual Genome's where the first image's names are all of them, others in the order they come."""
         if not self.class_names and names and set(names) <= set(visual_genome_objects()):
             self.class_names.extend(visual_genome_objects())
-        if len(self.numbers) < len(self.class_names):
+        if not self.numbers:  # of equal names the first one counts
             self.numbers = {name: number for number, name in reversed(list(enumerate(self.class_names)))}
         for name in names:
             if name not in self.numbers:
@@ -131,7 +131,7 @@ class Layout:
         most: regions that an image may have; others are cut.
         pickled: which of its files are, or hold, pickles, since its own readers take nothing else.
         takes: what of `CAPTIONS` and `SPLITS` it has room for without needing it.
-        parts: how the splits that keys name are called there; those that `--split` names are taken as they are.
+        parts: how the splits that keys name, and COCO's, are called there.
     """
 
     means: str
@@ -325,7 +325,7 @@ def _prepared(layout: Layout, key: str, regions: RegionFeatures, known: Known, m
         raise BadInput("its size in pixels is not known; pass --images FOLDER")
     if {PIXELS, BOXES} & set(layout.needs) and regions.boxes is None:
         raise BadInput("its boxes in pixels are not known; pass --images FOLDER")
-    split = known.split or _split_of(layout, source) if SPLITS in (*layout.needs, *layout.takes) else ""
+    split = _split_of(layout, source, known.split) if SPLITS in (*layout.needs, *layout.takes) else ""
     captions = _captions(layout, source, known) if CAPTIONS in layout.needs or (CAPTIONS in layout.takes and known.captions) else ()
     met.add(key)
     return Record(key, regions, number, split, captions)
@@ -358,13 +358,14 @@ def split_in(key: str) -> str | None:
     return found[1].lower() if found is not None else None
 
 
-def _split_of(layout: Layout, key: str) -> str:
-    named = split_in(key)
+def _split_of(layout: Layout, key: str, said: str | None) -> str:
+    """As the layout calls it. What `--split` says is taken as it is, but for COCO's own names, such as val2014."""
+    named = said or split_in(key)
     if named is None and SPLITS not in layout.needs:
         return ""
     if named is None:
         raise NeedsMore(f"{layout.means} has a file for each part of the data, and the key {key!r} does not say which: pass --split NAME")
-    return layout.parts.get(named, named)
+    return named if said is not None and not said[-1:].isdigit() else layout.parts.get(named, named)
 
 
 def _captions(layout: Layout, key: str, known: Known) -> tuple[str, ...]:

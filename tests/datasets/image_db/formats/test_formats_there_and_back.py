@@ -24,6 +24,7 @@ from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.maintenance.convert import Encoded, convert
 from uniter.datasets.maintenance.copying import write_regions
 from uniter.datasets.storage.claims import note_of
+from uniter.datasets.vocabulary import visual_genome_objects
 
 ROOT = Path(__file__).parents[4]
 NAMES = ["thing one", "thing, two", "ünd drei", "four", "five"]
@@ -325,3 +326,15 @@ def test_formats_are_named_with_hyphens_or_underscores(tmp_path: Path) -> None:
 )
 def test_formats_read_the_part_from_the_key(key: str, split: Any) -> None:
     assert split_in(key) == split
+
+
+def test_formats_with_names_number_them_as_they_come() -> None:
+    known = Known()
+    assert known.numbers_of(["zebra crossing at night", "cat", "zebra crossing at night"]).tolist() == [0, 1, 0]
+    assert known.numbers_of(["dog", "cat"]).tolist() == [2, 1]
+    assert known.class_names == ["zebra crossing at night", "cat", "dog"]
+    genome = Known()
+    first = genome.numbers_of(["dog", "cat"]).tolist()
+    assert [visual_genome_objects()[number] for number in first] == ["dog", "cat"]
+    more = genome.numbers_of(["no class of theirs", "dog"]).tolist()
+    assert more == [1600, first[0]] and genome.class_names[1600] == "no class of theirs"
