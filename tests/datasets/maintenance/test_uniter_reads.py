@@ -204,6 +204,30 @@ def test_other_keys_of_referring_expressions_are_said(tmp_path: Path) -> None:
     assert "--key 'visual_grounding_coco_gt_{id:012d}.npz'" in note
 
 
+@pytest.mark.parametrize("task", ["nlvr2", "ve", "vqa", "vcr"])
+def test_texts_of_tasks_keep_their_fields_and_lengths(tmp_path: Path, made_up: ModuleType, task: str) -> None:
+    """NLVR2 and VCR are about two images; VCR has two tables of lengths and no `input_ids` alone."""
+    world = made_up.World()
+    world.write(tmp_path, pictures=6)
+    source, out = world.write_task(tmp_path, task, count=20), tmp_path / "uniter.db"
+    meta = json.loads((source / "meta.json").read_text())
+    (source / "meta.json").write_text(json.dumps({**meta, "task": task}))
+    report = convert_texts(source, out, to="uniter")
+    assert [note.split(":")[0] for note in report.notes] == (
+        ["UNITER's train_vqa.py reads utils/ans2label.json of its own repository"] if task == "vqa" else []
+    )
+    mine = TextDB(source)
+    tables = ("id2len_qa", "id2len_qar") if task == "vcr" else ("id2len",)
+    for name in tables:
+        assert list(json.loads((out / f"{name}.json").read_text()).values()) == TextDB(source, lengths=name).lengths.tolist()
+    original = OriginalTexts(out, max_txt_len=-1, lengths=tables[0])
+    for example in mine.ids:
+        wanted, record = mine[example], original[example]
+        images = wanted["img_fname"]
+        wanted["img_fname"] = f"{images}.npz" if isinstance(images, str) else [f"{name}.npz" for name in images]
+        assert record == wanted and original.txt2img[example] == wanted["img_fname"]
+
+
 # ------------------------------------------------------------------------------------------------ the official converter's own output
 
 
