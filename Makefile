@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 TYPES := build/types/uniter
 
-.PHONY: setup demo test test-slow lint types docs clean
+.PHONY: setup demo test test-slow lint types mapping docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -34,14 +34,17 @@ lint: setup types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The documentation as pages in build/docs; needs no network.
-docs: setup
-	$(BIN)/mkdocs build --quiet
+# The documentation as pages in build/docs, links checked; needs no network. Open build/docs/index.html.
+docs: setup mapping
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# mypy cannot see through the editable finder, so it is shown the mapping of pyproject.toml as folders.
-types: setup
-	@mkdir -p $(TYPES) && ln -sfn $(CURDIR)/extract $(CURDIR)/datasets $(CURDIR)/model $(CURDIR)/cli $(TYPES)/
+types: setup mapping
 	$(BIN)/mypy
+
+# What reads the code without importing it (mypy, the API reference) cannot see through the editable finder: it is shown the mapping of
+# pyproject.toml as folders.
+mapping:
+	@mkdir -p $(TYPES) && ln -sfn $(CURDIR)/extract $(CURDIR)/datasets $(CURDIR)/model $(CURDIR)/cli $(TYPES)/
 
 clean:
 	rm -rf build dist demo-output *.egg-info

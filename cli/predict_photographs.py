@@ -3,6 +3,7 @@
 `with_photographs` puts them beside `uniter-train predict TASK`, which writes the submission of a whole database.
 """
 
+import difflib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -46,6 +47,9 @@ class Predict(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] in self.commands:
             return super().resolve_command(ctx, args)
+        # The tasks are not asked, which would take seconds: none has a name like these.
+        if close := difflib.get_close_matches(args[0], self.commands, n=1):
+            raise click.UsageError(f"no question and no task is called {args[0]!r}; did you mean {close[0]!r}?", ctx)
         return None, self._of_task, args
 
 
@@ -152,16 +156,20 @@ def _ask(
     as_json: bool,
     answers: str | None = None,
 ) -> None:
-    from uniter.extract.install import require_detectron2
-    from uniter.extract.on_demand import RegionExtractor, default_cache
-    from uniter.model.understanding.asking import Understanding
-
     if cache is not None and no_cache:
         raise click.UsageError("--cache and --no-cache contradict each other")
     photographs = _photographs(images)
     several = len(texts) > 1 or (question != "rank" and len(photographs) > 1)
     if out is not None:
         _check_out(out, photographs, several=several)
+    # Only here: what loads the libraries takes seconds, in which a slip of the pen could have been said.
+    from uniter.extract.install import require_detectron2
+    from uniter.extract.on_demand import RegionExtractor, default_cache
+    from uniter.model.checkpoints.read import find_weights
+    from uniter.model.understanding.asking import Understanding
+
+    for checkpoint in checkpoints:
+        find_weights(checkpoint)
     require_detectron2()
     if weights is not None and weights.startswith("random:"):
         log.warning("WARNING: random weights. These regions mean NOTHING, and so do the answers; this is for trying things out only.")
@@ -187,6 +195,8 @@ def _photographs(images: Sequence[str]) -> list[str]:
         if Path(name).is_dir():
             listed = list_images(name, key="path")
             found += [item.file for number in range(listed.units) for item in listed.unit(number)]
+        elif not Path(name).exists():
+            raise BadInput(f"--image {name}: No such file or folder")
         else:
             found.append(name)
     return found

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from uniter.cli.common import common_options, print_summary
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
+from uniter.datasets.runs.held_out import read_held_out
 from uniter.datasets.runs.run_log import read_log
 from uniter.datasets.text_db import TextDB
 from uniter.datasets.text_db.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ Examples:
   uniter-view out.lmdb --images photos/ --text captions.db --out report/ --limit 500
   uniter-view out.lmdb --images photos/ --out report/ --key COCO_train2014_000000084002
   uniter-view run-a/ run-b/ --out curves/
+  uniter-view detector/ --images photos/ --out training/
   uniter-view run/ out.lmdb --text captions.db --images photos/ --out looks/
 
 Open report/index.html in any browser; it needs no server and no network.
@@ -64,11 +66,13 @@ def main(
     """A page to look at: regions on their photographs, captions, histograms, failures; for run directories, curves.
 
     DB is a region database of any kind (ours, published, several); RUN is a directory of uniter-train. One RUN with DB and --text
-    also shows which regions each word attends to, and the transport plan.
+    also shows which regions each word attends to, and the transport plan; a detector's RUN with --images each class's average precision
+    and the photographs held out on which it did worst.
     """
     runs = [source for source in sources if (Path(source) / "log.jsonl").is_file()]
     others = [source for source in sources if source not in runs]
-    _refuse_idle_options("looks" if runs and others else "runs" if runs else "regions")
+    held_out = {run: found for run in runs if (found := read_held_out(Path(run))) is not None}
+    _refuse_idle_options("looks" if runs and others else "trainings" if held_out else "runs" if runs else "regions")
     if runs:
         if others and (len(runs) > 1 or not texts):
             raise click.UsageError(f"with {others[0]}, give one run and --text: its words are looked at over those regions")
@@ -80,7 +84,13 @@ def main(
         looks = _looks(Path(runs[0]), database, texts, pairs, keys) if database is not None else ()
         class_names = database.class_names if database is not None else None
         summary = write_runs_report(
-            logs, out, looks=looks, photographs=photographs, class_names=class_names, sources=[*sources, *texts]
+            logs,
+            out,
+            looks=looks,
+            held_out={name: held_out[run] for name, run in zip(names, runs, strict=True) if run in held_out},
+            photographs=photographs,
+            class_names=class_names,
+            sources=[*sources, *texts],
         ).as_dict()
     else:
         captions = _captions(texts) if texts else None
@@ -102,8 +112,14 @@ _IDLE = {
     "regions": ("pairs",),
     "runs": ("photographs", "texts", "limit", "keys", "most_boxes", "pairs", "allow_partial"),
     "looks": ("limit", "most_boxes"),
+    "trainings": ("texts", "limit", "keys", "most_boxes", "pairs", "allow_partial"),
 }
-_MEANS = {"regions": "the page of region databases", "runs": "a page of runs alone", "looks": "the page of what a run looks at"}
+_MEANS = {
+    "regions": "the page of region databases",
+    "runs": "a page of runs alone",
+    "looks": "the page of what a run looks at",
+    "trainings": "the page of a detector's training",
+}
 
 
 def _refuse_idle_options(what: str) -> None:

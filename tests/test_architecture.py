@@ -42,7 +42,7 @@ FOLDERS = {
         "datasets/text_db/annotations",
         "datasets/text_db/building",
     },
-    "datasets/view": {"datasets/image_db", "datasets/image_db/writing", "datasets/storage"},
+    "datasets/view": {"datasets/image_db", "datasets/image_db/writing", "datasets/runs", "datasets/storage"},
     "datasets/made_up": {"datasets/storage"},
     "datasets/made_up/tasks": {"datasets/storage", "datasets/made_up"},
     "extract/images": {*_RECORDS},

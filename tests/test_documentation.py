@@ -81,14 +81,29 @@ def paths_named_in(text: str) -> Iterator[str]:
             yield name
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
-def test_files_that_a_contributor_is_sent_to_exist(page: str) -> None:
+@pytest.mark.parametrize(("page", "at_least"), [("CONTRIBUTING.md", 40), ("README.md", 3)])
+def test_files_that_a_contributor_is_sent_to_exist(page: str, at_least: int) -> None:
     named = list(paths_named_in((ROOT / page).read_text(encoding="utf-8")))
-    assert len(named) > 5
+    assert len(named) >= at_least
     for name in named:
         path = ROOT / name
         there = path.parent.is_dir() if "<" in path.name else any(ROOT.glob(name)) if "*" in name else path.exists()
         assert there, f"{page} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+    """Also from the README, which `make docs` does not see: the file, and the heading in it."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            known = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in known, f"{page.name} links to {target}, known are {sorted(known)}"
 
 
 def test_what_is_cited_is_the_toolkit_and_the_paper_is_its_reference() -> None:

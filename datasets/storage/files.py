@@ -1,8 +1,10 @@
 """Files written whole or not at all, JSON read with errors in words, and names with braces in them."""
 
 import contextlib
+import filecmp
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -16,6 +18,9 @@ from typing import Any, BinaryIO, Final
 import orjson
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.storage.locks import only_writer
+
+logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------- small files
 
@@ -171,25 +176,44 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it appears as `path` by rename once all in it is durable, or not at all.
+def complete_folder(path: Path, *, again: bool = False) -> Iterator[Path]:
+    """A folder to fill; it appears as `path` by rename once all in it is durable, or not at all. What a killed process left goes.
+
+    Args:
+        again: where there is such a folder that holds the very same files, that is said and nothing done; it may hold others beside them.
 
     Raises:
-        BadInput: there is such a folder.
+        BadInput: there is such a folder; with `again`, one that holds other contents.
+        UniterError: another process is making it at this moment.
     """
-    if path.exists():
+    if path.exists() and not again:
         raise BadInput(f"{path} exists already; name a new folder or remove that one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    aside.mkdir()
-    try:
-        yield aside
-        for inner in (*aside.rglob("*"), aside):
-            sync(inner)
-        aside.rename(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    aside = path.with_name(f".{path.name}.incoming")
+    with only_writer(aside, doing="filling"):
+        try:
+            for left in aside.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield aside
+            if path.exists():
+                _refuse_another(path, aside)
+                logger.info("%s is complete already: it holds the same", path)
+                return
+            for inner in (*aside.rglob("*"), aside):
+                sync(inner)
+            aside.rename(path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     sync(path.parent)
+
+
+def _refuse_another(path: Path, made: Path) -> None:
+    """Raise BadInput where a file of the folder that was made anew is missing or another one in `path`."""
+    for new in sorted(made.rglob("*")):
+        old = path / new.relative_to(made)
+        if new.is_file() and not (old.is_file() and filecmp.cmp(old, new, shallow=False)):
+            other = f"another {old.name} than would be written now" if old.exists() else f"no {old.name}"
+            raise BadInput(f"{path} exists already and holds {other}; name a new folder or remove that one")
 
 
 def keep_others(old: Path, new: Path, *, ours: Callable[[str], bool]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.network import hub_is_reachable
 from uniter.datasets.storage.streams import object_of, whole_json
 
 PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -81,17 +82,18 @@ def from_hub(name: str) -> tuple[list[str], bool, list[str]]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    folder = None
+    folder, online = None, hub_is_reachable()
     try:
         for file in (VOCABULARY_FILE, "tokenizer.json", TOKENIZER_FILE):
             try:
-                folder = Path(hf_hub_download(name, file)).parent
+                folder = Path(hf_hub_download(name, file, local_files_only=not online)).parent
             except LocalEntryNotFoundError:
                 raise
             except EntryNotFoundError:
                 continue
     except Exception as error:  # every kind of network trouble has its own class there
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = reason if online else "no network, and it is not in the cache"
         raise BadInput(
             f"tokenizer {name!r} is neither on board (bert-base-cased), nor a file, nor a folder, and could not be had from the "
             f"Hugging Face hub ({reason}); give a vocab.txt"

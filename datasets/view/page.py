@@ -23,7 +23,9 @@ INDEX: Final = "index.html"
 PICTURES: Final = "pictures"
 REPORT: Final = Maker("a report", complete=INDEX, writes=("page-*.html", PICTURES))
 _MARK: Final = Markup('<meta name="generator" content="uniter-view">')
-_PICTURE: Final = re.compile(r"(small-)?\d{6}-.*\.jpg|\d{3}(-\d+-\d{3})?\.jpg")  # of regions; of what words look at
+_PICTURE: Final = re.compile(
+    r"(small-)?\d{6}-.*\.jpg|\d{3}(-\d+-\d{3})?\.jpg|held-out-\d+-\d{3}\.jpg"
+)  # of regions; of what words look at; of trainings
 
 _TEMPLATES: Final = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

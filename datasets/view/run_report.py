@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.runs.held_out import HeldOut
 from uniter.datasets.view.charts import LINE_COLOURS, curves
 from uniter.datasets.view.drawing import draw_regions, draw_weights
+from uniter.datasets.view.held_out import draw_held_out
 from uniter.datasets.view.labels import label_regions
 from uniter.datasets.view.page import INDEX, PICTURES, report_folder, write_page
 from uniter.datasets.view.photographs import photograph, refuse_if_none_is_there
@@ -35,9 +37,11 @@ class RunsSummary:
     runs: dict[str, dict[str, int]]
     curves: int
     pairs: int = 0
+    held_out_pictures: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        return {"page": str(self.page), "runs": self.runs, "curves": self.curves, "pairs": self.pairs}
+        counts = {"curves": self.curves, "pairs": self.pairs, "held_out_pictures": self.held_out_pictures}
+        return {"page": str(self.page), "runs": self.runs, **counts}
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,19 @@ def write_runs_report(
     out: str | Path,
     *,
     looks: Iterable[LookedAt] = (),
+    held_out: Mapping[str, HeldOut] | None = None,
     photographs: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     sources: Sequence[str | Path] = (),
 ) -> RunsSummary:
-    """Curves of one or several training runs, a chart for each figure of their logs, runs over one another.
+    """Curves of one or several training runs, a chart for each figure of their logs, runs over one another; of detectors' trainings also
+    the average precision of each class and the photographs held out on which they did worst.
 
     Args:
         runs: for each run's name the lines of its log: {"step": int, "kind": str, figure: number, ...}; nested maps are figures with a dot.
         out: the report's folder, as for `write_region_report`.
         looks: pairs of text and picture that a model looked at; they stand before the curves.
+        held_out: by a run's name what it found on the photographs held out.
         photographs: the folder of the pictures' photographs.
         class_names: of the regions, counted from 0 without background.
         sources: the files and folders that runs and looks come from, which `out` must not hold.
@@ -87,8 +94,10 @@ def write_runs_report(
     colours = {name: LINE_COLOURS[place % len(LINE_COLOURS)] for place, name in enumerate(runs)}
     found = Photographs(photographs) if photographs is not None else None
     pairs = list(looks)
-    if found is not None and pairs:
-        refuse_if_none_is_there(found, [pair.key for pair in pairs])
+    trainings = held_out or {}
+    shown = [pair.key for pair in pairs] + [picture.file for training in trainings.values() for picture in training.worst]
+    if found is not None and shown:
+        refuse_if_none_is_there(found, shown)
     kinds: dict[str, list[Markup]] = {figure.split(" ")[0]: [] for figure in figures}
     for figure, lines in sorted(figures.items(), key=_losses_first):
         kinds[figure.split(" ")[0]].append(curves(lines, colours=colours, title=figure))
@@ -99,9 +108,11 @@ def write_runs_report(
             title=", ".join(runs),
             runs=[{"name": name, "colour": colours[name], **row} for name, row in summary.items()],
             looks=[_look(pair, place, folder, found, class_names) for place, pair in enumerate(pairs)],
+            trainings=[draw_held_out(name, place, training, folder, found) for place, (name, training) in enumerate(trainings.items())],
             kinds=list(kinds.items()),
         )
-    return RunsSummary(Path(out) / INDEX, summary, len(figures), len(pairs))
+    drawn = sum(len(training.worst) for training in trainings.values())
+    return RunsSummary(Path(out) / INDEX, summary, len(figures), len(pairs), drawn)
 
 
 def _figures(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> tuple[_Figures, dict[str, dict[str, int]]]:

@@ -1,6 +1,6 @@
 """The folder of a detector in training: claimed, check-pointed, finished.
 
-OUT/settings.json, config.yaml, log.jsonl, checkpoints/step-N/, and at the end model.safetensors and detector.json
+OUT/settings.json, config.yaml, log.jsonl, held_out.json, checkpoints/step-N/, and at the end model.safetensors and detector.json
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.runs.held_out import HELD_OUT_FILE
 from uniter.datasets.runs.run_log import LOG_FILE
 from uniter.datasets.runs.step_folders import CHECKPOINTS, checkpoint_path, checkpoint_steps, write_step
 from uniter.datasets.storage.claims import Claim, Maker, claim, refuse_source_inside
@@ -28,7 +29,7 @@ from uniter.extract.training.running_mean import RunningMean
 CONFIG: Final = "config.yaml"
 WEIGHTS: Final = "model.safetensors"
 DESCRIPTION: Final = "detector.json"
-DETECTOR = Maker("a detector", DESCRIPTION, (CONFIG, WEIGHTS, LOG_FILE, CHECKPOINTS, "events.out.tfevents.*"))
+DETECTOR = Maker("a detector", DESCRIPTION, (CONFIG, WEIGHTS, LOG_FILE, HELD_OUT_FILE, CHECKPOINTS, "events.out.tfevents.*"))
 
 
 @contextlib.contextmanager

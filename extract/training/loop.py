@@ -150,9 +150,11 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
             ends = step == plan.steps
             if step % plan.validate_every == 0 or ends:
                 with mean.in_place(network):
-                    figures = plan.evaluate(network, plan.val, plan.preparation)
+                    evaluation = plan.evaluate(network, plan.val, plan.preparation, folder=plan.images)
+                figures = evaluation.figures
                 validations.append({"step": step, **figures})
                 journal.write(step, "validation", figures)
+                evaluation.held_out(step).write(folder)
                 first = ", ".join(f"{name.replace('map', 'mAP').replace('ap', 'AP')} {figures[name]:.3f}" for name in list(figures)[:2])
                 log.info("update %d: %s on %d held-out images", step, first, len(plan.val.images))
             if ends or told or step % plan.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:

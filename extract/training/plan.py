@@ -18,7 +18,7 @@ from uniter.extract.detector.configuration import checked_config, merged_config,
 from uniter.extract.detector.preparation import ShortestEdgePreparation
 from uniter.extract.training.beginnings import Beginning, begin, find_beginning, follow_weights
 from uniter.extract.training.configs import MODELS, Schedule, schedule_of
-from uniter.extract.training.evaluation import evaluate_boxes, evaluate_visual_genome
+from uniter.extract.training.evaluation import Evaluation, evaluate_boxes, evaluate_visual_genome
 from uniter.extract.training.ignored import IgnoredRegions
 from uniter.extract.training.labelled_images import LabelledImages, parts_of, read_labelled_images
 from uniter.extract.training.predictor import SOFT_WEIGHT, build_network
@@ -77,6 +77,7 @@ class Plan:
     """A training with nothing left open.
 
     Attributes:
+        images: the folder of the photographs.
         train, val: the images to learn from, and those held out.
         skipped: what was left out of both: reason -> how many.
         cfg: Detectron2's configuration, as it is written beside the weights.
@@ -86,13 +87,14 @@ class Plan:
         The others: see `Choices`.
     """
 
+    images: Path
     train: LabelledImages
     val: LabelledImages
     skipped: dict[str, int]
     cfg: CfgNode
     schedule: Schedule
     attributes: int
-    evaluate: Callable[[nn.Module, LabelledImages, ShortestEdgePreparation], dict[str, float]]
+    evaluate: Callable[..., Evaluation]
     steps: int
     batch_size: int
     learning_rate: float
@@ -157,6 +159,7 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
         **{"config_sha256": hashlib.sha256(cfg.dump().encode()).hexdigest()},
     }
     plan = Plan(
+        images=images,
         train=train,
         val=val,
         skipped=skipped,

@@ -62,10 +62,10 @@ def export_hub(model: nn.Module | Weights, folder: str | Path, *, card: str | No
         card: the text of `README.md`; by default `model_card(model)`.
 
     Raises:
-        BadInput: the folder exists.
+        BadInput: the folder exists and holds another model.
     """
     weights = as_weights(model)
-    with complete_folder(Path(folder)) as aside:
+    with complete_folder(Path(folder), again=True) as aside:
         write_weights(aside, dataclasses.replace(weights, about={"model_type": "uniter", **weights.about}))
         (aside / CARD_FILE).write_text(card if card is not None else model_card(weights), encoding="utf-8")
 

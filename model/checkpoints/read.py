@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.network import hub_is_reachable
 from uniter.datasets.text_db.vocabulary_files import TOKENIZER_FILE, VOCABULARY_FILE
 
 log = logging.getLogger(__name__)
@@ -73,13 +74,15 @@ def _from_hub(name: str) -> Path:
     from transformers.utils.hub import cached_file
 
     problem: Exception | None = None
+    online = hub_is_reachable()
     try:
-        cached_file(name, CONFIG_FILE)
+        cached_file(name, CONFIG_FILE, local_files_only=not online)
         for file in FOLDER_WEIGHTS:
-            found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+            found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, local_files_only=not online)
             if found is not None:
                 # A vocabulary without the other file does not tell whether letters are lowered. `export_hub` writes both.
                 lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+                lenient["local_files_only"] = not online
                 if cached_file(name, TOKENIZER_FILE, **lenient) is not None:
                     cached_file(name, VOCABULARY_FILE, **lenient)
                 return Path(found)
@@ -87,6 +90,7 @@ def _from_hub(name: str) -> Path:
     except Exception as error:
         problem = error
     reason = _first_line(problem) if problem is not None else f"it holds neither {' nor '.join(FOLDER_WEIGHTS)}"
+    reason = reason if online else "no network, and it is not in the cache"
     raise BadInput(
         f"{name!r} is no file or folder here and could not be had from the hub ({reason}); "
         "check the name and the network, or download it and give the folder"

@@ -20,7 +20,6 @@ from typing import Any
 
 import click
 import numpy as np
-import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -39,11 +38,6 @@ SIZES = ("hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "inte
 TINY = (*(word for size in SIZES for word in ("--set", f"model.{size}")), "--set", "tensorboard=false", "--set", "batch_tokens=100", *CPU)
 WORDS = ("a", "red", "blue", "green", "cat", "dog", "on", "the", "grass")
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def not_yet(point: int | str, today: str = "") -> pytest.MarkDecorator:
-    """The mark of a law that order 13 makes true; `today`: what happens instead. What fails before the law is asked is a failure."""
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"order 13, point {point}{': ' if today else ''}{today}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ commands

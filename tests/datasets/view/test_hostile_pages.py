@@ -19,6 +19,7 @@ from uniter.cli.view import main
 from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.image_db.writing.units import UnitStore
+from uniter.datasets.runs.held_out import ClassFigures, FoundBox, HeldOut, HeldOutPicture
 from uniter.datasets.view.charts import curves, histogram
 from uniter.datasets.view.region_report import write_region_report
 from uniter.datasets.view.run_report import LookedAt, write_runs_report
@@ -185,7 +186,11 @@ def runs_page(out: Path, word: str) -> str:
     ]
     maps = {f"attention {word}": np.array([[0.7, 0.3], [0.2, 0.8]])}
     looks = [LookedAt(f"title {word}", f"key {word}", [f"word {word}", "other"], record(), maps, f"note {word}")]
-    write_runs_report({f"run {word}": lines, "second": lines}, out, looks=looks, class_names=[f"class {word}", "other"])
+    annotated = [FoundBox((1, 1, 9, 9), f"thing {word}")]
+    worst = HeldOutPicture(f"file {word}.jpg", (20, 30), 1, 0, annotated, [])
+    held_out = {f"run {word}": HeldOut(3, 1, 0.2, [ClassFigures(f"thing {word}", 1, 0.5, 0.5)], [worst])}
+    runs = {f"run {word}": lines, "second": lines}
+    write_runs_report(runs, out, looks=looks, held_out=held_out, class_names=[f"class {word}", "other"])
     return (out / "index.html").read_text()
 
 
@@ -194,7 +199,17 @@ def test_a_page_of_runs_and_what_their_words_look_at(tmp_path: Path, word: str) 
     page = runs_page(tmp_path / "hostile", word)
     found = parsed(page)
     same_skeleton(found, parsed(runs_page(tmp_path / "harmless", "harmless")))
-    for said in (f"run {word}", f"title {word}", f"word {word}", f"note {word}", f"attention {word}", f"loss {word}", f"nested.{word}"):
+    for said in (
+        f"thing {word}",
+        f"file {word}.jpg",
+        f"run {word}",
+        f"title {word}",
+        f"word {word}",
+        f"note {word}",
+        f"attention {word}",
+        f"loss {word}",
+        f"nested.{word}",
+    ):
         assert said in found.text
     assert sum(label.endswith(f" loss {word}") for label in found.values("aria-label")) == 1
     assert sum(label.endswith(f" nested.{word}") for label in found.values("aria-label")) == 1

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from detectron2.utils.events import EventStorage
 from safetensors.torch import load_file
 
 from uniter.cli.train_detector import detector_command
+from uniter.cli.view import main as view_command
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.made_up.files import write_world
 from uniter.datasets.made_up.world import WORLDS
+from uniter.datasets.runs.held_out import read_held_out
 from uniter.datasets.stopping import Stopped
 from uniter.extract.detector.configuration import merged_config, read_config
 from uniter.extract.detector.detectron import build_detector
@@ -501,6 +504,28 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
     (tmp_path / "partly.json").write_text(json.dumps(content))
     strict = [*arguments, "--annotations", str(tmp_path / "partly.json"), "--out", str(tmp_path / "strict")]
     assert CliRunner().invoke(detector_command, [*strict, *options[:4], "--strict"]).exit_code == 3
+
+
+def test_what_was_found_on_the_photographs_held_out_is_kept_and_drawn(world: Path, finished: Path, tmp_path: Path) -> None:
+    """The classes' figures agree with COCOeval's mean over them, the pictures with the annotations."""
+    kept = read_held_out(finished)
+    assert kept is not None
+    truth = json.loads((world / "instances_train.json").read_text())
+    training = json.loads((finished / "detector.json").read_text())["training"]
+    assert kept.step == training["steps"] and kept.images == len(kept.worst) > 0
+    assert sum(row.boxes for row in kept.classes) == sum(len(picture.annotated) for picture in kept.worst)
+    for figure in ("ap", "ap50"):
+        assert sum(getattr(row, figure) for row in kept.classes) / len(kept.classes) == pytest.approx(training[figure], abs=1e-6)
+    files = {row["id"]: row["file_name"] for row in truth["images"]}
+    annotated = Counter(files[row["image_id"]] for row in truth["annotations"])
+    assert all(len(picture.annotated) == annotated[picture.file] for picture in kept.worst)
+    page = ["--images", str(world / "images"), "--out", str(tmp_path / "page"), "--json"]
+    shown = CliRunner().invoke(view_command, [str(finished), *page])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["held_out_pictures"] == len(kept.worst) == len(list((tmp_path / "page" / "pictures").iterdir()))
+    idle = CliRunner().invoke(view_command, [str(finished), *page, "--limit", "3"])
+    assert idle.exit_code == 2 and "--limit makes no difference" in idle.stderr
+    assert all(len(picture.annotated) - picture.missed == len(picture.found) - picture.wrong for picture in kept.worst)
 
 
 @pytest.mark.slow
