@@ -1,5 +1,6 @@
-"""Average precision of what the network finds: COCO's, class by class, with the photographs on which it does worst; and Visual Genome's as
-Bottom-Up-Attention reports it.
+"""Average precision of what the network finds, class by class, and the photographs on which it does worst.
+
+COCO's; or Visual Genome's, as Bottom-Up-Attention reports it.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -40,9 +41,8 @@ class Evaluation:
     """A validation.
 
     Attributes:
-        figures: ap (0.50 to 0.95), ap50, ap75, ap_small, ap_medium, ap_large, as fractions of 1 (-1 where there is no such box), and
-            images_broken.
-        classes, worst: as in `HeldOut`; none of a training that is judged as Visual Genome's.
+        figures: see the functions that make it.
+        classes, worst: as in `HeldOut`.
         images: how many were looked at.
     """
 
@@ -55,65 +55,19 @@ class Evaluation:
         return HeldOut(step, self.images, CONFIDENCE, self.classes, self.worst)
 
 
-class Evaluator(Protocol):
-    """How the images held out are judged; `folder` is that of the photographs."""
-
-    def __call__(self, model: nn.Module, labelled: LabelledImages, preparation: ShortestEdgePreparation, *, folder: Path) -> Evaluation: ...
-
-
-class Detection(NamedTuple):
-    """One detection: its image's number in `LabelledImages.images`, its class from 0, its box x0 y0 x1 y1 in image pixels, its score."""
-
-    image: int
-    number: int
-    box: tuple[float, float, float, float]
-    score: float
-
-
-def detections(
-    model: nn.Module, labelled: LabelledImages, preparation: ShortestEdgePreparation, *, batch_size: int = 16
-) -> tuple[list[Detection], int]:
-    """The model's final (regressed, class-wise suppressed) detections in all images, and how many of those could not be decoded."""
-    was_training = model.training
-    model.eval()
-    found: list[Detection] = []
-    broken = 0
-    try:
-        for first in range(0, len(labelled.images), batch_size):
-            items, members = [], []
-            for number, image in enumerate(labelled.images[first : first + batch_size], start=first):
-                try:
-                    pixels, _ = network_input(image, preparation)
-                except (BadInput, OSError):
-                    broken += 1
-                    continue
-                items.append({"image": channels_first(pixels), "height": image.size[0], "width": image.size[1]})
-                members.append(number)
-            if not items:
-                continue
-            with torch.no_grad():
-                outputs = model(items)
-            for number, output in zip(members, outputs, strict=True):
-                seen = output["instances"].to("cpu")
-                rows = zip(seen.pred_classes.tolist(), seen.pred_boxes.tensor.tolist(), seen.scores.tolist(), strict=True)
-                found += [Detection(number, kind, tuple(box), score) for kind, box, score in rows]
-    finally:
-        model.train(was_training)
-    return found, broken
-
-
-def evaluate_boxes(model: nn.Module, labelled: LabelledImages, preparation: ShortestEdgePreparation, *, folder: Path) -> Evaluation:
-    """Box average precision of the model's detections by COCOeval.
+def evaluate_boxes(
+    model: nn.Module, labelled: LabelledImages, preparation: ShortestEdgePreparation, *, folder: Path, batch_size: int = 16
+) -> Evaluation:
+    """Evaluate the model's final (regressed, class-wise suppressed) detections by COCOeval.
 
     Args:
         folder: of the photographs; their names are told below it.
+
+    Returns:
+        Figures ap (0.50 to 0.95), ap50, ap75, ap_small, ap_medium, ap_large, as fractions of 1 (-1 where there is no such box), and
+        images_broken.
     """
-    found, broken = detections(model, labelled, preparation)
-    results = []
-    for one in found:
-        x0, y0, x1, y1 = one.box
-        image_id, category = labelled.images[one.image].id, labelled.category_ids[one.number]
-        results.append({"image_id": image_id, "category_id": category, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": one.score})
+    results, broken = _detections(model, labelled, preparation, batch_size)
     truth = COCO()
     truth.dataset = coco_ground_truth(labelled)
     printed = io.StringIO()
@@ -132,6 +86,41 @@ def evaluate_boxes(model: nn.Module, labelled: LabelledImages, preparation: Shor
     stats = {name: float(value) if results else 0.0 for name, value in zip(_NAMES, evaluation.stats, strict=False)}
     worst = _worst(evaluation, labelled, results, folder)
     return Evaluation({**stats, "images_broken": broken}, _by_class(evaluation, labelled), worst, len(labelled.images))
+
+
+def _detections(
+    model: nn.Module, labelled: LabelledImages, preparation: ShortestEdgePreparation, batch_size: int
+) -> tuple[list[dict[str, Any]], int]:
+    """COCO's result rows of all photographs, and how many of these could not be read."""
+    was_training = model.training
+    model.eval()
+    results: list[dict[str, Any]] = []
+    broken = 0
+    try:
+        for first in range(0, len(labelled.images), batch_size):
+            items, members = [], []
+            for image in labelled.images[first : first + batch_size]:
+                try:
+                    pixels, _ = network_input(image, preparation)
+                except (BadInput, OSError):
+                    broken += 1
+                    continue
+                items.append({"image": channels_first(pixels), "height": image.size[0], "width": image.size[1]})
+                members.append(image)
+            if not items:
+                continue
+            with torch.no_grad():
+                outputs = model(items)
+            for image, output in zip(members, outputs, strict=True):
+                found = output["instances"].to("cpu")
+                for box, score, number in zip(
+                    found.pred_boxes.tensor.tolist(), found.scores.tolist(), found.pred_classes.tolist(), strict=True
+                ):
+                    bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+                    results.append({"image_id": image.id, "category_id": labelled.category_ids[number], "bbox": bbox, "score": score})
+    finally:
+        model.train(was_training)
+    return results, broken
 
 
 def _by_class(evaluation: COCOeval, labelled: LabelledImages) -> list[ClassFigures]:
@@ -161,6 +150,13 @@ def _worst(evaluation: COCOeval, labelled: LabelledImages, results: list[dict[st
         for score, match, ignored in zip(row["dtScores"], row["dtMatches"][0], row["dtIgnore"][0], strict=True):
             if score >= CONFIDENCE and not ignored:
                 (right if match else wrong)[row["image_id"]] += 1
+    return _pictures(right, wrong, labelled, results, folder)
+
+
+def _pictures(
+    right: Counter[int], wrong: Counter[int], labelled: LabelledImages, results: list[dict[str, Any]], folder: Path
+) -> list[HeldOutPicture]:
+    """The photographs with most mistakes; `right` and `wrong` count each image id's boxes that are surer than `CONFIDENCE`."""
     found: dict[int, list[FoundBox]] = {}
     names = dict(zip(labelled.category_ids, labelled.class_names, strict=True))
     for result in sorted(results, key=lambda result: -result["score"]):
@@ -188,61 +184,94 @@ def _worst(evaluation: COCOeval, labelled: LabelledImages, results: list[dict[st
 
 # Visual Genome
 
+THRESHOLDS: Final = np.arange(50, 100, 5) / 100
+"""Of intersection over union; the first one is Bottom-Up-Attention's."""
 
-def evaluate_visual_genome(model: nn.Module, labelled: LabelledImages, preparation: ShortestEdgePreparation, *, folder: Path) -> Evaluation:
+
+def evaluate_visual_genome(
+    model: nn.Module, labelled: LabelledImages, preparation: ShortestEdgePreparation, *, folder: Path, batch_size: int = 16
+) -> Evaluation:
     """Mean average precision over all classes as Bottom-Up-Attention reports it, see `visual_genome_precision`.
 
-    Its figures are map50, map50_weighted, classes_without_boxes, images_broken.
+    Returns:
+        Figures map50, map50_weighted, classes_without_boxes, images_broken.
     """
-    found, broken = detections(model, labelled, preparation)
-    return Evaluation({**visual_genome_precision(found, labelled), "images_broken": broken}, [], [], len(labelled.images))
+    results, broken = _detections(model, labelled, preparation, batch_size)
+    figures, classes, right, wrong = visual_genome_precision(results, labelled)
+    return Evaluation(
+        {**figures, "images_broken": broken}, classes, _pictures(right, wrong, labelled, results, folder), len(labelled.images)
+    )
 
 
-def visual_genome_precision(found: Sequence[Detection], labelled: LabelledImages) -> dict[str, float]:
+def visual_genome_precision(
+    results: Sequence[Mapping[str, Any]], labelled: LabelledImages
+) -> tuple[dict[str, float], list[ClassFigures], Counter[int], Counter[int]]:
     """Pascal VOC's average precision (of 2010 and later) at an intersection over union above 0.5, widths counted inclusively.
 
     A class without boxes counts 0 in the mean, as it does there; `map50_weighted` weighs each class by its boxes.
 
+    Args:
+        results: COCO's rows.
+
+    Returns:
+        The figures; those of each class that has boxes, whose `ap` is the mean over `THRESHOLDS`; and how many boxes that are surer than
+        `CONFIDENCE` are right and wrong, by image id.
+
     Source: bottom-up-attention, `lib/datasets/vg_eval.py` and `vg.py`. Differs from it: there detections are moved by a pixel against the
     boxes, and scores rounded to three places.
     """
-    count = len(labelled.class_names)
-    boxes: list[dict[int, NDArray[np.float32]]] = [{} for _ in range(count)]
-    for row, image in enumerate(labelled.images):
+    boxes: dict[int, dict[int, NDArray[np.float32]]] = {}
+    for image in labelled.images:
         for number in np.unique(image.classes).tolist():
-            boxes[number][row] = image.boxes[image.classes == number]
-    by_class: list[list[Detection]] = [[] for _ in range(count)]
-    for one in found:
-        by_class[one.number].append(one)
-    precisions = np.array([_class_precision(by_class[number], boxes[number]) for number in range(count)])
-    totals = np.array([sum(map(len, of_class.values())) for of_class in boxes])
-    weighted = float((precisions * totals).sum() / max(totals.sum(), 1))
-    return {"map50": float(precisions.mean()), "map50_weighted": weighted, "classes_without_boxes": int((totals == 0).sum())}
+            boxes.setdefault(labelled.category_ids[number], {})[image.id] = image.boxes[image.classes == number]
+    by_class: dict[int, list[Mapping[str, Any]]] = {}
+    for row in results:
+        by_class.setdefault(row["category_id"], []).append(row)
+    classes, right, wrong = [], Counter[int](), Counter[int]()
+    for category, name in zip(labelled.category_ids, labelled.class_names, strict=True):
+        found = sorted(by_class.get(category, ()), key=lambda row: -row["score"])
+        hits = _hits(found, boxes.get(category, {}))
+        for row, hit in zip(found, hits[:, 0], strict=True):
+            if row["score"] >= CONFIDENCE:
+                (right if hit else wrong)[row["image_id"]] += 1
+        if count := sum(map(len, boxes.get(category, {}).values())):
+            precisions = _precisions(hits, count)
+            classes.append(ClassFigures(name, count, float(precisions.mean()), float(precisions[0])))
+    total = sum(row.boxes for row in classes)
+    figures = {
+        "map50": sum(row.ap50 for row in classes) / len(labelled.class_names),
+        "map50_weighted": sum(row.ap50 * row.boxes for row in classes) / max(total, 1),
+        "classes_without_boxes": len(labelled.class_names) - len(classes),
+    }
+    return figures, sorted(classes, key=lambda row: (-row.ap, -row.boxes, row.name)), right, wrong
 
 
-def _class_precision(found: Sequence[Detection], boxes: Mapping[int, NDArray[np.float32]]) -> float:
-    """Average precision of one class; boxes (N, 4) by image."""
-    total = sum(map(len, boxes.values()))
-    if not total or not found:
-        return 0.0
-    taken = {row: np.zeros(len(of_image), dtype=bool) for row, of_image in boxes.items()}
-    right = np.zeros(len(found))
-    for rank, one in enumerate(sorted(found, key=lambda one: -one.score)):
-        if one.image not in boxes:
-            continue
-        overlaps = _inclusive_overlaps(np.array(one.box), boxes[one.image])
-        best = int(overlaps.argmax())
-        if overlaps[best] > 0.5 and not taken[one.image][best]:
-            taken[one.image][best], right[rank] = True, 1
-    hits = right.cumsum()
-    recall, precision = hits / total, hits / np.arange(1, len(found) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((np.diff(recall, prepend=0) * envelope).sum())
+def _hits(found: Sequence[Mapping[str, Any]], boxes: Mapping[int, NDArray[np.float32]]) -> NDArray[np.bool_]:
+    """(D, T): which detections of a class, best first, are its image's best box, still free, at each of `THRESHOLDS`."""
+    taken = {image: np.zeros((len(of_image), len(THRESHOLDS)), dtype=bool) for image, of_image in boxes.items()}
+    hits = np.zeros((len(found), len(THRESHOLDS)), dtype=bool)
+    for rank, row in enumerate(found):
+        if row["image_id"] in boxes:
+            overlaps = _inclusive_overlaps(row["bbox"], boxes[row["image_id"]])
+            best = int(overlaps.argmax())
+            above, free = overlaps[best] > THRESHOLDS, ~taken[row["image_id"]][best]
+            hits[rank] = above & free
+            taken[row["image_id"]][best] |= above
+    return hits
 
 
-def _inclusive_overlaps(box: NDArray[np.floating], others: NDArray[np.float32]) -> NDArray[np.floating]:
-    """(N,) intersection over union of a box (4,) with others (N, 4), widths counted inclusively."""
-    shared = np.maximum(np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2]) + 1, 0).prod(axis=1)
-    area = (box[2:] - box[:2] + 1).prod() + (others[:, 2:] - others[:, :2] + 1).prod(axis=1)
-    overlaps: NDArray[np.floating] = shared / (area - shared)
+def _precisions(hits: NDArray[np.bool_], total: int) -> NDArray[np.floating]:
+    """(T,) areas under precision and recall, precision made to fall, of (D, T) hits among `total` boxes."""
+    right = hits.cumsum(axis=0)
+    precision = right / np.arange(1, len(hits) + 1)[:, None]
+    envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    areas: NDArray[np.floating] = (np.diff(right / total, axis=0, prepend=0) * envelope).sum(axis=0)
+    return areas
+
+
+def _inclusive_overlaps(bbox: Sequence[float], others: NDArray[np.float32]) -> NDArray[np.floating]:
+    """(N,) intersection over union of x, y, width, height with others (N, 4) x0 y0 x1 y1, pixels counted inclusively."""
+    corner, side = np.array(bbox[:2]), np.array(bbox[2:])
+    shared = np.maximum(np.minimum(corner + side, others[:, 2:]) - np.maximum(corner, others[:, :2]) + 1, 0).prod(axis=1)
+    overlaps: NDArray[np.floating] = shared / ((side + 1).prod() + (others[:, 2:] - others[:, :2] + 1).prod(axis=1) - shared)
     return overlaps

@@ -154,8 +154,7 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
                 figures = evaluation.figures
                 validations.append({"step": step, **figures})
                 journal.write(step, "validation", figures)
-                if evaluation.classes:
-                    evaluation.held_out(step).write(folder)
+                evaluation.held_out(step).write(folder)
                 first = ", ".join(f"{name.replace('map', 'mAP').replace('ap', 'AP')} {figures[name]:.3f}" for name in list(figures)[:2])
                 log.info("update %d: %s on %d held-out images", step, first, len(plan.val.images))
             if ends or told or step % plan.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:

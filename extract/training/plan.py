@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from uniter.extract.detector.configuration import checked_config, merged_config,
 from uniter.extract.detector.preparation import ShortestEdgePreparation
 from uniter.extract.training.beginnings import Beginning, begin, find_beginning, follow_weights
 from uniter.extract.training.configs import MODELS, Schedule, schedule_of
-from uniter.extract.training.evaluation import Evaluator, evaluate_boxes, evaluate_visual_genome
+from uniter.extract.training.evaluation import Evaluation, evaluate_boxes, evaluate_visual_genome
 from uniter.extract.training.ignored import IgnoredRegions
 from uniter.extract.training.labelled_images import LabelledImages, parts_of, read_labelled_images
 from uniter.extract.training.predictor import SOFT_WEIGHT, build_network
@@ -94,7 +94,7 @@ class Plan:
     cfg: CfgNode
     schedule: Schedule
     attributes: int
-    evaluate: Evaluator
+    evaluate: Callable[..., Evaluation]
     steps: int
     batch_size: int
     learning_rate: float

@@ -20,7 +20,7 @@ from uniter.extract.detector.preparation import ShortestEdgePreparation
 from uniter.extract.training import loop as training
 from uniter.extract.training.batches import Batches
 from uniter.extract.training.configs import VISUAL_GENOME, learning_rate_factor, r101_c4_config, schedule_of
-from uniter.extract.training.evaluation import Detection, visual_genome_precision
+from uniter.extract.training.evaluation import visual_genome_precision
 from uniter.extract.training.labelled_images import LabelledImage, LabelledImages
 from uniter.extract.training.predictor import build_network
 from uniter.extract.training.visual_genome import (
@@ -258,34 +258,45 @@ def test_the_schedule_is_the_published_one(genome: Genome) -> None:
     assert rates == pytest.approx([0.001, 0.001, 0.0001, 0.0001])
 
 
-def judged(boxes: list[list[float]], classes: list[int], found: list[Detection], names: int = 2) -> dict[str, float]:
-    image = LabelledImage(
-        1,
-        Path("1.jpg"),
-        (100, 100),
-        np.array(boxes, dtype=np.float32),
-        np.array(classes),
-        ((),) * len(boxes),
-        np.zeros(len(boxes), dtype=bool),
-    )
+def found(box: tuple[float, float, float, float], score: float, number: int = 0) -> dict[str, Any]:
+    """A detection x0 y0 x1 y1 of the one image as COCO writes it."""
+    x0, y0, x1, y1 = box
+    return {"image_id": 7, "category_id": number, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+
+
+def judged(boxes: list[list[float]], classes: list[int], results: list[dict[str, Any]], names: int = 2) -> dict[str, float]:
+    crowd = np.zeros(len(boxes), dtype=bool)
+    image = LabelledImage(7, Path("7.jpg"), (100, 100), np.array(boxes, dtype=np.float32), np.array(classes), ((),) * len(boxes), crowd)
     labelled = LabelledImages([image], tuple(f"c{n}" for n in range(names)), tuple(range(names)), ())
-    return visual_genome_precision(found, labelled)
+    return visual_genome_precision(results, labelled)[0]
 
 
 def test_precision_is_pascals_over_all_classes() -> None:
     boxes = [[0, 0, 9, 9], [50, 50, 69, 69]]
-    perfect = [Detection(0, 0, (0, 0, 9, 9), 0.9), Detection(0, 0, (50, 50, 69, 69), 0.8)]
+    perfect = [found((0, 0, 9, 9), 0.9), found((50, 50, 69, 69), 0.8)]
     assert judged(boxes, [0, 0], perfect) == {"map50": 0.5, "map50_weighted": 1.0, "classes_without_boxes": 1}
     # Found twice, and one of them not at all: right, wrong; recall 1/2 at precision 1.
-    twice = [perfect[0], Detection(0, 0, (0, 0, 9, 9), 0.85)]
-    assert judged(boxes, [0, 0], twice, names=1)["map50"] == 0.5
+    assert judged(boxes, [0, 0], [perfect[0], found((0, 0, 9, 9), 0.85)], names=1)["map50"] == 0.5
     # A wrong one first: precisions 0, 1/2, 2/3, whose envelope is 2/3 over the whole recall.
-    wrong = [Detection(0, 0, (80, 0, 99, 9), 0.95), *perfect]
-    assert judged(boxes, [0, 0], wrong, names=1)["map50"] == pytest.approx(2 / 3)
+    assert judged(boxes, [0, 0], [found((80, 0, 99, 9), 0.95), *perfect], names=1)["map50"] == pytest.approx(2 / 3)
     # Counted inclusively, 10 x 10 and 20 x 10 pixels share exactly a half, which is not above it.
-    assert judged([[0, 0, 9, 9]], [0], [Detection(0, 0, (0, 0, 19, 9), 1.0)], names=1)["map50"] == 0
-    assert judged([[0, 0, 9, 9]], [0], [Detection(0, 0, (0, 0, 18, 9), 1.0)], names=1)["map50"] == 1
+    assert judged([[0, 0, 9, 9]], [0], [found((0, 0, 19, 9), 1.0)], names=1)["map50"] == 0
+    assert judged([[0, 0, 9, 9]], [0], [found((0, 0, 18, 9), 1.0)], names=1)["map50"] == 1
     assert judged(boxes, [0, 1], [])["map50"] == 0
+    # Of another class.
+    assert judged(boxes, [0, 1], [found((0, 0, 9, 9), 0.9, number=1)])["map50"] == 0
+
+
+def test_classes_and_mistakes_are_told_beside_the_mean() -> None:
+    crowd = np.zeros(2, dtype=bool)
+    boxes = np.array([[0, 0, 9, 9], [50, 50, 69, 69]], dtype=np.float32)
+    labelled = LabelledImages(
+        [LabelledImage(7, Path("7.jpg"), (100, 100), boxes, np.array([0, 1]), ((), ()), crowd)], ("a", "b"), (0, 1), ()
+    )
+    results = [found((0, 0, 9, 9), 0.9), found((80, 0, 99, 9), 0.5, number=1), found((81, 0, 99, 9), 0.1, number=1)]
+    _, classes, right, wrong = visual_genome_precision(results, labelled)
+    assert [(row.name, row.boxes, row.ap, row.ap50) for row in classes] == [("a", 1, 1.0, 1.0), ("b", 1, 0.0, 0.0)]
+    assert (right[7], wrong[7]) == (1, 1)  # what nobody is sure of is no mistake
 
 
 # An update
