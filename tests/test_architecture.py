@@ -49,7 +49,7 @@ FOLDERS = {
     "extract/weights": {"datasets/storage"},
     "extract/detector": {"extract", "extract/weights", "datasets/storage"},  # `extract` holds install and select
     "extract/run": {*_RECORDS, "datasets/image_db/writing", "extract", "extract/detector", "extract/images"},
-    "extract/training": {"datasets/runs", "datasets/storage", "extract/detector", "extract/images", "extract/weights"},
+    "extract/training": {"datasets/image_db", "datasets/runs", "datasets/storage", "extract/detector", "extract/images", "extract/weights"},
     "extract": {*_RECORDS, "extract/detector", "extract/images", "extract/run", "extract/weights"},
     "model": {"datasets/batches", "datasets/text_db/annotations", "model/heads"},
     "model/heads": {"datasets/batches", "datasets/text_db/annotations", "model"},
