@@ -131,6 +131,7 @@ def main(
 
     Transparent pixels are laid on white; colour profiles are left alone, as cv2.imread does; images are turned as EXIF says.
     """
+    from uniter.datasets.image_db.writing.units import LISTING
     from uniter.extract.detector.detectron import build_detector
     from uniter.extract.images.given_boxes import GivenBoxes
     from uniter.extract.images.listing import list_images
@@ -152,7 +153,7 @@ def main(
         check_space=not ignore_disk_space, show_progress=True, **chosen,
     )  # fmt: skip
     # What can be wrong without the detector is said before its weights are read.
-    listed = list_images(images, key=options.key)
+    listed = list_images(images, key=options.key, notes=out / LISTING)
     if options.given is not None and len(options.given) > listed.images:
         log.info("%s names %d images, of which IMAGES holds at most %d", boxes, len(options.given), listed.images)
     log.info("%s images in %s units of work", f"{listed.images:,}", f"{listed.units:,}")

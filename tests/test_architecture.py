@@ -52,7 +52,7 @@ FOLDERS = {
     "extract/weights": {"datasets/storage"},
     "extract/detector": {"extract", "extract/weights", "datasets/storage"},  # `extract` holds install and select
     "extract/run": {*_RECORDS, "datasets/image_db/writing", "extract", "extract/detector", "extract/images"},
-    "extract/training": {"datasets/runs", "datasets/storage", "extract/detector", "extract/images", "extract/weights"},
+    "extract/training": {"datasets/image_db", "datasets/runs", "datasets/storage", "extract/detector", "extract/images", "extract/weights"},
     # `extract_regions` in a notebook shows the picture that it looked at
     "extract": {*_RECORDS, "datasets/view", "extract/detector", "extract/images", "extract/run", "extract/weights"},
     "model": {"datasets/batches", "datasets/text_db/annotations", "model/heads"},

@@ -8,8 +8,9 @@ Images that are extracted and images that captions name get their keys here, so 
 import re
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.storage.lmdb_pages import MAX_KEY_BYTES
@@ -23,8 +24,7 @@ _RULES = {"stem": "{stem}", "path": "{path}"}
 LONGEST_NUMBER = 255  # digits; no file name is longer, and int() refuses thousands
 
 
-@dataclass(frozen=True, slots=True)
-class NameParts:
+class NameParts(NamedTuple):
     """An image's name as templates see it.
 
     Attributes:
@@ -75,6 +75,9 @@ def key_rule(rule: str) -> KeyRule:
             if conversion or (specification and (field != "id" or not re.fullmatch(r"0?[1-9][0-9]?d?", specification))):
                 raise BadInput(f"--key {rule!r}: only {{id}} takes a format, and only a width such as {{id:012d}}")
         pieces.append((literal, field, specification or ""))
+
+    if template in _RULES.values():  # a million times
+        return attrgetter(template[1:-1])
 
     def make(parts: NameParts) -> str:
         key = ""

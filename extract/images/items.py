@@ -88,22 +88,24 @@ def text_of(name: str) -> str:
 
 
 def digests_of(keys: Sequence[str]) -> NDArray[np.uint64]:
-    packed = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    packed = b"".join([hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys])
     return np.frombuffer(packed, dtype=np.uint64)
 
 
 def digest_of_keys(keys: Sequence[str]) -> str:
-    sha = hashlib.sha256()
-    for key in keys:
-        encoded = key.encode()
-        sha.update(len(encoded).to_bytes(4, "little") + encoded)
-    return sha.hexdigest()
+    return hashlib.sha256(lengths_and_keys(keys)).hexdigest()
+
+
+def lengths_and_keys(keys: Sequence[str]) -> bytes:
+    """What the digest of a list of keys is of."""
+    return b"".join([len(encoded).to_bytes(4, "little") + encoded for encoded in map(str.encode, keys)])
 
 
 def refuse_equal_keys(digests: NDArray[np.uint64], pairs: Callable[[], Iterator[tuple[str, str]]], *, otherwise: str) -> None:
     """BadInput where images share a key; `otherwise` is the rule that tells images of different folders or tars apart."""
-    values, counts = np.unique(digests, return_counts=True)
-    suspects = set(values[counts > 1].tolist())
+    ordered = np.sort(digests)
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    del ordered
     if not suspects:
         return
     files: dict[str, list[str]] = {}

@@ -10,25 +10,18 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from uniter.datasets.errors import BadInput
-from uniter.datasets.image_db.keys import KeyRule, NameParts, key_rule
+from uniter.datasets.image_db.keys import key_rule
 from uniter.datasets.image_db.photographs import HEIF_SUFFIXES, HEIF_WANTS, IMAGE_SUFFIXES, READS_HEIF
 from uniter.datasets.image_db.tables import is_saved_dataset, is_table, tables_in
 from uniter.datasets.storage.files import expand_braces
+from uniter.datasets.storage.packed import Packed, sorted_names
 from uniter.extract.images.decoding import refuse_no_image
-from uniter.extract.images.items import (
-    UNIT_IMAGES,
-    ImageItem,
-    ImageList,
-    digest_of_keys,
-    digests_of,
-    image_item,
-    refuse_equal_keys,
-    text_of,
-)
+from uniter.extract.images.files import FileImages, FoundFiles, packed, text
+from uniter.extract.images.items import UNIT_IMAGES, ImageList
 from uniter.extract.images.tables import TableImages, fetching
 from uniter.extract.images.tars import TarImages
 
@@ -56,7 +49,11 @@ NOT_READ = frozenset((*HEIF_SUFFIXES, ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".
 
 
 def list_images(
-    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, key: str | None = None, unit_images: int = UNIT_IMAGES
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    key: str | None = None,
+    unit_images: int = UNIT_IMAGES,
+    notes: Path | None = None,
 ) -> ImageList:
     """Find the images and make their keys.
 
@@ -68,6 +65,7 @@ def list_images(
             current folder.
         key: see `keys.key_rule`; None: `stem` for files, `path` (WebDataset's `__key__`) for tars.
         unit_images: how many images make a unit, where there are no tars.
+        notes: a folder in which an earlier run has noted what the headers of tars say.
 
     Raises:
         BadInput: there is nothing, a list is malformed, or two images would get the same key (both are named).
@@ -85,9 +83,10 @@ def list_images(
     if any(shards):
         if not all(shards):
             raise BadInput("tar shards and other images were named together; extract them one after the other")
-        return TarImages(list(itertools.chain.from_iterable(shards)), key_rule(key or "path"))
+        return TarImages(list(itertools.chain.from_iterable(shards)), key_rule(key or "path"), notes=notes)
     rule = key_rule(key or "stem")
-    found: list[tuple[str, NameParts, str | None]] = []
+    found: list[FoundFiles] = []
+    alone: list[tuple[str, Path]] = []  # files that were named one by one, and the folder of each
     for path in paths:
         if path.is_dir():
             left_out: Counter[str] = Counter()
@@ -100,47 +99,16 @@ def list_images(
                 )
             if not files:
                 raise BadInput(f"{path} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}) and no tar shards")
-            found += [(str(path / name), NameParts.of_file(name, root=path.resolve().name), None) for name in files]
+            found += [*_together(alone), FoundFiles(str(path / "_")[:-1], path.resolve().name, files)]
         elif path.suffix.lower() in (".txt", ".jsonl", ".ndjson"):
-            found += _listed(path)
+            found += [*_together(alone), _listed(path)]
         elif path.exists():
             if len(paths) == 1:  # of several, one that is no image is a row of failures.jsonl
                 _refuse_no_image(path)
-            found.append((str(path), NameParts.of_file(path.name, root=path.resolve().parent.name), None))
+            alone.append((path.resolve().parent.name, path))
         else:
             raise BadInput(f"{path} does not exist; expected a folder, an image, a list or tar shards")
-    return FileImages(found, rule, unit_images=unit_images)
-
-
-class FileImages:
-    """Image files, so many to a unit."""
-
-    def __init__(self, found: Sequence[tuple[str, NameParts, str | None]], rule: KeyRule, *, unit_images: int) -> None:
-        self._files = [file for file, _, _ in found]
-        self._keys = [text_of(given) if given is not None else text_of(rule(parts)) for _, parts, given in found]
-        self.unit_images: int = unit_images
-        digests = digests_of(self._keys)
-        refuse_equal_keys(digests, lambda: zip(self._keys, self._files, strict=True), otherwise="path")
-        self.keys_sha256 = digest_of_keys(self._keys)
-
-    @property
-    def units(self) -> int:
-        return -(-len(self._files) // self.unit_images)
-
-    @property
-    def images(self) -> int:
-        return len(self._files)
-
-    def count(self, number: int) -> int:
-        """How many images a unit has."""
-        return len(self._rows(number))
-
-    def unit(self, number: int) -> list[ImageItem]:
-        """The images of a unit, in order."""
-        return [image_item(self._keys[row], self._files[row], self._files[row]) for row in self._rows(number)]
-
-    def _rows(self, number: int) -> range:
-        return range(number * self.unit_images, min((number + 1) * self.unit_images, len(self._files)))
+    return FileImages([*found, *_together(alone)], rule, unit_images=unit_images)
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------------------
@@ -166,6 +134,14 @@ def _expanded(text: str) -> list[Path]:
         others = f" (and {len(missing) - 1} more of {len(names)})" if len(missing) > 1 else ""
         raise BadInput(f"{missing[0]}{others} does not exist; expected a folder, an image, a list or tar shards")
     return [Path(name) for name in names]
+
+
+def _together(alone: list[tuple[str, Path]]) -> Iterator[FoundFiles]:
+    """Files named one after the other, those of folders of one name together; the list is emptied."""
+    for root, group in itertools.groupby(alone, key=lambda entry: entry[0]):
+        paths = [path for _, path in group]
+        yield FoundFiles("", root, packed(map(str, paths)), named=packed(path.name for path in paths))
+    alone.clear()
 
 
 def _refuse_no_image(path: Path) -> None:
@@ -210,13 +186,16 @@ def _tars(path: Path) -> list[Path]:
         BadInput: a folder holds no more images than tars, so that either may be meant.
     """
     if path.is_dir():
-        inside = sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".tar" and not entry.name.startswith("."))
+        with os.scandir(path) as entries:
+            names = [entry.name for entry in entries if entry.name.lower().endswith(".tar") and not entry.name.startswith(".")]
+        inside = [path / name for name in sorted(names)]
         images = _walk(path, Counter()) if inside else []
         if not images:
             return inside
         if len(images) <= len(inside):
             raise BadInput(
-                f"{path} holds {len(inside):,} tar shards and {len(images):,} images beside them (such as {images[0]}): name the shards "
+                f"{path} holds {len(inside):,} tar shards and {len(images):,} images beside them (such as {text(images[0])}): name "
+                "the shards "
                 f"('{path}/*.tar'), or put the images into a folder of their own"
             )
         log.warning(
@@ -228,42 +207,54 @@ def _tars(path: Path) -> list[Path]:
     return [path] if path.suffix.lower() == ".tar" else []
 
 
-def _walk(root: Path, left_out: Counter[str]) -> list[str]:
+def _walk(root: Path, left_out: Counter[str]) -> Packed:
     """Paths of the images below a folder, relative and with `/`, sorted; each real folder is entered once, so that links cannot loop.
 
     In `left_out` pictures of kinds that are not read are counted by suffix.
     """
-    found: list[str] = []
+    return Packed(sorted_names(_walked(root, left_out)))
+
+
+def _walked(root: Path, left_out: Counter[str]) -> Iterator[bytes]:
     seen: set[tuple[int, int]] = set()
     pending, links = [""], list[str]()
     while pending or links:
         # Real folders before links to folders: what is reachable both ways is listed under its own name.
         relative = pending.pop() if pending else links.pop(0)
         folder = root / relative
+        inner, linked = list[str](), list[str]()
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            entries = os.scandir(folder)
         except OSError as error:
             if not relative:
                 raise
             log.warning("the folder %s cannot be read and is left out: %s", folder, error.strerror)
             continue
-        for entry in entries:
-            name = f"{relative}/{entry.name}" if relative else entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(name)
-            elif entry.is_symlink() and _leads_to_folder(entry):
-                links.append(name)
-            elif (suffix := PurePosixPath(entry.name).suffix.lower()) in IMAGE_SUFFIXES:
-                found.append(name)
-            elif suffix in NOT_READ:
-                left_out[suffix] += 1
-    return sorted(found)
+        with entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                name = f"{relative}/{entry.name}" if relative else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    inner.append(name)
+                elif entry.is_symlink() and _leads_to_folder(entry):
+                    linked.append(name)
+                elif (suffix := _suffix(entry.name)) in IMAGE_SUFFIXES:
+                    yield name.encode("utf-8", "surrogatepass")
+                elif suffix in NOT_READ:
+                    left_out[suffix] += 1
+        pending += sorted(inner)
+        links += sorted(linked)
+
+
+def _suffix(name: str) -> str:
+    """As pathlib has it, in small letters: of ".jpg" and "a." there is none."""
+    dot = name.rfind(".")
+    return name[dot:].lower() if 0 < dot < len(name) - 1 else ""
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
@@ -273,7 +264,7 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _listed(path: Path) -> list[tuple[str, NameParts, str | None]]:
+def _listed(path: Path) -> FoundFiles:
     """The entries of a `.txt` or `.jsonl` list: file, name, key where the list gives one."""
     as_json = path.suffix.lower() != ".txt"
     entries: list[tuple[str, str | None]] = []
@@ -299,14 +290,16 @@ def _listed(path: Path) -> list[tuple[str, NameParts, str | None]]:
     if first is not None and not (base / first).exists() and Path(first).exists():
         base = Path()
     root = base.resolve()
-    found = []
-    for name, key in entries:
-        file = os.path.normpath(base / name)
-        absolute = os.path.normpath(root / name)
-        relative = os.path.relpath(absolute, root)
-        named = absolute.lstrip("/") if relative.startswith("..") else relative
-        found.append((file, NameParts.of_file(named, root=root.name), key))
-    return found
+    files = packed(os.path.normpath(base / name) for name, _ in entries)
+    given = Packed(b"" if key is None else b"=" + key.encode("utf-8", "surrogatepass") for _, key in entries)
+    return FoundFiles("", root.name, files, packed(_below(root, name) for name, _ in entries), given if any(given) else None)
+
+
+def _below(root: Path, name: str) -> str:
+    """A file of a list as keys are made from it: relative to the list's folder, or its whole path where it lies elsewhere."""
+    absolute = os.path.normpath(root / name)
+    relative = os.path.relpath(absolute, root)
+    return absolute.lstrip("/") if relative.startswith("..") else relative
 
 
 def _field_of(path: Path) -> str:

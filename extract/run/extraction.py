@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uniter.datasets.errors import UniterError
-from uniter.datasets.image_db.writing.units import UnitStore
+from uniter.datasets.image_db.writing.units import LISTING, UnitStore
 from uniter.datasets.progress import Progress
 from uniter.extract.detector.protocol import Detector
 from uniter.extract.images.decoding import MAX_PIXELS
 from uniter.extract.images.given_boxes import GivenBoxes
 from uniter.extract.images.items import UNIT_IMAGES, ImageItem, ImageList
 from uniter.extract.images.listing import list_images
+from uniter.extract.images.tars import TarImages
 from uniter.extract.run.options import Options, Work, begun_with, plan_work
 from uniter.extract.run.store import complete, open_store, refuse_full_disk
 from uniter.extract.run.summary import ExtractSummary, summarised
@@ -81,7 +82,8 @@ def extract_images(
         conf_threshold=conf_threshold, batch_size=batch_size, workers=workers, max_pixels=max_pixels, shard=shard, overwrite=overwrite,
         retry_failed=retry_failed, check_space=check_space, show_progress=show_progress,
     )  # fmt: skip
-    return extract_listed(list_images(images, key=key, unit_images=unit_images), out, options, detector=detector, stop=stop)
+    listed = list_images(images, key=key, unit_images=unit_images, notes=Path(out) / LISTING)
+    return extract_listed(listed, out, options, detector=detector, stop=stop)
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def extract_listed(
         options.given.settle(item for number in range(listed.units) for item in listed.unit(number))
     work = plan_work(options, detector, begun=None if options.overwrite else begun_with(Path(out)))
     store, wanted = open_store(out, listed, detector, work, options)
+    if isinstance(listed, TarImages):
+        listed.keep(store.path / LISTING)
     finished = store.finished_units()
     mine = range(options.shard[0], wanted.units, options.shard[1])
     pending = [number for number in mine if number not in finished]

@@ -18,13 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.orientation import is_turned
 
 log = logging.getLogger(__name__)
-
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-
-
-_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -246,7 +242,7 @@ def image_entry(entry: Any, folder: Path, known: Collection[int], skipped: Skipp
     try:
         with Image.open(file) as header:
             width, height = header.size
-            if header.getexif().get(_ORIENTATION) in _TURNED:
+            if is_turned(header):
                 width, height = height, width
     except FileNotFoundError:
         skipped.add("an image whose file is missing", name)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.orientation import is_turned
 from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.published import count_boxes
 from uniter.datasets.image_db.regions import RegionFeatures, has_positions, normalised_boxes, pixel_boxes
@@ -76,7 +77,7 @@ def _image_size(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+            turned = is_turned(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     return (width, height) if turned else (height, width)

@@ -9,6 +9,7 @@ common writer, and the final file is a function of the records alone, however of
     OUT/units/           while unfinished
     OUT/data.mdb         LMDB format version 1, key -> record
     OUT/index.safetensors, OUT/failures.jsonl, OUT/box_ids.jsonl where boxes were given with ids
+    OUT/listing/         headers of tars, where it was extracted from some
     OUT/photographs.safetensors   sizes of the photographs, where they were extracted here
     OUT/README.md        the dataset card
     OUT/header.json      last: complete
@@ -47,17 +48,18 @@ from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, map_
 from uniter.datasets.storage.lmdb_files import full_disk_said
 from uniter.datasets.storage.locks import file_lock
 
-__all__ = ["ADDED", "PHOTOGRAPHS", "REGIONS", "UnitStore", "UnitWriter"]
+__all__ = ["ADDED", "LISTING", "PHOTOGRAPHS", "REGIONS", "UnitStore", "UnitWriter"]
 
 _OLD_MARK = "overwriting"  # a file of older versions, which cleared the folder first: they were killed meanwhile
 
 
 ADDED = "added.json"  # while a database grows: what is to be added
+LISTING = "listing"  # a folder: what the headers of tars say, see extraction
 PHOTOGRAPHS = "photographs.safetensors"  # how long they were: written and compared by extraction
 REGIONS = Maker(
     "regions",
     "header.json",
-    ("data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS, CARD_FILE, "units", "units.tmp", ADDED, PHOTOGRAPHS, _OLD_MARK),
+    ("data.mdb", "lock.mdb", INDEX, "failures.jsonl", BOX_IDS, CARD_FILE, "units", "units.tmp", ADDED, PHOTOGRAPHS, LISTING, _OLD_MARK),
 )
 
 

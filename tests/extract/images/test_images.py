@@ -579,3 +579,45 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
         pytest.skip("this file system takes UTF-8 names only")
     (item,) = list_images(tmp_path).unit(0)
     assert item.key == "caf\\udce9" and read_bytes(item)
+
+
+def test_headers_of_tars_are_read_once_and_again_where_a_tar_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = tmp_path / "shard.tar"
+
+    def write(names: list[str]) -> None:
+        with tarfile.open(tar, "w") as file:
+            for name in names:
+                entry = tarfile.TarInfo(name)
+                entry.size = 3
+                file.addfile(entry, io.BytesIO(b"abc"))
+
+    write(["a/one.jpg", "a/one.txt", "../two.png", "three\udcff.jpg"])
+    fresh = list_images(tar)
+    fresh.keep(tmp_path / "notes")  # type: ignore[attr-defined]
+    reads: list[object] = []
+    opened = tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *values, **words: reads.append(values) or opened(*values, **words))
+    again = list_images(tar, notes=tmp_path / "notes")
+    assert again.unit(0) == fresh.unit(0) and again.keys_sha256 == fresh.keys_sha256 and not reads
+    assert [item.fault is None for item in again.unit(0)] == [True, False, True]
+    write(["a/one.jpg", "four.jpg"])
+    tar.write_bytes(tar.read_bytes()[:1300])
+    cut = list_images(tar, notes=tmp_path / "notes")
+    assert reads and [item.key for item in cut.unit(0)] == ["a/one", "shard.tar#end"]
+    cut.keep(tmp_path / "notes")  # type: ignore[attr-defined]
+    reads.clear()
+    assert list_images(tar, notes=tmp_path / "notes").unit(0) == cut.unit(0) and not reads
+    for note in (tmp_path / "notes").iterdir():
+        note.write_bytes(note.read_bytes()[:-40])
+    assert list_images(tar, notes=tmp_path / "notes").unit(0) == cut.unit(0) and reads, "a damaged note is no harm"
+
+
+def test_a_folder_of_many_names_is_kept_small(tmp_path: Path) -> None:
+    """Sorted as Python sorts the names, whatever their bytes are, and a unit finds its own."""
+    names = ["b.jpg", "a/z.JPG", "a.png", "ü.jpg", "\udcff.jpg", "\U0001f600.gif", "a/b/c.d.jpeg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    listed = list_images(tmp_path, key="path", unit_images=2)
+    files = [item.file for number in range(listed.units) for item in listed.unit(number)]
+    assert files == [str(tmp_path / name) for name in sorted(names)]
