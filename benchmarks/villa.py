@@ -162,9 +162,7 @@ def main() -> None:
     comparing.add_argument("--seeds", type=int, default=3)
     comparing.add_argument("--pictures", type=int, default=1200)
     comparing.add_argument("--few", type=int, default=200)
-    comparing.add_argument(
-        "--held-out", type=int, default=600, help="pictures that are asked about (default: 600, more than 1,000 questions)"
-    )
+    comparing.add_argument("--held-out", type=int, default=1000, help="pictures that are asked about (default: 1000: 1,000 texts and more)")
     comparing.add_argument("--regions", default="known", choices=["known", "detector"])
     comparing.add_argument("--pretrain-steps", type=int, default=4000)
     comparing.add_argument("--steps", type=int, default=300)

@@ -77,7 +77,8 @@ def _costed(name: str, settings: TrainSettings) -> Recipe:
     passes, kept = 1, 1
     if settings.adversarial is not None and (settings.adversarial.steps > 1 or settings.adversarial.weight):
         # The clean pass is forward and backward like each of the others, and is kept while they are computed.
-        passes, kept = settings.adversarial.steps + (settings.adversarial.weight > 0), 1 + (settings.adversarial.weight > 0)
+        clean = settings.adversarial.weight > 0
+        passes, kept = settings.adversarial.steps * (1 + settings.adversarial.alternate) + clean, 1 + clean
     operations = (6 * passes * taken.tokens + 2 * taken.scored) * encoder_weights(size) * examples * settings.steps
     memory = WEIGHTS[size] * BYTES_A_WEIGHT + RESERVE + KEPT[size] * in_a_batch * taken.tokens * kept
     data = dict.fromkeys(_name(path) for corpus in settings.corpora for path in _paths(corpus))

@@ -47,17 +47,20 @@ class Shift:
     sequence_N: Tensor
 
     @classmethod
-    def zero(cls, lengths_B: Tensor, width: int, device: torch.device) -> "Shift":
-        """Of no length, for sequences of so many rows each (on the host)."""
+    def zero(cls, lengths_B: Tensor, like_NW: tuple[int, int], device: torch.device) -> "Shift":
+        """Of no length, for sequences of so many rows each (on the host); rows behind those of all sequences are one more sequence."""
+        rows, width = like_NW
+        behind = rows - int(lengths_B.sum())
+        lengths_B = torch.cat([lengths_B, lengths_B.new_tensor([behind])]) if behind else lengths_B
         sequence_N = torch.arange(len(lengths_B)).repeat_interleave(lengths_B)
-        zero = torch.zeros(len(sequence_N), width, device=device, requires_grad=True)
-        return cls(zero, lengths_B.to(device), sequence_N.to(device))
+        return cls(torch.zeros(rows, width, device=device, requires_grad=True), lengths_B.to(device), sequence_N.to(device))
 
     def norms(self, values_NW: Tensor, kind: Norm) -> Tensor:
         """(B,), the l2 norm or the largest size of each sequence's numbers."""
+        # Unchecked: looking whether the lengths fit would wait for the device.
         if kind == "linf":
-            return torch.segment_reduce(values_NW.abs().amax(dim=1), "max", lengths=self.lengths_B, initial=0)
-        return torch.segment_reduce(values_NW.square().sum(dim=1), "sum", lengths=self.lengths_B, initial=0).sqrt()
+            return torch.segment_reduce(values_NW.abs().amax(dim=1), "max", lengths=self.lengths_B, initial=0, unsafe=True)
+        return torch.segment_reduce(values_NW.square().sum(dim=1), "sum", lengths=self.lengths_B, initial=0, unsafe=True).sqrt()
 
     def moved(self, rate: float, kind: Norm, max_norm: float) -> "Shift":
         """Moved along its gradient by `rate` in each sequence, and brought back where it is longer than `max_norm` (unless that is 0)."""
@@ -80,7 +83,8 @@ Shifts = Mapping[str, Shift]  # by "text", "image"
 def zero_shifts(batch: PackedBatch, on: Sequence[str], *, hidden: int) -> dict[str, Shift]:
     """Shifts of no length of the chosen sides of a batch. hidden: H of the model."""
     device = batch.input_ids_T.device
-    of = {"text": (batch.text_lengths_B, hidden), "image": (batch.region_counts_B, batch.features_RD.shape[1])}
+    rows, (regions, width) = len(batch.input_ids_T), batch.features_RD.shape
+    of = {"text": (batch.text_lengths_B, (rows, hidden)), "image": (batch.region_counts_B, (regions, width))}
     return {side: Shift.zero(*of[side], device) for side in on}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
@@ -152,3 +153,21 @@ def test_help_lists_the_tasks_of_the_table() -> None:
 
 def test_every_setting_is_explained() -> None:
     assert "optimizer.learning_rate: open" in run("pretrain", "--explain").stdout
+
+
+def test_recipes_are_listed_and_shown() -> None:
+    listed = run("recipes")
+    assert listed.exit_code == 0 and "vqa-base-villa: vqa, 6,000 updates of 800 examples" in listed.stdout
+    (row,) = [one for one in json.loads(run("recipes", "--json").stdout)["recipes"] if one["name"] == "nlvr2-large"]
+    assert (row["task"], row["processes"], row["steps"], row["start"]) == ("nlvr2", 2, 5000, "uniter-large.pt")
+    assert "nlvr2_train.db" in row["data"] and row["memory"] > 0 and row["hours"] > 0
+    assert yaml.safe_load(run("recipes", "--show", "vqa-base").stdout)["steps"] == 6000
+    assert run("recipes", "--show", "vqa-base", "--json").exit_code == 2
+    assert "unknown shipped settings 'vqa-bas'; did you mean 'vqa-base'?" in run("recipes", "--show", "vqa-bas").stderr
+
+
+def test_a_licence_goes_into_the_card(trained: Path, tmp_path: Path) -> None:
+    assert run("export", "--from", trained, "--to", "hub", tmp_path / "shared", "--license", "mit").exit_code == 0
+    assert "license: mit" in (tmp_path / "shared" / "README.md").read_text()
+    refused = run("export", "--from", trained, "--to", "published", tmp_path / "x.pt", "--license", "mit")
+    assert refused.exit_code == 1 and "--license goes into the card" in refused.stderr

@@ -219,13 +219,15 @@ def test_a_shift_moves_each_sequence_by_the_rate(norm: Any) -> None:
     """Whatever the others' gradients are; one without gradient, or without rows, stays."""
     lengths = torch.tensor([2, 0, 3, 1])
     gradient = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1e3, 0.0], [0.0, -1e3], [0.0, 0.0], [0.0, 0.0]])
-    moved = with_gradient(Shift.zero(lengths, 2, torch.device("cpu")), gradient).moved(0.5, norm, 0.0)
+    moved = with_gradient(Shift.zero(lengths, (6, 2), torch.device("cpu")), gradient).moved(0.5, norm, 0.0)
     expected = [0.5, 0.0, 0.5, 0.0]
     assert moved.norms(moved.values_NW, norm).tolist() == pytest.approx(expected)
+    behind = with_gradient(Shift.zero(lengths[:2], (6, 2), torch.device("cpu")), gradient).moved(0.5, norm, 0.0)
+    torch.testing.assert_close(behind.values_NW[:2], moved.values_NW[:2])  # rows behind all sequences are not theirs
     divisor = {"l2": 5.0, "linf": 4.0}[norm]
     torch.testing.assert_close(moved.values_NW[:2], gradient[:2] * 0.5 / divisor)
     # Brought back: an l2 norm shrinks, of linf every number is cut.
-    short = with_gradient(Shift.zero(lengths, 2, torch.device("cpu")), gradient).moved(0.5, norm, 0.4)
+    short = with_gradient(Shift.zero(lengths, (6, 2), torch.device("cpu")), gradient).moved(0.5, norm, 0.4)
     assert short.norms(short.values_NW.detach(), norm).max().item() == pytest.approx(0.4)
 
 
