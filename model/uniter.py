@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.layout import Layout
 from uniter.datasets.errors import BadInput, unknown_name
-from uniter.model.attention import AttentionKernel, Layout, attend, attention_probabilities, choose_kernel, lay_out
+from uniter.model.attention import AttentionKernel, attend, attention_probabilities
 from uniter.model.linear import Linear
 
 NORM_EPSILON = 1e-12
@@ -197,7 +198,7 @@ class Attention(nn.Module):
     def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel, rows_S: Tensor | None) -> Tensor:
         context_NH = self.self(hidden_NH, layout, kernel)
         if rows_S is not None:
-            context_NH, hidden_NH = context_NH[rows_S], hidden_NH[rows_S]
+            context_NH, hidden_NH = context_NH.index_select(0, rows_S), hidden_NH.index_select(0, rows_S)
         attended_SH: Tensor = self.output(context_NH, hidden_NH)
         return attended_SH
 
@@ -254,7 +255,7 @@ class Encoded:
 
     Attributes:
         hidden_NH: (N, H), the last layer's states of all rows. In which order the sequences stand is the layout's own matter
-            (on the CPU by length): find rows through the row numbers below.
+            (by length): find rows through the row numbers below.
         layout: where everything stands.
     """
 
@@ -284,12 +285,12 @@ class Encoded:
     @property
     def text_TH(self) -> Tensor:
         """(T, H), states of the text tokens, in the batch's order."""
-        return self.hidden_NH[self.layout.text_rows_T]
+        return self.hidden_NH.index_select(0, self.layout.text_rows_T)
 
     @property
     def regions_RH(self) -> Tensor:
         """(R, H), states of the regions, in the batch's order."""
-        return self.hidden_NH[self.layout.region_rows_R]
+        return self.hidden_NH.index_select(0, self.layout.region_rows_R)
 
 
 class UniterModel(nn.Module):
@@ -308,23 +309,13 @@ class UniterModel(nn.Module):
         self.pooler = Pooler(config)
         initialise(self, deviation=config.initializer_range)
 
-    def lay_out(self, batch: PackedBatch) -> Layout:
-        """Where everything of a batch stands among the rows that this model computes.
-
-        Raises:
-            ValueError: the batch or a sequence of it is empty.
-        """
-        device = self.embeddings.word_embeddings.weight.device
-        by_length = choose_kernel(self.attention_kernel, device) == "grouped"
-        return lay_out(batch.text_lengths_B, batch.region_counts_B, device=device, by_length=by_length)
-
     def embed(self, batch: PackedBatch, layout: Layout) -> Tensor:
         """What enters the first layer: (N, H), in the layout's order.
 
         Raises:
             BadInput: a text is longer than the model's positions, or the features are of another width.
         """
-        config, longest = self.config, int(batch.text_lengths_B.max()) if len(batch.text_lengths_B) else 0
+        config, longest = self.config, layout.longest_text
         if longest > config.max_position_embeddings:
             raise BadInput(
                 f"a text of {longest} word pieces does not fit the model's {config.max_position_embeddings} positions; "
@@ -347,9 +338,9 @@ class UniterModel(nn.Module):
         """Encode a packed batch; text alone (no regions) and regions alone (no text) work too.
 
         Raises:
-            BadInput, ValueError: as `embed` and `lay_out`.
+            BadInput: as `embed`.
         """
-        layout = self.lay_out(batch)
+        layout = batch.layout
         return Encoded(self.encoder(self.embed(batch, layout), layout, self.attention_kernel), layout)
 
     def states(self, batch: PackedBatch, layout: Layout, rows_S: Tensor) -> Tensor:
@@ -360,21 +351,21 @@ class UniterModel(nn.Module):
         states_SH: Tensor = self.encoder(self.embed(batch, layout), layout, self.attention_kernel, rows_S)
         return states_SH
 
-    def pooled_first(self, batch: PackedBatch) -> Tensor:
-        """(B, H), the pooler's view of each sequence's first row, in the batch's order."""
-        layout = self.lay_out(batch)
+    def pooled_first(self, batch: PackedBatch, layout: Layout | None = None) -> Tensor:
+        """(B, H), the pooler's view of each sequence's first row, in the batch's order, or of those that another layout takes."""
+        layout = batch.layout if layout is None else layout
         pooled_BH: Tensor = self.pooler(self.states(batch, layout, layout.first_rows_B))
         return pooled_BH
 
     def pooled(self, encoded: Encoded) -> Tensor:
         """The same of states that are there already."""
-        pooled_BH: Tensor = self.pooler(encoded.hidden_NH[encoded.first_rows_B])
+        pooled_BH: Tensor = self.pooler(encoded.hidden_NH.index_select(0, encoded.first_rows_B))
         return pooled_BH
 
     @torch.no_grad()
     def attentions(self, batch: PackedBatch) -> list[list[Tensor]]:
         """Attention probabilities for looking at: for each layer and sequence (heads, length, length) float32, text before regions."""
-        layout = self.lay_out(batch)
+        layout = batch.layout
         hidden_NH = self.embed(batch, layout)
         maps: list[list[Tensor]] = []
         for layer in self.encoder.layer:

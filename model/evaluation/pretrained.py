@@ -12,7 +12,7 @@ from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.corpus import Corpus, open_corpus
 from uniter.datasets.batches.example import Masking
 from uniter.datasets.batches.loader import MicroBatch
-from uniter.datasets.batches.masking import NOT_PREDICTED, Pairing, random_pairs
+from uniter.datasets.batches.masking import Pairing, random_pairs
 from uniter.datasets.batches.order import generator
 from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import masked_regions, masked_regions_with_classes, masked_text, matched_pair
@@ -123,8 +123,7 @@ def _words(run: _Run, words: Sequence[int]) -> dict[str, float]:
             shown["_other_picture"] = _other_pictures(run.corpus, generator(run.seed, "other picture", round_number))
         for suffix, pairing in shown.items():
             for _, batch, outputs in run.scored(part, UniterForPretraining.masked_words, round_number=round_number, pairing=pairing):
-                labels_T = batch.targets["words"]
-                labels_S = labels_T[labels_T != NOT_PREDICTED]
+                labels_S = losses.hidden_words(batch.targets)
                 right_S = outputs["scores"].argmax(dim=1) == labels_S
                 means.add_values(f"mlm.accuracy{suffix}", right_S)
                 if len(chosen):

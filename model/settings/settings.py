@@ -109,9 +109,8 @@ class TrainSettings(Settings):
     alignment_weight: float = Field(default=0.1, ge=0, description="weight of word-region alignment in matching; 0: not computed")
     optimizer: OptimizerSettings = Field(default_factory=lambda: OptimizerSettings())
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the computation; weights and their updates stay float32")
-    attention: Literal["auto", "grouped", "jagged", "varlen"] = Field(
-        default="auto",
-        description="auto: grouped by length on the CPU, jagged on a GPU; varlen: on a GPU in bf16, without dropout of attention",
+    attention: Literal["auto", "flash", "efficient"] = Field(
+        default="auto", description="kernel on a GPU; auto: flash in bf16 where the card has it (Ampere or later), else efficient"
     )
     seed: int = Field(default=42, ge=0, description="decides everything random")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:N; none: a GPU where there is one")
@@ -139,8 +138,8 @@ class TrainSettings(Settings):
             raise ValueError(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than steps, {self.steps}")
         if self.regions.min_bb > self.regions.max_bb:
             raise ValueError(f"regions.min_bb: {self.regions.min_bb} is more than regions.max_bb, {self.regions.max_bb}")
-        if self.attention == "varlen" and self.precision != "bf16":
-            raise ValueError("attention: varlen computes in half precision only; set precision to bf16 or leave attention out")
+        if self.attention == "flash" and self.precision != "bf16":
+            raise ValueError("attention: flash computes in half precision only; set precision to bf16 or leave attention out")
         sizes = self.model
         if sizes.hidden_size and sizes.num_attention_heads and sizes.hidden_size % sizes.num_attention_heads:
             raise ValueError(

@@ -40,7 +40,6 @@ from uniter.model.tasks.rows import (
     mined_rank_accuracy,
     mined_ranking,
     no_candidates,
-    ranked_regions,
     with_answers,
     with_candidates,
     with_pool,
@@ -217,7 +216,7 @@ DOWNSTREAM: dict[str, Task] = {
     ),
     "refcoco": _referring(losses.referred_regions),
     "refcoco-two-layers": _referring(losses.referred_regions, layers=2),
-    "refcoco-rank": _referring(ranked_regions),
+    "refcoco-rank": _referring(losses.ranked_regions),
     "vcr": Task(
         sample=samples.multiple_choice,
         head=downstream.UniterForVcr.choices,

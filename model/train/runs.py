@@ -35,7 +35,7 @@ from uniter.model.train.fit import check_detector, has_seen_regions, origin_of_s
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
 from uniter.model.train.work import Data, Work
-from uniter.model.uniter import SelfAttention, UniterConfig, UniterModel
+from uniter.model.uniter import UniterConfig, UniterModel
 
 logger = logging.getLogger(__name__)
 
@@ -235,14 +235,8 @@ def _set_attention(model: nn.Module, kernel: AttentionKernel, device: torch.devi
     body = model.get_submodule("uniter")
     assert isinstance(body, UniterModel)
     body.attention_kernel = kernel
-    if kernel != "varlen":
-        return
-    if device.type != "cuda":
-        raise BadInput(f"attention: varlen needs a GPU, and this run is on {device}; leave attention out")
-    logger.warning("attention: varlen drops no attention probabilities; all other dropout stays")
-    for module in model.modules():
-        if isinstance(module, SelfAttention):
-            module.dropout.p = 0.0
+    if kernel != "auto" and device.type != "cuda":
+        raise BadInput(f"attention: {kernel} is a kernel of GPUs, and this run is on {device}; leave attention out")
 
 
 def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:

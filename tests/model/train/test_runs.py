@@ -9,7 +9,6 @@ import pytest
 
 from uniter.datasets.batches.corpus import open_corpus
 from uniter.datasets.errors import BadInput
-from uniter.datasets.runs.run_log import read_log
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.model import UniterConfig, UniterForPretraining
 from uniter.model.checkpoints.beside import tokenizer_beside
@@ -80,14 +79,9 @@ def test_texts_longer_than_the_positions_are_said_before_the_run(
         )
 
 
-def test_the_kernel_of_attention_is_a_setting(small: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    losses = {}
-    for kernel in ("grouped", "jagged"):
-        pretrain(small(attention=kernel, dropout=0.0, steps=3, validate_every=3), tmp_path / kernel)
-        losses[kernel] = [line["loss"] for line in read_log(tmp_path / kernel)]
-    assert losses["jagged"] == pytest.approx(losses["grouped"], rel=1e-4)
-    with pytest.raises(BadInput, match="attention: varlen needs a GPU, and this run is on cpu; leave attention out"):
-        pretrain(small(attention="varlen", precision="bf16"), tmp_path / "varlen")
+def test_the_kernel_of_attention_is_a_setting_of_a_gpu(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="attention: flash is a kernel of GPUs, and this run is on cpu; leave attention out"):
+        pretrain(small(attention="flash", precision="bf16"), tmp_path / "flash")
 
 
 def test_what_is_trained_is_said(small: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
