@@ -33,9 +33,9 @@ def attend(
     Returns:
         (N, H), the heads side by side.
     """
-    query, key, value = (rows_NH.unflatten(1, (heads, -1)) for rows_NH in (query_NH, key_NH, value_NH))
-    attended, *_ = packed_attention(query, key, value, layout.offsets, layout.longest, dropout, choose_kernel(kernel, query))
-    return attended.flatten(1)
+    query, key, value = (rows_NH.view(len(rows_NH), heads, -1) for rows_NH in (query_NH, key_NH, value_NH))
+    attended_NAE: Tensor = packed_attention(query, key, value, layout.offsets, layout.longest, dropout, choose_kernel(kernel, query))[0]
+    return attended_NAE.flatten(1)
 
 
 def choose_kernel(kernel: AttentionKernel, query_NAE: Tensor) -> str:
@@ -46,7 +46,7 @@ def choose_kernel(kernel: AttentionKernel, query_NAE: Tensor) -> str:
     return "flash" if half and query_NAE.shape[2] % 8 == 0 and _has_flash() else "efficient"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_flash() -> bool:
     """Whether the card is of a generation (Ampere or later) that the flash kernels are written for."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
@@ -83,7 +83,7 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value, (N, A, E) each. The CPU draws dropout again instead of keeping it."""
     found = [torch.empty_like(rows, memory_format=torch.contiguous_format) for rows in (query_NAE, key_NAE, value_NAE)]
-    rows = query_NAE, key_NAE, value_NAE, gradient_NAE, attended_NAE
+    rows = query_NAE, key_NAE, value_NAE, gradient_NAE.contiguous(), attended_NAE
     for group, query, key, value, gradient, attended, keep in _groups(offsets, dropout, random, *rows):
         if keep is None:
             own = _rows(logsumexp, group).contiguous()
@@ -121,7 +121,7 @@ def _groups(offsets: Tensor, dropout: float, seed: Tensor, *rows: Tensor) -> Ite
 def _rows(rows_NA: Tensor, group: tuple[int, int, int]) -> Tensor:
     """A group's rows, (N, A) or (N, A, E), as a view (sequences, A, L) or (sequences, A, L, E)."""
     first, sequences, length = group
-    return rows_NA.narrow(0, first, sequences * length).unflatten(0, (sequences, length)).transpose(1, 2)
+    return rows_NA.narrow(0, first, sequences * length).view(sequences, length, *rows_NA.shape[1:]).transpose(1, 2)
 
 
 def _probabilities(query: Tensor, key: Tensor) -> Tensor:

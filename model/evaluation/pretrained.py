@@ -132,7 +132,7 @@ def _words(run: _Run, words: Sequence[int]) -> dict[str, float]:
                     means.add("mlm.masked_words", len(labels_S), 1)
     total = means.of_all(run.processes)
     figures = {name: value for name, value in total.means().items() if name != "mlm.masked_words"}
-    return figures | {"mlm.masked_words": total.sums["mlm.masked_words"]}
+    return figures | {"mlm.masked_words": float(total.sums["mlm.masked_words"])}
 
 
 def _other_pictures(corpus: Corpus, rng: np.random.Generator) -> Pairing:

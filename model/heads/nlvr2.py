@@ -61,7 +61,7 @@ class CrossAttention(nn.Module):
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         rows = asking_PLH, asked_PLH, asked_PLH
         query, key, value = (
-            linear(part, weight, bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            linear(part, weight, bias).view(*part.shape[:2], self.heads, -1).transpose(1, 2)
             for part, weight, bias in zip(rows, weights, biases, strict=True)
         )
         taken = F.scaled_dot_product_attention(

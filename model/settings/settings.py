@@ -122,6 +122,9 @@ class TrainSettings(Settings):
     )
     validation_examples: int = Field(default=2000, ge=1, description="at most so many examples are validated for each task")
     checkpoint_every: int | None = Field(default=None, ge=1, description="updates between checkpoints; none: as validate_every")
+    look_every: int | None = Field(
+        default=None, ge=1, description="updates between looks at their losses, which wait for the device; none: 20 on a GPU, else 1"
+    )
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay; the best one stays besides")
     stop_after: int | None = Field(default=None, ge=1, description="stop after this update, with a checkpoint; repeat to go on")
     tensorboard: bool = Field(default=True, description="write TensorBoard events into the run directory")
@@ -151,6 +154,7 @@ class TrainSettings(Settings):
 # A repeated command may differ in these and still be the same run.
 MAY_CHANGE = {
     "device", "workers", "readahead", "checkpoint_every", "keep", "stop_after", "tensorboard", "wandb_project", "accumulation",
+    "look_every",
     "detector", "other_detector",  # compared by what they mean
 }  # fmt: skip
 

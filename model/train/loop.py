@@ -7,6 +7,7 @@ accumulates twice as long.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from uniter.model.tasks.task import Task
 from uniter.model.train import state
 from uniter.model.train.best import Figures, rank_of, relative_loss, remember_validations
 from uniter.model.train.distributed import Processes
-from uniter.model.train.optim import begin_with_zero_gradients, clear_gradients, clip_gradients, learning_rate, set_learning_rate
+from uniter.model.train.optim import AdamW, begin_with_zero_gradients, clear_gradients, clip_gradients, learning_rate, set_learning_rate
 from uniter.model.train.scoring import Scoring, validate
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Recipe:
     validate_every: int
     checkpoint_every: int
     keep: int
+    look_every: int = 1
     stop_after: int | None = None
 
 
@@ -75,7 +77,7 @@ class Learner:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     tasks: Sequence[Task]
     mixture: Mixture
     masking: Masking
@@ -86,7 +88,7 @@ class Learner:
 
 @dataclass(slots=True)
 class _Window:
-    """What an update's micro-batches on this process gave; numbers stay on the device until the update is done."""
+    """What an update's micro-batches on this process gave; numbers stay on the device until somebody looks at them."""
 
     rows: int = 0
     examples: int = 0
@@ -102,11 +104,31 @@ class _Window:
 
 
 @dataclass(frozen=True, slots=True)
+class _Made:
+    """An update that was made; what came of it is still on the device.
+
+    Attributes:
+        step, part, rate: its number, that of its part in the mixture, and the learning rate.
+        window: what this process's micro-batches gave.
+        names: of the terms and metrics.
+        totals: over all processes rows, examples, tokens, who was told to stop, the counts by name, the sums by name; then the gradient's
+            norm.
+    """
+
+    step: int
+    part: int
+    rate: float
+    window: _Window
+    names: Sequence[str]
+    totals: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Update:
     """An update that was made: what all processes together know of it.
 
     Attributes:
-        part: the number of its part in the mixture. name: that part's.
+        step: its number. name: its part's.
         loss: the terms weighted as in training. means: of each term and metric.
         rate, norm: learning rate, and the gradient's norm before it was clipped.
         examples, tokens: what it was made of.
@@ -114,7 +136,7 @@ class _Update:
         seconds: how long it took. waited: for its batches, here.
     """
 
-    part: int
+    step: int
     name: str
     loss: float
     means: dict[str, float]
@@ -165,36 +187,41 @@ def train(
         rank=processes.rank, world=world, workers=learner.workers, pin_memory=processes.device.type == "cuda",
     )  # fmt: skip
     figures: Figures = {}
-    began = time.monotonic()
+    began = settled = time.monotonic()
     learner.model.train()
+    learner.optimizer.unusable = torch.zeros((), device=processes.device)
     if recipe.unused_gradients == "zero":
         begin_with_zero_gradients(learner.optimizer)
     remember_validations(run, progressed, learner.validation, processes)
     progress = Progress(recipe.steps, unit="updates", label="training", done=progressed.step) if processes.writes else None
     shown: dict[str, float] = {}
+    made: list[_Made] = []
     if progressed.step >= last and processes.writes:
         logger.info("%s is already trained, to update %s of %s: nothing is left to do", run, f"{progressed.step:,}", f"{recipe.steps:,}")
     with told_to_stop() as told:
         while progressed.step < last:
-            update = _update(learner, recipe, batches, progressed=progressed, told=told, processes=processes)
-            step, name = progressed.step, update.name
-            shown[name] = 0.9 * shown.get(name, update.loss) + 0.1 * update.loss
-            if log is not None:
-                log.write(step, "train", update.logged(mixture.budget * recipe.accumulation * world))
-            if progress is not None:
-                progress.update(1, **{"tokens/s": update.tokens / update.seconds, **shown})
-            best = False
-            if learner.validation and (step % recipe.validate_every == 0 or step == recipe.steps):
+            made.append(_update(learner, recipe, batches, progressed=progressed, told=told, processes=processes))
+            step = progressed.step
+            validating = bool(learner.validation) and (step % recipe.validate_every == 0 or step == recipe.steps)
+            saving = step == last or step % recipe.checkpoint_every == 0
+            if not (validating or saving or step % recipe.look_every == 0):
+                continue
+            updates = _looked_at(made, learner, progressed, since=settled, processes=processes)
+            made, settled = [], time.monotonic()
+            _tell(updates, shown, log, progress, budget=mixture.budget * recipe.accumulation * world)
+            best, stop = False, updates[-1].stop
+            if validating:
                 figures = _validate_all(learner, recipe, processes=processes)
                 best = _note_validation(figures, learner, progressed, log)
             # What is best has a checkpoint, wherever they are due.
-            if best or update.stop or step == last or step % recipe.checkpoint_every == 0:
+            if best or stop or saving:
                 _checkpoint(learner, recipe, run, progressed, log, processes)
-            if update.stop and step < last:
+            if stop and step < last:
                 if progress is not None:
                     progress.close()
                 number = int(max(processes.gather(told[0] if told else 0)))
                 raise Stopped.after(step, recipe.steps, number)
+            settled = time.monotonic()
     if progress is not None:
         progress.close()
     return {
@@ -207,6 +234,16 @@ def train(
     }
 
 
+def _tell(updates: Sequence[_Update], shown: dict[str, float], log: RunLog | None, progress: Progress | None, *, budget: int) -> None:
+    """Write updates into the log and show them; `shown` are the parts' losses, smoothed."""
+    for update in updates:
+        shown[update.name] = 0.9 * shown.get(update.name, update.loss) + 0.1 * update.loss
+        if log is not None:
+            log.write(update.step, "train", update.logged(budget))
+        if progress is not None:
+            progress.update(1, **{"tokens/s": update.tokens / update.seconds, **shown})
+
+
 def _update(
     learner: Learner,
     recipe: Recipe,
@@ -215,37 +252,66 @@ def _update(
     progressed: state.Progressed,
     told: Sequence[int],
     processes: Processes,
-) -> _Update:
-    """Make the next update: gradients of all processes, one step of the optimizer; `progressed` stands behind it afterwards."""
-    started, mixture, world = time.monotonic(), learner.mixture, processes.world
+) -> _Made:
+    """Make the next update: gradients of all processes, one step of the optimizer; `progressed` stands behind it afterwards.
+
+    Nothing is read from the device. Where a number is not finite the device itself leaves the weights as they are, here and in all
+    updates to come; whoever looks at the numbers next ends the run.
+    """
+    mixture, world = learner.mixture, processes.world
     step = progressed.step + 1
     part = mixture.part_at(step)
-    name, task = mixture.parts[part].name, learner.tasks[part]
     parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
     window = _backward(learner, recipe, batches, part=part, processes=processes)
     names = sorted(window.sums)
-    rows, examples, tokens, stop, *totals = processes.total(
-        [window.rows, window.examples, window.tokens, float(bool(told))]
-        + _numbers([torch.stack(window.sums[key]).double().sum() for key in names])
-        + [window.counts[key] for key in names]
+    totals = processes.total(
+        [window.rows, window.examples, window.tokens, float(bool(told)), *(window.counts[key] for key in names)],
+        torch.stack([torch.stack(window.sums[key]).double().sum() for key in names]),
     )
-    sums, counts = totals[: len(names)], totals[len(names) :]
     processes.sum_gradients(parameters)
-    _normalise(parameters, 1 / world if recipe.normalisation == "published" else 1 / max(rows, 1.0))
-    norm = float(clip_gradients(parameters, recipe.clip))
-    means = {key: total / max(count, 1.0) for key, total, count in zip(names, sums, counts, strict=True)}
-    _check_finite(means, norm, window, learner, step=step, part=name, processes=processes)
+    shared = 1 / totals[0].clamp(min=1) if recipe.normalisation == "global-mean" else torch.full_like(totals[0], 1 / world)
+    _normalise(parameters, shared.float())
+    norm = clip_gradients(parameters, recipe.clip)
+    totals = torch.cat([totals, norm.double().view(1)])
+    assert learner.optimizer.unusable is not None
+    learner.optimizer.unusable.copy_(torch.maximum(learner.optimizer.unusable, (~torch.isfinite(totals).all()).float()))
     rate = learning_rate(step, base=recipe.learning_rate, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps)
     set_learning_rate(learner.optimizer, rate)
     learner.optimizer.step()
     clear_gradients(learner.optimizer, recipe.unused_gradients)
     progressed.step = step
+    name = mixture.parts[part].name
     progressed.taken[name] = progressed.taken.get(name, 0) + recipe.accumulation * world
-    progressed.examples += int(examples)
-    progressed.tokens += int(tokens)
-    loss = sum(means[key] * task.weights.get(key.removeprefix("loss_"), 1.0) for key in names if key.startswith("loss_"))
-    seconds = max(time.monotonic() - started, 1e-9)
-    return _Update(part, name, loss, means, rate, norm, int(examples), int(tokens), bool(stop), seconds, window.waited)
+    return _Made(step, part, rate, window, names, totals)
+
+
+def _looked_at(
+    made: Sequence[_Made], learner: Learner, progressed: state.Progressed, *, since: float, processes: Processes
+) -> list[_Update]:
+    """What came of some updates, with one wait for the device; `progressed` counts their examples and tokens.
+
+    Args:
+        since: when the first of them began.
+
+    Raises:
+        NotFinite: of the first of them whose numbers are not.
+    """
+    numbers = iter(torch.cat([one.totals for one in made]).tolist())
+    seconds = max(time.monotonic() - since, 1e-9) / len(made)
+    updates = []
+    for one in made:
+        task, name = learner.tasks[one.part], learner.mixture.parts[one.part].name
+        _, examples, tokens, stop = (next(numbers) for _ in range(4))
+        counts = {key: next(numbers) for key in one.names}
+        means = {key: next(numbers) / max(counts[key], 1.0) for key in one.names}
+        norm = next(numbers)
+        _check_finite(means, norm, one.window, learner, step=one.step, part=name, processes=processes)
+        loss = sum(means[key] * task.weights.get(key.removeprefix("loss_"), 1.0) for key in one.names if key.startswith("loss_"))
+        progressed.examples += int(examples)
+        progressed.tokens += int(tokens)
+        waited = one.window.waited
+        updates.append(_Update(one.step, name, loss, means, one.rate, norm, int(examples), int(tokens), bool(stop), seconds, waited))
+    return updates
 
 
 def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *, part: int, processes: Processes) -> _Window:
@@ -280,24 +346,17 @@ def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *
     return window
 
 
-def _normalise(parameters: Sequence[Tensor], factor: float) -> None:
+def _normalise(parameters: Sequence[Tensor], factor: Tensor) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if factor != 1 and gradients:
+    if gradients:
         torch._foreach_mul_(gradients, factor)
-
-
-def _numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """Many 0-d tensors as numbers with one wait for the device."""
-    values: list[float] = torch.stack(list(tensors)).tolist()
-    return values
 
 
 def _check_finite(
     means: Mapping[str, float], norm: float, window: _Window, learner: Learner, *, step: int, part: str, processes: Processes
 ) -> None:
-    """Stop the run, on every process, before a step with infinite or undefined numbers is taken."""
-    values = torch.tensor([*means.values(), norm], dtype=torch.float64)
-    if bool(torch.isfinite(values).all()):
+    """Stop the run, on every process, where an update's numbers are not finite (the device has left the weights as they were)."""
+    if all(math.isfinite(value) for value in (*means.values(), norm)):
         return
     assembler = Assembler(learner.mixture.parts, learner.mixture.seed, learner.masking)
     here: list[tuple[list[str], list[str], list[str]]] = []

@@ -204,7 +204,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
         if everyone.writes:
             writing = RunLog(run, step=progressed.step, tensorboard=settings.tensorboard, wandb_project=settings.wandb_project)
             log = stack.enter_context(writing)
-        recipe = _recipe(settings, accumulation)
+        recipe = _recipe(settings, accumulation, everyone.device)
         summary = train(learner, recipe, run=run, log=log, progressed=progressed, processes=everyone)
     return {"run": str(run), **summary}
 
@@ -239,7 +239,10 @@ def _set_attention(model: nn.Module, kernel: AttentionKernel, device: torch.devi
         raise BadInput(f"attention: {kernel} is a kernel of GPUs, and this run is on {device}; leave attention out")
 
 
-def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
+LOOK_EVERY = 20  # updates, on a GPU: while the host waits for a number, the device runs out of work
+
+
+def _recipe(settings: TrainSettings, accumulation: int, device: torch.device) -> Recipe:
     chosen = settings.optimizer
     assert settings.steps and chosen.learning_rate and chosen.warmup_steps is not None and settings.validate_every
     return Recipe(
@@ -255,6 +258,7 @@ def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
         validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every or settings.validate_every,
         keep=settings.keep,
+        look_every=settings.look_every or (LOOK_EVERY if device.type == "cuda" else 1),
         stop_after=settings.stop_after,
     )
 

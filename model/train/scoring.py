@@ -77,13 +77,13 @@ class Scoring:
 
 @dataclass(slots=True)
 class Means:
-    """Sums and counts of named values, and their means in the end."""
+    """Sums and counts of named values, and their means in the end; sums stay on the device until then."""
 
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(total)
+        self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def add_values(self, name: str, values: Tensor) -> None:
@@ -92,13 +92,14 @@ class Means:
     def of_all(self, processes: Processes) -> "Means":
         """The sums over all processes; one that got no batch may know fewer names."""
         total = Means()
-        for sums, counts in processes.gather((self.sums, self.counts)):
+        here = {name: float(total) for name, total in self.sums.items()}
+        for sums, counts in processes.gather((here, self.counts)):
             for name, value in sums.items():
                 total.add(name, value, counts[name])
         return total
 
     def means(self) -> dict[str, float]:
-        return {name: self.sums[name] / count for name, count in sorted(self.counts.items()) if count}
+        return {name: float(self.sums[name]) / count for name, count in sorted(self.counts.items()) if count}
 
 
 def validate(
