@@ -147,11 +147,15 @@ class RegionEmbeddings(nn.Module):
         self.LayerNorm = layer_norm(config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def forget_unmasked(self) -> None:
+        """The published forward overwrites row 0 whenever regions are masked; it shows in state dicts and trajectories."""
+        self.mask_embedding.weight.data[0].zero_()
+
     def forward(self, features_RD: Tensor, positions_R7: Tensor, types_RH: Tensor, masked_R: Tensor | None) -> Tensor:
         features_RD = features_RD.to(self.img_linear.weight.dtype)
         if masked_R is not None:
-            # The published forward overwrites row 0 whenever regions are masked; it shows in state dicts and trajectories.
-            self.mask_embedding.weight.data[0].zero_()
+            if not torch.compiler.is_compiling():
+                self.forget_unmasked()
             features_RD = features_RD + masked_R.to(features_RD.dtype).unsqueeze(1) * self.mask_embedding.weight[1]
         appearance_RH = self.img_layer_norm(self.img_linear(features_RD))
         place_RH = self.pos_layer_norm(self.pos_linear(positions_R7.to(self.pos_linear.weight.dtype)))

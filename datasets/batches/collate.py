@@ -39,6 +39,7 @@ class PackedBatch:
             or among the regions, so that nobody has to look for it.
         example_ids: the ids of the examples, for messages and for predictions.
         layout: where everything stands among the rows that the model computes; follows from the lengths.
+        hidden: how many of `places` are real, where the batch was filled up with ghosts (filling.py); of those the lengths know nothing.
     """
 
     input_ids_T: Tensor
@@ -53,6 +54,7 @@ class PackedBatch:
     targets: dict[str, Tensor] = field(default_factory=dict)
     example_ids: list[str] = field(default_factory=list)
     layout: Layout = None  # type: ignore[assignment]  # made from the lengths where it is not given
+    hidden: int | None = None
 
     def __post_init__(self) -> None:
         if self.layout is None:
@@ -65,7 +67,12 @@ class PackedBatch:
     @property
     def tokens(self) -> int:
         """Word pieces and regions, all of them real."""
-        return len(self.input_ids_T) + len(self.features_RD)
+        return int(self.text_lengths_B.sum() + self.region_counts_B.sum())
+
+    @property
+    def rows(self) -> int:
+        """What is computed: the tokens, and the ghosts of a batch that was filled up."""
+        return len(self.layout.source_rows_N)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
         """The same batch on `device`; lengths and sizes of groups stay on the host as well, which plans by them without waiting."""

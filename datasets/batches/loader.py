@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.example import Example, Masking
+from uniter.datasets.batches.filling import Room, fill
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Mixture, Part, Plan, sequential_plans
 from uniter.datasets.errors import UniterError
@@ -43,12 +44,14 @@ class Assembler(Dataset[MicroBatch]):
         parts: what the plans' part numbers mean.
         seed, masking: decide the masks.
         by_example: draw each example's mask from a generator of its own, so that it does not depend on its batch (slower).
+        rooms: of each part up to which sizes its batches are filled, none where they are not.
     """
 
     parts: Sequence[Part]
     seed: int
     masking: Masking = field(default_factory=Masking)
     by_example: bool = False
+    rooms: Sequence[Room | None] = ()
 
     def __getitem__(self, plan: Plan) -> MicroBatch:
         part = self.parts[plan.part]
@@ -59,12 +62,14 @@ class Assembler(Dataset[MicroBatch]):
             if self.by_example:
                 rng = random.Random(f"{self.seed}/{part.name}/mask of/{number}")
             samples.append(part.sample(Example(part.corpus, number, tuple(images), matched), rng, self.masking))
-        return MicroBatch(plan, collate(samples))
+        batch = collate(samples)
+        room = self.rooms[plan.part] if self.rooms else None
+        return MicroBatch(plan, batch if room is None else fill(batch, room))
 
 
 def load(
     mixture: Mixture, masking: Masking, taken: Sequence[int], *, first_step: int, last_step: int, accumulation: int,
-    rank: int = 0, world: int = 1, workers: int = 0, pin_memory: bool = False,
+    rank: int = 0, world: int = 1, workers: int = 0, pin_memory: bool = False, rooms: Sequence[Room | None] = (),
 ) -> Iterator[MicroBatch]:  # fmt: skip
     """This process's micro-batches of the updates first_step..last_step, in their order.
 
@@ -72,12 +77,13 @@ def load(
         taken, first_step, last_step, accumulation, rank, world: as for `Mixture.plans`.
         workers: processes; 0 makes the batches in this one.
         pin_memory: into page-locked memory, for copies to a GPU that overlap with computing.
+        rooms: as for `Assembler`.
 
     Raises:
         BadInput: an example is not usable; as it was raised, whichever process made the batch.
     """
     plans = mixture.plans(taken, first_step=first_step, last_step=last_step, accumulation=accumulation, rank=rank, world=world)
-    return _made(Assembler(mixture.parts, mixture.seed, masking), plans, workers=workers, pin_memory=pin_memory)
+    return _made(Assembler(mixture.parts, mixture.seed, masking, rooms=rooms), plans, workers=workers, pin_memory=pin_memory)
 
 
 def load_once(

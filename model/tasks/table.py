@@ -201,6 +201,7 @@ DOWNSTREAM: dict[str, Task] = {
         # Published: the mean over texts' groups plus the mean over pictures' groups.
         weights={"margin": 2.0},
         lengths=lengths_of_mined_groups,
+        compiles=False,  # which sequences are trained with, and so how many rows, is found out on the way
         of_data=with_pool_to_mine,
         finetuning=Finetuning(
             model=downstream.UniterForRetrieval,

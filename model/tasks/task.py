@@ -48,6 +48,7 @@ class Task:
         lengths: tokens of each example with the pictures (N, K) it is shown.
         sequences: of an example, each counted in `lengths` with its [CLS] and [SEP], which the published sampler does not count.
         pictures: K, the pictures of an example.
+        compiles: its head's sizes follow from the batch's, so that it can be one compiled graph.
         of_data: the row for these corpora, where it depends on them (the number of answers, the pictures to draw from).
         finetuning: what else fine-tuning needs; None for pre-training tasks.
     """
@@ -64,6 +65,7 @@ class Task:
     lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] = Corpus.lengths_with
     sequences: int = 1
     pictures: int = 1
+    compiles: bool = True
     of_data: OfData = _as_it_is
     finetuning: "Finetuning | None" = None
 

@@ -151,7 +151,7 @@ class AdamW(torch.optim.Optimizer):
         kept = (1 - group["lr"] * group["weight_decay"]) or 1e-12  # of a weight; where nothing is, so little of the step
         torch._fused_adamw_(
             parameters,
-            [parameter.grad for parameter in parameters],
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
             [self.state[parameter]["exp_avg"] for parameter in parameters],
             [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
             [],
