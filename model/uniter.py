@@ -18,12 +18,13 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.layout import Layout
 from uniter.datasets.errors import BadInput, unknown_name
 from uniter.model.attention import AttentionKernel, attend, attention_probabilities
-from uniter.model.linear import Linear
+from uniter.model.linear import Linear, linear
 
 NORM_EPSILON = 1e-12
 
@@ -189,7 +190,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
         dropout = self.dropout.p if self.training else 0.0
-        query, key, value = self.query(hidden_NH), self.key(hidden_NH), self.value(hidden_NH)
+        parts = self.query, self.key, self.value
+        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        query, key, value = linear(hidden_NH, weight, bias).chunk(3, dim=1)  # one product instead of three
         return attend(query, key, value, layout, heads=self.heads, dropout=dropout, kernel=kernel)
 
 
@@ -235,12 +238,17 @@ class Encoder(nn.Module):
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.recompute = False  # keep only the input of each layer for the backward pass
 
     def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel, rows_S: Tensor | None = None) -> Tensor:
         """The last layer's states of all rows, (N, H), or of some, (S, H)."""
         last = len(self.layer) - 1
         for number, layer in enumerate(self.layer):
-            hidden_NH = layer(hidden_NH, layout, kernel, rows_S if number == last else None)
+            rows = rows_S if number == last else None
+            if self.recompute and torch.is_grad_enabled():
+                hidden_NH = checkpoint(layer, hidden_NH, layout, kernel, rows, use_reentrant=False)
+            else:
+                hidden_NH = layer(hidden_NH, layout, kernel, rows)
         return hidden_NH
 
 

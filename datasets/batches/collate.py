@@ -82,6 +82,17 @@ class PackedBatch:
         """The same batch in page-locked memory (called by the data loader)."""
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch that `to` moves."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._each(note)
+        return found
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
         return replace(
             self,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from uniter.datasets.batches.collate import PackedBatch, collate
@@ -88,15 +89,46 @@ def load(
 
 def load_once(
     part: Part, masking: Masking, *, budget: int, seed: int, by_example: bool = False, pairing: Pairing | None = None,
-    rank: int = 0, world: int = 1, workers: int = 0,
+    rank: int = 0, world: int = 1, workers: int = 0, pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:  # fmt: skip
     """This process's share of all examples of a part, each once, for validation and prediction.
 
     Args:
-        by_example: as for `Assembler`. budget, seed, pairing, rank, world: as for `sequential_plans`. workers: as for `load`.
+        by_example: as for `Assembler`. budget, seed, pairing, rank, world: as for `sequential_plans`. workers, pin_memory: as for `load`.
     """
     plans = sequential_plans(part, 0, budget=budget, seed=seed, rank=rank, world=world, pairing=pairing)
-    return _made(Assembler([part], seed, masking, by_example=by_example), plans, workers=workers)
+    return _made(Assembler([part], seed, masking, by_example=by_example), plans, workers=workers, pin_memory=pin_memory)
+
+
+def on_device(batches: Iterator[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """The same batches on a device; on a GPU the next one is copied, by a stream of its own, while the last one is computed with."""
+    if device.type != "cuda":
+        for made in batches:
+            yield replace(made, batch=made.batch.to(device))
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def copied(made: MicroBatch) -> tuple[MicroBatch, torch.cuda.Event]:
+        with torch.cuda.stream(copying):
+            moved = replace(made, batch=made.batch.to(device, non_blocking=True))
+            return moved, copying.record_event()
+
+    def arrived(moved: MicroBatch, done: torch.cuda.Event) -> MicroBatch:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(done)  # the stream waits, not the host
+        for tensor in moved.batch.tensors():
+            if tensor.device.type == "cuda":
+                tensor.record_stream(computing)  # its memory is not used again before that is done with it
+        return moved
+
+    waiting = None
+    for made in batches:
+        following = copied(made)
+        if waiting is not None:
+            yield arrived(*waiting)
+        waiting = following
+    if waiting is not None:
+        yield arrived(*waiting)
 
 
 def _made(assembler: Assembler, plans: Iterator[Plan], *, workers: int, pin_memory: bool = False) -> Iterator[MicroBatch]:

@@ -16,6 +16,7 @@ from uniter.datasets.batches.masking import Pairing, random_pairs
 from uniter.datasets.batches.order import generator
 from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import masked_regions, masked_regions_with_classes, masked_text, matched_pair
+from uniter.datasets.devices import fitting_precision
 from uniter.datasets.errors import BadInput
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
@@ -251,9 +252,9 @@ def evaluate_run(
     seed: int = 42,
     batch_tokens: int = 8192,
     max_text_length: int = -1,
-    workers: int = 0,
+    workers: int | None = None,
     device: str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     other_detector: bool = False,
     strict: bool = False,
 ) -> dict[str, Any]:
@@ -296,8 +297,8 @@ def evaluate_run(
             seed=seed,
             candidates=candidates,
             words=pieces,
-            precision=precision,
-            workers=workers,
+            precision=precision or fitting_precision(everyone.device),
+            workers=everyone.fitting_workers() if workers is None else workers,
         )
     return {"left_out": corpus.left_out, **_grouped(figures)}
 

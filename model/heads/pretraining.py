@@ -13,6 +13,7 @@ Legend of shape suffixes: B sequences, N rows, T text tokens, R regions, S predi
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
@@ -53,7 +54,16 @@ class WordPredictions(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
-        return linear(self.transform(hidden_SH), self.decoder.weight, self.bias)
+        transformed_SH = self.transform(hidden_SH)
+        if transformed_SH.device.type == "cpu":
+            return linear(transformed_SH, self.decoder.weight, self.bias)
+        return full_product(transformed_SH, self.decoder.weight, self.bias)
+
+
+def full_product(rows_SH: Tensor, weight_VH: Tensor, bias_V: Tensor, *, multiple: int = 64) -> Tensor:
+    """(S, V) rows times the transposed weight, plus bias; computed with more columns, as the matrix units of a GPU like them, and cut."""
+    more = -len(weight_VH) % multiple
+    return linear(rows_SH, F.pad(weight_VH, (0, 0, 0, more)), F.pad(bias_V, (0, more)))[:, : len(weight_VH)]
 
 
 class WordHead(nn.Module):

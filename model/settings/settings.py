@@ -108,10 +108,17 @@ class TrainSettings(Settings):
     negative_probability: float = Field(default=0.5, gt=0, lt=1, description="image-text matching: chance to show another picture")
     alignment_weight: float = Field(default=0.1, ge=0, description="weight of word-region alignment in matching; 0: not computed")
     optimizer: OptimizerSettings = Field(default_factory=lambda: OptimizerSettings())
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the computation; weights and their updates stay float32")
+    precision: Literal["fp32", "tf32", "bf16"] | None = Field(
+        default=None,
+        description="of the computation; weights and their updates stay float32; tf32: products on a GPU; none: bf16 on a GPU, else fp32",
+    )
     attention: Literal["auto", "flash", "efficient"] = Field(
         default="auto", description="kernel on a GPU; auto: flash in bf16 where the card has it (Ampere or later), else efficient"
     )
+    recompute: bool = Field(
+        default=False, description="keep only the input of each layer and compute the rest again in the backward pass: less memory, slower"
+    )
+    compile: bool = Field(default=False, description="fill batches up to sizes that stay, and compile each task's head as one graph")
     seed: int = Field(default=42, ge=0, description="decides everything random")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:N; none: a GPU where there is one")
     workers: int | None = Field(default=None, ge=0, description="processes that make batches; none: fitted to the machine")
@@ -139,6 +146,8 @@ class TrainSettings(Settings):
             raise ValueError("model: its size comes from `from`; leave one of the two out")
         if self.steps is not None and self.optimizer.warmup_steps is not None and self.optimizer.warmup_steps > self.steps:
             raise ValueError(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than steps, {self.steps}")
+        if self.recompute and self.compile:
+            raise ValueError("recompute: a compiled head would draw other dropout when it computes again; leave compile or recompute out")
         if self.regions.min_bb > self.regions.max_bb:
             raise ValueError(f"regions.min_bb: {self.regions.min_bb} is more than regions.max_bb, {self.regions.max_bb}")
         if self.attention == "flash" and self.precision != "bf16":

@@ -42,6 +42,13 @@ class Processes:
         """Only this one writes files and speaks."""
         return self.rank == 0
 
+    def fitting_workers(self) -> int:
+        """How many processes of this one's own should make batches."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # Without a GPU the cores are busy with the model; one worker hides the reading and costs little.
+        return min(max((cores - here) // here, 1), 8) if self.device.type == "cuda" else 0
+
     def total(self, numbers: Sequence[float], measured: Tensor) -> Tensor:
         """The sums over all processes, float64 and on the device: of `numbers`, which the host knows, then of `measured`, which only the
         device knows. Nothing waits for the device."""

@@ -7,9 +7,8 @@ accumulates twice as long.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler, MicroBatch, load
+from uniter.datasets.batches.filling import Room, only_real
+from uniter.datasets.batches.loader import Assembler, MicroBatch, load, on_device
 from uniter.datasets.batches.order import generator
-from uniter.datasets.batches.plans import Mixture, Part, Plan
-from uniter.datasets.errors import UniterError
+from uniter.datasets.batches.plans import Mixture, Part
+from uniter.datasets.devices import computing_in
 from uniter.datasets.progress import Progress
 from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.stopping import Stopped, told_to_stop
@@ -31,14 +30,11 @@ from uniter.model.tasks.task import Task
 from uniter.model.train import state
 from uniter.model.train.best import Figures, rank_of, relative_loss, remember_validations
 from uniter.model.train.distributed import Processes
+from uniter.model.train.finite import PerBatch, check_finite
 from uniter.model.train.optim import AdamW, begin_with_zero_gradients, clear_gradients, clip_gradients, learning_rate, set_learning_rate
-from uniter.model.train.scoring import Scoring, validate
+from uniter.model.train.scoring import Head, Scoring, validate
 
 logger = logging.getLogger(__name__)
-
-
-class NotFinite(UniterError):
-    """A loss or gradient became infinite or no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +70,7 @@ class Learner:
         validation: parts to validate on, with their tasks.
         workers: processes that make batches.
         write_model: writes weights and model configuration into a folder.
+        heads: of the tasks, as they are called (compiled or not). rooms: of the parts, up to which their batches are filled; none: not.
     """
 
     model: nn.Module
@@ -84,6 +81,8 @@ class Learner:
     validation: Sequence[tuple[Task, Part]]
     workers: int
     write_model: Callable[[Path], None]
+    heads: Sequence[Head]
+    rooms: Sequence[Room | None] = ()
 
 
 @dataclass(slots=True)
@@ -93,10 +92,11 @@ class _Window:
     rows: int = 0
     examples: int = 0
     tokens: int = 0
+    computed: int = 0  # tokens and ghosts
     waited: float = 0.0
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
-    per_batch: list[tuple[Plan, list[str], dict[str, Tensor]]] = field(default_factory=list)  # not the batches: they are large
+    per_batch: list[PerBatch] = field(default_factory=list)
 
     def add(self, name: str, total: Tensor, count: float) -> None:
         self.sums.setdefault(name, []).append(total.detach())
@@ -111,8 +111,8 @@ class _Made:
         step, part, rate: its number, that of its part in the mixture, and the learning rate.
         window: what this process's micro-batches gave.
         names: of the terms and metrics.
-        totals: over all processes rows, examples, tokens, who was told to stop, the counts by name, the sums by name; then the gradient's
-            norm.
+        totals: over all processes rows, examples, tokens, computed rows, who was told to stop, the counts by name, the sums by name; then
+            the gradient's norm.
     """
 
     step: int
@@ -131,7 +131,7 @@ class _Update:
         step: its number. name: its part's.
         loss: the terms weighted as in training. means: of each term and metric.
         rate, norm: learning rate, and the gradient's norm before it was clipped.
-        examples, tokens: what it was made of.
+        examples, tokens: what it was made of. padding: the share of ghosts in what was computed.
         stop: a process was told to stop.
         seconds: how long it took. waited: for its batches, here.
     """
@@ -144,6 +144,7 @@ class _Update:
     norm: float
     examples: int
     tokens: int
+    padding: float
     stop: bool
     seconds: float
     waited: float
@@ -159,8 +160,7 @@ class _Update:
             "examples": self.examples,
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / self.seconds,
-            # Nothing is padded; what remains is how full the batches are.
-            "padding_share": 0.0,
+            "padding_share": self.padding,
             "budget_fill": self.tokens / budget,
             "data_wait_share": min(self.waited / self.seconds, 1.0),
             "seconds": self.seconds,
@@ -182,10 +182,11 @@ def train(
     mixture, world = learner.mixture, processes.world
     last = min(recipe.steps, recipe.stop_after or recipe.steps)
     taken = [progressed.taken.get(part.name, 0) for part in mixture.parts]
-    batches = load(
+    loaded = load(
         mixture, learner.masking, taken, first_step=progressed.step + 1, last_step=last, accumulation=recipe.accumulation,
-        rank=processes.rank, world=world, workers=learner.workers, pin_memory=processes.device.type == "cuda",
+        rank=processes.rank, world=world, workers=learner.workers, pin_memory=processes.device.type == "cuda", rooms=learner.rooms,
     )  # fmt: skip
+    batches = on_device(loaded, processes.device)
     figures: Figures = {}
     began = settled = time.monotonic()
     learner.model.train()
@@ -265,7 +266,7 @@ def _update(
     window = _backward(learner, recipe, batches, part=part, processes=processes)
     names = sorted(window.sums)
     totals = processes.total(
-        [window.rows, window.examples, window.tokens, float(bool(told)), *(window.counts[key] for key in names)],
+        [window.rows, window.examples, window.tokens, window.computed, float(bool(told)), *(window.counts[key] for key in names)],
         torch.stack([torch.stack(window.sums[key]).double().sum() for key in names]),
     )
     processes.sum_gradients(parameters)
@@ -296,21 +297,23 @@ def _looked_at(
     Raises:
         NotFinite: of the first of them whose numbers are not.
     """
+    assembler = Assembler(learner.mixture.parts, learner.mixture.seed, learner.masking)
     numbers = iter(torch.cat([one.totals for one in made]).tolist())
     seconds = max(time.monotonic() - since, 1e-9) / len(made)
     updates = []
     for one in made:
         task, name = learner.tasks[one.part], learner.mixture.parts[one.part].name
-        _, examples, tokens, stop = (next(numbers) for _ in range(4))
+        _, examples, tokens, computed, stop = (next(numbers) for _ in range(5))
         counts = {key: next(numbers) for key in one.names}
         means = {key: next(numbers) / max(counts[key], 1.0) for key in one.names}
         norm = next(numbers)
-        _check_finite(means, norm, one.window, learner, step=one.step, part=name, processes=processes)
+        check_finite(means, norm, one.window.per_batch, assembler, step=one.step, part=name, processes=processes)
         loss = sum(means[key] * task.weights.get(key.removeprefix("loss_"), 1.0) for key in one.names if key.startswith("loss_"))
         progressed.examples += int(examples)
         progressed.tokens += int(tokens)
         waited = one.window.waited
-        updates.append(_Update(one.step, name, loss, means, one.rate, norm, int(examples), int(tokens), bool(stop), seconds, waited))
+        made_of = int(examples), int(tokens), 1 - tokens / computed
+        updates.append(_Update(one.step, name, loss, means, one.rate, norm, *made_of, bool(stop), seconds, waited))
     return updates
 
 
@@ -328,19 +331,20 @@ def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *
         assert made.plan.part == part
         # Dropout is a function of (seed, update, micro-batch), whichever process computes it.
         torch.manual_seed(int(generator(recipe.seed, "dropout", made.plan.step, made.plan.number).integers(2**62)))
-        batch = made.batch.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-            outputs = task.head(learner.model, batch)
-            terms = task.losses(outputs, batch.targets)
+        batch = made.batch
+        with computing_in(recipe.precision, device):
+            outputs, targets = only_real(learner.heads[part](learner.model, batch), batch)
+            terms = task.losses(outputs, targets)
         loss = losses.of(terms, weights=task.weights, reduction=task.reduction, normalisation=recipe.normalisation)
         loss.number.backward()  # type: ignore[no-untyped-call]
         window.rows += loss.rows
         window.examples += len(made.batch)
         window.tokens += made.batch.tokens
+        window.computed += made.batch.rows
         with torch.no_grad():
             for name, (total, count) in loss.sums.items():
                 window.add(f"loss_{name}", total, count)
-            for name, values in task.metric(outputs, batch.targets).items():
+            for name, values in task.metric(outputs, targets).items():
                 window.add(name, values.sum(), len(values))
         window.per_batch.append((made.plan, made.batch.example_ids, {name: total for name, (total, _) in loss.sums.items()}))
     return window
@@ -350,51 +354,6 @@ def _normalise(parameters: Sequence[Tensor], factor: Tensor) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
-
-
-def _check_finite(
-    means: Mapping[str, float], norm: float, window: _Window, learner: Learner, *, step: int, part: str, processes: Processes
-) -> None:
-    """Stop the run, on every process, where an update's numbers are not finite (the device has left the weights as they were)."""
-    if all(math.isfinite(value) for value in (*means.values(), norm)):
-        return
-    assembler = Assembler(learner.mixture.parts, learner.mixture.seed, learner.masking)
-    here: list[tuple[list[str], list[str], list[str]]] = []
-    for plan, ids, sums in window.per_batch:
-        terms = [name for name, total in sums.items() if not bool(torch.isfinite(total))]
-        if terms:
-            # The batch is a function of its plan: made once more, to look for what is wrong with it.
-            here.append((terms, ids, _examples_with_bad_features(assembler[plan].batch)))
-    found = [entry for one in processes.gather(here) for entry in one]
-    if not found:
-        raise NotFinite(
-            f"update {step}, {part}: the gradient's norm is {norm} although every loss is finite; lower optimizer.learning_rate, "
-            "or train in fp32"
-        )
-    terms = sorted({name for names, _, _ in found for name in names})
-    ids = [name for _, names, _ in found for name in names]
-    bad = [name for _, _, names in found for name in names]
-    blamed = f"; features that are no finite numbers: {_some(bad)}" if bad else ""
-    raise NotFinite(
-        f"update {step}, {part}: {', '.join(terms)} is not finite (examples {_some(ids)}{blamed}); nothing was updated. "
-        f"{'Check the region databases with uniter-db check' if bad else 'Lower optimizer.learning_rate, or train in fp32'}"
-    )
-
-
-def _examples_with_bad_features(batch: PackedBatch) -> list[str]:
-    """The ids of the examples whose features are not finite (of tasks with one sequence an example)."""
-    if len(batch.region_counts_B) != len(batch.example_ids):
-        return []
-    finite_R = torch.isfinite(batch.features_RD).all(dim=1)
-    for name in ("features", "soft_labels"):
-        if name in batch.targets and batch.masked_regions_R is not None:
-            finite_R[batch.masked_regions_R] &= torch.isfinite(batch.targets[name]).all(dim=1)
-    parts = torch.split(finite_R, batch.region_counts_B.tolist())
-    return [name for name, rows in zip(batch.example_ids, parts, strict=True) if not bool(rows.all())]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _validate_all(learner: Learner, recipe: Recipe, *, processes: Processes) -> Figures:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import MicroBatch, load_once
+from uniter.datasets.batches.loader import MicroBatch, load_once, on_device
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Part
+from uniter.datasets.devices import computing_in
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.tasks.task import Task
@@ -61,16 +62,15 @@ class Scoring:
         rank, world, device = self.processes.rank, self.processes.world, self.processes.device
         batches = load_once(
             part, self.masking, budget=self.budget, seed=seed, by_example=self.by_example, pairing=pairing,
-            rank=rank, world=world, workers=self.workers,
+            rank=rank, world=world, workers=self.workers, pin_memory=device.type == "cuda",
         )  # fmt: skip
         was_training = self.model.training
         self.model.eval()
         try:
-            for made in batches:
-                batch = made.batch.to(device, non_blocking=True)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-                    outputs = head(self.model, batch)
-                yield made, batch, outputs
+            for made in on_device(batches, device):
+                with computing_in(self.precision, device):
+                    outputs = head(self.model, made.batch)
+                yield made, made.batch, outputs
         finally:
             self.model.train(was_training)
 

@@ -16,7 +16,7 @@ from uniter.datasets.runs.run_log import read_log
 from uniter.datasets.runs.step_folders import checkpoint_path, checkpoint_steps
 from uniter.model import losses
 from uniter.model.settings.settings import TrainSettings
-from uniter.model.train.loop import NotFinite
+from uniter.model.train.finite import NotFinite
 from uniter.model.train.pretraining import build_mixture, build_model, open_data, pretrain
 from uniter.model.uniter import set_dropout
 

@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.filling import Room, fill, only_real
 from uniter.model import losses
+from uniter.model.tasks.compiling import compiled_head
 from uniter.model.tasks.table import DOWNSTREAM, PRETRAINING
-from uniter.model.train.compiling import compiled_head
 from uniter.model.uniter import set_dropout
 
 EVERY_ROW = [name for name, row in (PRETRAINING | DOWNSTREAM).items() if row.compiles]
