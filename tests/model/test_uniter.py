@@ -212,3 +212,19 @@ def test_attention_maps_are_distributions_in_the_order_of_the_batch(small_model,
     maps = small_model.uniter.attentions(batch)
     assert [tuple(one.shape) for one in maps[0]] == [(4, 5, 5), (4, 11, 11), (4, 10, 10)] and len(maps) == 2
     torch.testing.assert_close(maps[1][2].sum(-1), torch.ones(4, 10))
+
+
+def test_layers_computed_again_have_the_same_gradients(small_model, make_batch):
+    """Dropout too is drawn as before."""
+    batch = make_batch([4, 9, 3], [7, 2, 1], width=12, vocabulary=60)
+    small_model.train()
+
+    def gradients(recompute):
+        small_model.uniter.encoder.recompute = recompute
+        small_model.zero_grad()
+        torch.manual_seed(0)
+        small_model.uniter.pooled_first(batch).pow(2).sum().backward()
+        return {name: parameter.grad for name, parameter in small_model.named_parameters() if parameter.grad is not None}
+
+    kept, again = gradients(False), gradients(True)
+    assert kept.keys() == again.keys() and all(torch.equal(values, again[name]) for name, values in kept.items())
