@@ -270,8 +270,10 @@ def _update(
         torch.stack([torch.stack(window.sums[key]).double().sum() for key in names]),
     )
     processes.sum_gradients(parameters)
-    shared = 1 / totals[0].clamp(min=1) if recipe.normalisation == "global-mean" else torch.full_like(totals[0], 1 / world)
-    _normalise(parameters, shared.float())
+    if recipe.normalisation == "global-mean":
+        _normalise(parameters, (1 / totals[0].clamp(min=1)).float())
+    elif world > 1:
+        _normalise(parameters, torch.full((), 1 / world, device=totals.device))
     norm = clip_gradients(parameters, recipe.clip)
     totals = torch.cat([totals, norm.double().view(1)])
     assert learner.optimizer.unusable is not None

@@ -49,7 +49,10 @@ def test_ghosts_change_nothing(name: str, row_case: Any) -> None:
     agree(learned(task, model, filled, task.head), learned(task, model, batch, task.head))
 
 
-@pytest.mark.parametrize("name", EVERY_ROW)
+AT_EVERY_RUN = ("mlm", "mrfr", "nlvr2", "refcoco")  # compiling takes seconds: the others where slow tests are run
+
+
+@pytest.mark.parametrize("name", [name if name in AT_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in EVERY_ROW])
 def test_one_graph_a_task_without_a_break(name: str, row_case: Any) -> None:
     torch._dynamo.reset()
     counter: Any = CompileCounterWithBackend("aot_eager")
