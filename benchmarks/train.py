@@ -91,12 +91,14 @@ def make_batch(task: str, words: np.ndarray, boxes: np.ndarray, config: UniterCo
         predicted = torch.rand(texts, generator=generator) < MASKED
         predicted[0] = True
         batch.targets["words"] = torch.where(predicted, batch.input_ids_T, -1)
+        batch.targets["places"] = predicted.nonzero().squeeze(1)
     elif task == "mrc-kl":
         batch.masked_regions_R = torch.rand(regions, generator=generator) < MASKED
         batch.masked_regions_R[0] = True
         features[batch.masked_regions_R] = 0
         logits = torch.randn(int(batch.masked_regions_R.sum()), config.label_classes, generator=generator)
         batch.targets["soft_labels"] = logits.softmax(dim=1)
+        batch.targets["places"] = batch.masked_regions_R.nonzero().squeeze(1)
     else:
         batch.targets["matched"] = torch.randint(0, 2, (len(words),), generator=generator)
     return batch

@@ -30,7 +30,7 @@ DATA = {"corpora": [{"text": ["a.db"], "images": ["a.lmdb"]}]}
             {"model": {"hidden_size": 100, "num_attention_heads": 12}},
             "model.num_attention_heads: 12 does not divide model.hidden_size, 100",
         ),
-        ({"attention": "varlen"}, "attention: varlen computes in half precision only; set precision to bf16 or leave attention out"),
+        ({"attention": "flash"}, "attention: flash computes in half precision only; set precision to bf16 or leave attention out"),
         ({"regions": {"min_bb": 20, "max_bb": 10}}, "regions.min_bb: 20 is more than regions.max_bb, 10"),
         ({"optimizer": {"betas": [0.9]}}, "the key 'optimizer.betas.1' is missing"),
         ({"corpora": [*DATA["corpora"], *DATA["corpora"]]}, "corpora: two are called 'data'; give each its own name"),
