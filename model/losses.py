@@ -199,6 +199,17 @@ def divergence_in_groups(clean: Targets, outputs: Targets, targets: Targets, *, 
     return _symmetric(clean["scores"].view(-1, group_size), outputs["scores"].view(-1, group_size)).sum(dim=-1)
 
 
+def divergence_by_label(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
+    """(B, A), between "applies" and "does not" of each label by itself; a softmax over labels would say nothing of a single one."""
+    clean_BA, scores_BA = clean["scores"].float(), outputs["scores"].float()
+    return (torch.sigmoid(clean_BA) - torch.sigmoid(scores_BA)) * (clean_BA - scores_BA)
+
+
+def distance_of_scores(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
+    """(B,), the squared distance of one's own scores, in squared deviations as their loss is."""
+    return squared_distance(clean, outputs, targets).squeeze(1) / outputs["deviation"].square()
+
+
 def squared_distance(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
     """(S, D), of predicted numbers: the two divergences of normal distributions of variance 1 around them, added."""
     return (clean["scores"].float() - outputs["scores"].float()).square()

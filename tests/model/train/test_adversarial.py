@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -247,6 +248,12 @@ def test_divergences_by_hand() -> None:
     assert torch.isfinite(value) and torch.isfinite(far.grad).all(), "where a probability underflows, as in the published form, no NaN"
     squared = losses.squared_distance({"scores": torch.tensor([[1.0, 2.0]])}, {"scores": torch.tensor([[1.5, 0.0]])}, {})
     assert squared.tolist() == [[0.25, 4.0]]
+    # Of one's own labels: each by itself, so that a single one is compared too; scores in their deviation.
+    single = {"scores": torch.tensor([[0.0]])}, {"scores": torch.tensor([[2.0]]), "deviation": torch.tensor(4.0)}, {}
+    applies = 1 / (1 + math.exp(-2.0))
+    expected = sum(p * math.log(p / q) for p, q in ((0.5, applies), (0.5, 1 - applies), (applies, 0.5), (1 - applies, 0.5)))
+    assert float(losses.divergence_by_label(*single)) == pytest.approx(expected, rel=1e-5)
+    assert losses.distance_of_scores(*single).tolist() == [0.25]
 
 
 @pytest.mark.parametrize(
