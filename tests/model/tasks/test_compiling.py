@@ -106,6 +106,14 @@ def test_one_graph_a_task_without_a_break(name: str, row_case: Any) -> None:
     assert len(shapes) > 3
 
 
+def test_a_number_of_the_model_has_no_ghosts(row_case: Any) -> None:
+    """As the deviation of one's own scores."""
+    _, _, batch = row_case("classify")
+    filled = fill(batch, room("classify"))
+    outputs, _ = only_real({"scores": torch.zeros(len(filled.layout.first_rows_B), 1), "deviation": torch.tensor(2.0)}, filled)
+    assert outputs["scores"].shape == (len(batch), 1) and outputs["deviation"].tolist() == 2
+
+
 def test_what_does_not_fit_is_doubled(row_case: Any) -> None:
     _, _, batch = row_case("mlm")
     small = Room(rows=8, sequences=1, hidden=1, longest_text=2, most_regions=2)
