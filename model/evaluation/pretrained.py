@@ -23,6 +23,7 @@ from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
 from uniter.model import losses
 from uniter.model.checkpoints.load import load
 from uniter.model.heads.pretraining import Outputs, UniterForPretraining
+from uniter.model.tasks.task import Head
 from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.fit import (
     check_classes,
@@ -35,7 +36,7 @@ from uniter.model.train.fit import (
     regions_to_read,
     tokenizer_of_texts,
 )
-from uniter.model.train.scoring import Head, Means, Scoring
+from uniter.model.train.scoring import Means, Scoring
 
 # A small held-out part is masked several times over, until so many words were asked for.
 ENOUGH_WORDS, MOST_ROUNDS = 4000, 20
