@@ -23,7 +23,7 @@ DATA = {"corpora": [{"text": ["a.db"], "images": ["a.lmdb"]}]}
         ({"optimizer": {"learning_rte": 1}}, "unknown key 'optimizer.learning_rte'; did you mean 'optimizer.learning_rate'?"),
         ({"clip": 3}, "unknown key 'clip'; did you mean 'optimizer.clip'?"),
         ({"steps": "many"}, "steps is 'many', but input should be a valid integer"),
-        ({"precision": "fp16"}, "precision is 'fp16', but input should be 'fp32' or 'bf16'"),
+        ({"precision": "fp16"}, "precision is 'fp16', but input should be 'fp32', 'tf32' or 'bf16'"),
         ({"steps": 5, "optimizer": {"warmup_steps": 9}}, "optimizer.warmup_steps: 9 is more than steps, 5"),
         ({"from": "x.pt", "model": {"size": "base"}}, "model: its size comes from `from`; leave one of the two out"),
         (
