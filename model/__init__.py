@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uniter.model.checkpoints import hub as _hub  # gives the classes their from_pretrained
 from uniter.model.checkpoints.load import load, load_uniter
 from uniter.model.heads import (
+    UniterForClassification,
     UniterForNlvr2Paired,
     UniterForNlvr2PairedAttention,
     UniterForNlvr2Triplet,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Understanding",
     "UniterConfig",
+    "UniterForClassification",
     "UniterForNlvr2Paired",
     "UniterForNlvr2PairedAttention",
     "UniterForNlvr2Triplet",

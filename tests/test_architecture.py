@@ -33,7 +33,7 @@ FOLDERS = {
     "datasets/image_db/formats/projects": {*_RECORDS, "datasets/image_db/formats"},  # families build on the files that stand there
     "datasets/text_db": {"datasets/storage", "datasets/text_db/captions"},  # exclusions know SBU's names of photographs
     "datasets/text_db/captions": {*_TEXTS, "datasets/image_db"},  # which members of a tar are images
-    "datasets/text_db/annotations": {*_TEXTS, "datasets/text_db/captions"},
+    "datasets/text_db/annotations": {"datasets/image_db", *_TEXTS, "datasets/text_db/captions"},
     "datasets/text_db/building": {*_TEXTS, "datasets/image_db"},  # texts are matched with images by key
     "datasets/batches": {"datasets/storage", "datasets/image_db", "datasets/text_db", "datasets/text_db/annotations"},
     "datasets/maintenance": {

@@ -1,15 +1,18 @@
 """Is every record of a text database whole?"""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput, UniterError, shown
 from uniter.datasets.maintenance.check_report import CheckReport, records_of
 from uniter.datasets.maintenance.kinds import database_kind
 from uniter.datasets.storage.files import read_json
-from uniter.datasets.storage.index_file import INDEX
+from uniter.datasets.storage.index_file import INDEX, KeyList, key_columns
 from uniter.datasets.storage.streams import json_pairs
 from uniter.datasets.text_db import MissingExample, TextDB
 from uniter.datasets.text_db.records import decode_text_record
@@ -21,12 +24,11 @@ def examine_text(path: Path, report: CheckReport) -> Iterator[tuple[str, bytes, 
     """The good records of one text database; `report` is complete when this is exhausted."""
     report.kind = database_kind(path)
     try:
-        lengths = _lengths(path)
+        stated = _stated(path)
         whole_vocabulary = _vocabulary_end(path)
     except BadInput as error:
         report.problem("side file", str(error))
-        lengths, whole_vocabulary = {}, None
-    seen = set()
+        stated, whole_vocabulary = _Stated([], np.zeros(0, np.int32)), None
     for key, value in records_of(path, report):
         report.records += 1
         name = key.decode(errors="replace")
@@ -35,33 +37,56 @@ def examine_text(path: Path, report: CheckReport) -> Iterator[tuple[str, bytes, 
         except BadInput as error:
             report.problem("record", f"{path}: {error}")
             continue
-        seen.add(name)
-        sentence = _text_fault(record, lengths.get(name), whole_vocabulary)
+        length = stated.seen(key)
+        sentence = _text_fault(record, length, whole_vocabulary)
         if sentence is not None:
             report.problem("text", f"{path}: text {name!r} {sentence}")
             continue
-        if lengths and name not in lengths:
+        if len(stated) and length is None:
             report.problem("index", f"{path}: text {name!r} is stored but not in the index or id2len.json")
             continue
         report.good += 1
         yield name, value, record
-    for name in lengths.keys() - seen:
+    for name in stated.unseen():
         report.problem("lost", f"{path}: text {name!r} is in the index or id2len.json but not readable in data.mdb")
     if report.kind == "text":
         _text_side_files(path, report)
 
 
-def _lengths(path: Path) -> dict[str, int]:
-    """Id -> stated length, from ours or from the JSON side files; what VCR states is not compared."""
+class _Stated:
+    """Ids with their stated lengths, without an object an id, and which of them were seen."""
+
+    def __init__(self, ids: Sequence[str], lengths: NDArray[np.int32]) -> None:
+        self._ids = ids if isinstance(ids, KeyList) else KeyList(key_columns([name.encode("utf-8", "surrogatepass") for name in ids]))
+        self._lengths, self._seen = lengths, np.zeros(len(self._ids), dtype=np.bool_)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def seen(self, key: bytes) -> int | None:
+        """The length of an id that was found; None where none is stated."""
+        row = self._ids.find_raw(key)
+        if row < 0:
+            return None
+        self._seen[row] = True
+        return int(self._lengths[row])
+
+    def unseen(self) -> Iterator[str]:
+        """The ids that were not found."""
+        return (self._ids.raw(row).decode(errors="replace") for row in np.flatnonzero(~self._seen).tolist())
+
+
+def _stated(path: Path) -> _Stated:
+    """Stated lengths, from ours or from the JSON side files; what VCR states is not compared."""
     if (path / "header.json").exists() and (path / INDEX).exists():
         database = TextDB(path, lengths=None)
-        return dict(zip(database.ids, database.lengths.tolist(), strict=True))
+        return _Stated(database.ids, database.lengths)
     if (path / "id2len.json").exists():
         stated = read_json(path / "id2len.json")
-        if not isinstance(stated, dict) or not all(type(length) is int for length in stated.values()):
+        if not isinstance(stated, dict) or not all(type(length) is int and -(2**31) <= length < 2**31 for length in stated.values()):
             raise BadInput(f"{path / 'id2len.json'} is no object of numbers")
-        return stated
-    return {}
+        return _Stated(list(stated), np.fromiter(stated.values(), np.int32, len(stated)))
+    return _Stated([], np.zeros(0, np.int32))
 
 
 def _text_side_files(path: Path, report: CheckReport) -> None:

@@ -157,15 +157,7 @@ def convert(
     sizes = ImageSizes(images) if images is not None else None
     folders = folders_of(source) if name == "lmdb" else [source]
     sources = source_names(folders) | {what: path for what, path in (("images", images), ("captions", captions)) if path is not None}
-    settings = {
-        "made_by": MADE_BY,
-        "source": source.name,
-        "source_format": name,
-        "selection": asdict(rule),
-        "images": None if images is None else images.name,
-        # Databases of older versions know nothing of these.
-        **{what: value for what, value in (("key", key), ("split", split)) if value is not None},
-    }
+    settings = _settings(source, name, rule, images) | {what: said for what, said in (("key", key), ("split", split)) if said is not None}
     refuse_overlap(FORMATS[to].place(target, rule), [source, *folders])
     known = Known(class_names=_names_of(source, name), split=split)
     if captions is not None:
@@ -183,6 +175,12 @@ def convert(
         if FORMATS[to].write is None:
             return _to_ours(target, watched, seen, (name, source, folders), settings, sources, box_ids, overwrite, known)
         return _to_others(target, watched, seen, (name, to, source), rule, settings, sources, box_ids, overwrite, known)
+
+
+def _settings(source: Path, name: str, rule: Selection, images: Path | None) -> dict[str, Any]:
+    """What every conversion remembers; what is said beyond that is remembered only where it is, since older databases do not know it."""
+    told = {"made_by": MADE_BY, "source": source.name, "source_format": name}
+    return {**told, "selection": asdict(rule), "images": None if images is None else images.name}
 
 
 def _refuse_pointless(to: str, captions: Path | None, split: str | None) -> None:

@@ -1,5 +1,6 @@
 """Tensors written as safetensors, whole or not at all, and readable by whomever other files of ours are readable by."""
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside, metadata=dict(metadata) if metadata else None
         )
+        if metadata and len(metadata) > 1:
+            _sort_metadata(aside)
         aside.chmod(mode)  # safetensors puts a file of its own in its place, which only its owner can read
+
+
+def _sort_metadata(path: Path) -> None:
+    """The texts of the header in the order of their names: safetensors writes them in another one each time, and the same tensors shall
+    give the same bytes.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(content) <= length:  # as long as before, but for the spaces that fill it up
+            file.seek(8)
+            file.write(content.ljust(length))
 
 
 def read_torch(path: Path) -> Any:

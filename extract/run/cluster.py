@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 RESTARTS = 4
 """So often an actor that was lost, and the unit it had, are begun again (too little memory, say) before the run ends with an error."""
 
+LOOK_AGAIN = 1.0
+"""Seconds after which it is looked at again whether the cluster has room for more actors."""
+
 LOCK_TRIES = 5
 """So often, a second apart, an actor asks for a unit that another process has: one that was cut off may keep it for a moment."""
 
@@ -172,6 +175,7 @@ class Crew:
         self._ray, self._hire, self._resource = ray, hire, resource
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[Any, int]] = {}
+        self._look_again = 0.0
 
     def describe(self) -> DescribedDetector:
         """The detector, asked of the first actor: only there is the device that it computes on."""
@@ -190,7 +194,9 @@ class Crew:
         task = self._ray.put(Task(str(job.store.path), settings, job.work, job.workers, list(job.samples())))
         # Where the run is asked to stop, the batches at hand are lost and will be done again.
         while (queue or self._running) and not job.stop.is_set():
-            self._fit(len(queue))
+            if not queue or time.monotonic() >= self._look_again:  # asking the cluster takes longer than handing out a unit
+                self._fit(len(queue))
+                self._look_again = time.monotonic() + LOOK_AGAIN
             while queue and self._idle:
                 number, worker = queue.popleft(), self._idle.pop()
                 self._running[worker.run.remote(number, job.images.unit(number), task)] = (worker, number)

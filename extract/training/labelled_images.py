@@ -203,7 +203,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise BadInput(f"{path} is no whole JSON ({error}); was it cut off? Expected COCO's instances") from error
     if isinstance(content, list):
-        raise BadInput(f"{path} is a list, as Visual Genome's objects.json is; add --vocabulary 1600-400-20, or pass COCO's instances")
+        raise BadInput(
+            f"{path} has no list images or annotations or categories, but is one, as Visual Genome's objects.json is; add "
+            "--vocabulary 1600-400-20, or pass COCO's instances"
+        )
     missing = [
         name for name in ("images", "annotations", "categories") if not isinstance(content, dict) or not isinstance(content.get(name), list)
     ]

@@ -66,7 +66,7 @@ def export_hub(model: nn.Module | Weights, folder: str | Path, *, card: str | No
     """
     weights = as_weights(model)
     with complete_folder(Path(folder), again=True) as aside:
-        write_weights(aside, dataclasses.replace(weights, about={"model_type": "uniter", **weights.about}))
+        write_weights(aside, dataclasses.replace(weights, about={"model_type": "uniter", **weights.about}), once=True)
         (aside / CARD_FILE).write_text(card if card is not None else model_card(weights), encoding="utf-8")
 
 

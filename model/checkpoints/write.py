@@ -64,15 +64,20 @@ def as_weights(model: nn.Module | Weights) -> Weights:
     return model if isinstance(model, Weights) else Weights.of(model)
 
 
-def write_weights(folder: str | Path, weights: Weights) -> None:
+def write_weights(folder: str | Path, weights: Weights, *, once: bool = False) -> None:
     """Write `model.safetensors`, `config.json` and the vocabulary into an existing folder; weights and configuration are each
-    complete or absent, weights first. A tensor that has two names stands once; the other name is in the file's metadata, where the
-    safetensors library looks for it."""
+    complete or absent, weights first.
+
+    Args:
+        once: a tied tensor stands under its first name only, and the file's metadata tell the other, where the safetensors library looks
+            for it; otherwise under both, so that any loader of the published names is served.
+    """
     folder = Path(folder)
     published = weights.published()
-    tensors = {name: tensor for name, tensor in published.items() if name not in TIED}
-    aliases = {name: TIED[name] for name in published if name in TIED}
-    write_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt", **aliases})
+    told = {name: TIED[name] for name in published if name in TIED} if once else {}
+    # One memory block may stand under one name only in a safetensors file: aliases are copied.
+    tensors = {name: tensor.clone() if name in TIED else tensor for name, tensor in published.items() if name not in told}
+    write_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt", **told})
     if weights.tokenizer is not None:
         weights.tokenizer.save(folder)
     write_json(folder / CONFIG_FILE, {**weights.config.to_dict(), **weights.about})

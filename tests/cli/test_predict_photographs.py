@@ -44,7 +44,7 @@ class QuarterDetector:
             height, width = image.size
             corners = [(x, y, x + width // 2, y + height // 2) for y in (0, height // 2) for x in (0, width // 2)]
             features = np.array([image.pixels[y0:y1, x0:x1].mean(axis=(0, 1)) / 255 for x0, y0, x1, y1 in corners], dtype=np.float32)
-            chances = np.array([[0.1, 0.9 - 0.1 * row] for row in range(4)], dtype=np.float32)
+            chances = np.array([[0.1 + 0.1 * row, 0.9 - 0.1 * row] for row in range(4)], dtype=np.float32)
             found.append(RawRegions(np.array(corners, dtype=np.float32), features, chances))
         return found
 

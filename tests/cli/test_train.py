@@ -86,7 +86,8 @@ def test_export_and_start_again(trained: Path, world: tuple[Path, Path], tmp_pat
     assert "mlm_data/accuracy" in (tmp_path / "shared" / "README.md").read_text()
     weights = load_file(trained / "checkpoints" / "latest" / "model.safetensors")
     shared = load_file(tmp_path / "shared" / "model.safetensors")
-    assert all((weights[name] == shared[name]).all() for name in weights)
+    assert all((weights[name] == shared[name]).all() for name in shared)
+    assert weights.keys() - shared.keys() == {"cls.predictions.decoder.weight", "feat_regress.weight"}, "a second name of what is there"
     result = run(
         "pretrain", "--from", tmp_path / "uniter.pt", "--text", world[0], "--images", world[1], "--out", tmp_path / "again", "--steps", 2,
         "--device", "cpu", "--set", "tensorboard=false",

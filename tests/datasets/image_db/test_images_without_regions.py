@@ -90,7 +90,8 @@ def test_the_page_shows_it_without_boxes(images: Path, tmp_path: Path) -> None:
     assert "<title>0 to 1: 2</title>" in page, "two images in the histogram's bar for no boxes"
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+# The layouts of projects need more of an image than these have: tests/datasets/image_db/formats.
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.layout is None])
 def test_a_format_holds_it_or_says_that_it_does_not(images: Path, tmp_path: Path, name: str) -> None:
     if name == "hdf5-36":  # images of equal numbers only
         with pytest.raises(BadInput, match="'dog' has 3 regions but the first has 2"):

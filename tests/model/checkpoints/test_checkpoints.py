@@ -262,7 +262,7 @@ def test_saved_folder_round_trip_and_complete_or_absent(model, tmp_path, monkeyp
     save_checkpoint(tmp_path / "step-1", model, about={"task": "pretrain"})
     assert same_bits(load_uniter(tmp_path / "step-1"), model)
     assert json.loads((tmp_path / "step-1" / "config.json").read_text())["task"] == "pretrain"
-    assert not set(load_file(tmp_path / "step-1" / "model.safetensors")) & set(TIED), "what has two names stands once"
+    assert set(load_file(tmp_path / "step-1" / "model.safetensors")) >= set(TIED)
     with pytest.raises(BadInput, match="exists already"):
         save_checkpoint(tmp_path / "step-1", model)
     monkeypatch.setattr("uniter.model.checkpoints.write.write_tensors", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))

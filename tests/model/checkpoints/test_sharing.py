@@ -24,7 +24,13 @@ EACH_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name_
 CONFIG = UniterConfig(
     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_feature_size=12, label_classes=6
 )
-HEADS = {"UniterForVqa": "answers", "UniterForRetrieval": "ranks", "UniterForReferring": "regions", "UniterForVcr": "choices"}
+HEADS = {
+    "UniterForVqa": "answers",
+    "UniterForRetrieval": "ranks",
+    "UniterForReferring": "regions",
+    "UniterForVcr": "choices",
+    "UniterForClassification": "labels",
+}
 
 
 def scores_of(model: Any, make_batch: Any) -> torch.Tensor:

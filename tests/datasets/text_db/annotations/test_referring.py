@@ -114,7 +114,7 @@ def test_hostile_pickles_run_nothing(read, instances, tmp_path, protocol):
         b"\x80\x04\x8c\x02os\x8c\x06system\x93(\x8c\x04truetR.",
         b"\x80\x04\x8c\x08builtins\x8c\x0cgetattr.__x__\x93.",
         b"\x80\x02\x82\x01.",  # an extension of copyreg's
-        b"c__builtin__\nset\n(]tR.",
+        b"c__builtin__\nset\n(S'ab'\ntR.",
         # what is changed is a stand-in itself, or a map, by its attributes
         b"ccollections\nOrderedDict\n(tR.",
         b"cnumpy.core.multiarray\n_reconstruct\n}Vx\nI1\nsb.",
@@ -213,7 +213,9 @@ def test_arrays_of_numbers_are_admitted_and_others_not(tmp_path, protocol):
     for ours, theirs in zip(read_back, arrays, strict=True):
         assert np.array_equal(ours, theirs)
     assert isinstance(read_back[3], float) and isinstance(read_back[4], int)
-    for bad in (np.array([ref()], dtype=object), np.array(["text"]), Builds()):
+    path.write_bytes(pickle.dumps([np.array([ref()], dtype=object)], protocol))
+    assert load_plain_pickle(path) == [[ref()]]  # an array of plain things is the list of them
+    for bad in (np.array([ref(), Builds()], dtype=object), np.array(["text"]), Builds()):
         path.write_bytes(pickle.dumps([bad], protocol))
         with pytest.raises(BadInput):
             load_plain_pickle(path)
