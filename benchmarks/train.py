@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.masking import NOT_PREDICTED
 from uniter.model import UniterConfig, UniterForPretraining, losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.train.optim import AdamW, clear_gradients, clip_gradients, parameter_groups
@@ -259,6 +260,7 @@ def main(words_given: Sequence[str] | None = None) -> None:
                 targets = dict(batch.targets)
                 if "words" in targets:
                     targets["words"] = targets["words"].flatten()
+                    targets["places"] = (targets["words"] != NOT_PREDICTED).nonzero().squeeze(1)
                 return losses.of(terms_of(head(opponent, batch), targets), weights=weights).number
 
             model.eval()
