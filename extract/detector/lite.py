@@ -104,6 +104,10 @@ class UniterSecondLookROIHeads(StandardROIHeads):  # type: ignore[misc]
     """Detectron2's standard heads; where regions are taken, features are pooled again, at the boxes that the first look regressed."""
 
 
+ON_BOARD_SHORTEST = 320
+"""Pixels of the shorter side of an image in `--detector on-board`; what is trained by `lite_config` looks at 288."""
+
+
 def lite_config(classes: int = 80) -> CfgNode:
     """Detectron2's configuration of the detector on board: 7.3 million parameters, 512-wide features."""
     cfg = get_cfg()

@@ -24,7 +24,7 @@ from uniter.datasets.storage.files import read_json_object, sha256_of
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
 from uniter.extract.detector.butd import CAFFE_SCALES, butd_config
 from uniter.extract.detector.configuration import merged_config, read_config
-from uniter.extract.detector.lite import ON_BOARD_WEIGHTS, lite_config
+from uniter.extract.detector.lite import ON_BOARD_SHORTEST, ON_BOARD_WEIGHTS, lite_config
 from uniter.extract.detector.network import RegionNetwork
 from uniter.extract.detector.preparation import CaffePreparation, Preparation, ShortestEdgePreparation, VinvlPreparation
 from uniter.extract.detector.vinvl import VINVL_ATTRIBUTES, VINVL_SCALES, vinvl_config
@@ -83,6 +83,7 @@ def find_recipe(name: str) -> Recipe:
         return vinvl_recipe(name)
     if name == ON_BOARD:
         config = lite_config()
+        config.INPUT.MIN_SIZE_TEST = ON_BOARD_SHORTEST
         return Recipe(ON_BOARD, config, _preparation(config, Path(name)), _class_names(config), weights=str(ON_BOARD_WEIGHTS))
     path = Path(name).expanduser()
     if path.is_dir():
