@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.collate import PackedBatch, hidden_places
 from uniter.model import UniterConfig, UniterForPretraining
 from uniter.model.losses import masked_words
 from uniter.model.uniter import set_dropout
@@ -41,7 +41,7 @@ def batch_of(pairs: int, config: UniterConfig) -> PackedBatch:
         region_types_R=torch.ones(pairs * REGIONS, dtype=torch.int64),
         text_lengths_B=torch.full((pairs,), WORDS),
         region_counts_B=torch.full((pairs,), REGIONS),
-        targets={"words": words},
+        targets={"words": words, "places": hidden_places(words, None)},
         example_ids=[str(number) for number in range(pairs)],
     )
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.masking import NOT_PREDICTED
 from uniter.model import UniterConfig, UniterForPretraining, losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.train.optim import AdamW, clear_gradients, clip_gradients, parameter_groups
@@ -91,12 +92,14 @@ def make_batch(task: str, words: np.ndarray, boxes: np.ndarray, config: UniterCo
         predicted = torch.rand(texts, generator=generator) < MASKED
         predicted[0] = True
         batch.targets["words"] = torch.where(predicted, batch.input_ids_T, -1)
+        batch.targets["places"] = predicted.nonzero().squeeze(1)
     elif task == "mrc-kl":
         batch.masked_regions_R = torch.rand(regions, generator=generator) < MASKED
         batch.masked_regions_R[0] = True
         features[batch.masked_regions_R] = 0
         logits = torch.randn(int(batch.masked_regions_R.sum()), config.label_classes, generator=generator)
         batch.targets["soft_labels"] = logits.softmax(dim=1)
+        batch.targets["places"] = batch.masked_regions_R.nonzero().squeeze(1)
     else:
         batch.targets["matched"] = torch.randint(0, 2, (len(words),), generator=generator)
     return batch
@@ -257,6 +260,7 @@ def main(words_given: Sequence[str] | None = None) -> None:
                 targets = dict(batch.targets)
                 if "words" in targets:
                     targets["words"] = targets["words"].flatten()
+                    targets["places"] = (targets["words"] != NOT_PREDICTED).nonzero().squeeze(1)
                 return losses.of(terms_of(head(opponent, batch), targets), weights=weights).number
 
             model.eval()

@@ -70,7 +70,7 @@ def updates(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
         )  # fmt: skip
 
         def update() -> None:
-            _forward_backward(weighed, model, batch, recipe)
+            _forward_backward(weighed, weighed.head, model, batch, recipe)
             clip_gradients(model.parameters(), 2.0)
             optimizer.step()
             optimizer.zero_grad()

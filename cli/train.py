@@ -75,7 +75,7 @@ def run_options(function: Command) -> Command:
             click.option("--patience", type=click.IntRange(min=1), help="Stop after so many validations without a better one."),
             click.option("--seed", type=click.IntRange(min=0), help="Decides everything random [default: 42]."),
             click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one]."),
-            click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: fp32]"),
+            click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="[default: bf16 on a GPU, else fp32]"),
             click.option("--other-detector", is_flag=True, default=None, help="Regions of another detector than that of --from are meant."),
             click.option(
                 "--root",
@@ -219,7 +219,7 @@ def finetune(
 
 def scoring_options(function: Command) -> Command:
     """How a trained model is put through its data; the same for `evaluate` and `predict`."""
-    function = click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)(function)
+    function = click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on a GPU, else fp32]")(function)
     function = click.option("--device", help="cpu, cuda or cuda:N [default: a GPU where there is one].")(function)
     function = click.option("--other-detector", is_flag=True, help="Regions of another detector than that of the model are meant.")(
         function
@@ -230,9 +230,9 @@ def scoring_options(function: Command) -> Command:
     function = click.option(
         "--scores", type=click.Path(path_type=Path, file_okay=False), help="Keep retrieval's scores there; the same command resumes."
     )(function)
-    function = click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that make batches.")(
-        function
-    )
+    function = click.option(
+        "--workers", type=click.IntRange(min=0), help="Processes that make batches [default: fitted to the machine on a GPU, else 0]."
+    )(function)
     function = click.option(
         "--batch-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Word pieces and regions of a batch."
     )(function)
@@ -259,12 +259,12 @@ def evaluate(
     seed: int,
     batch_tokens: int,
     max_text_length: int,
-    workers: int,
+    workers: int | None,
     scores: Path | None,
     other_detector: bool,
     strict: bool,
     device: str | None,
-    precision: str,
+    precision: str | None,
     as_json: bool,
 ) -> None:
     """Measure a model on held-out texts and pictures: `evaluate pretrain` the pre-training tasks and zero-shot retrieval, a
@@ -326,12 +326,12 @@ def predict(
     out: Path,
     answers: Path | None,
     batch_tokens: int,
-    workers: int,
+    workers: int | None,
     scores: Path | None,
     other_detector: bool,
     strict: bool,
     device: str | None,
-    precision: str,
+    precision: str | None,
     as_json: bool,
 ) -> None:
     """Write a TASK's official submission: VQA's result JSON, NLVR2's and VCR's CSV, SNLI-VE's labels, RefCOCO's

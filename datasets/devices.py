@@ -5,6 +5,16 @@ import torch
 from uniter.datasets.errors import BadInput
 
 
+def fitting_precision(device: torch.device) -> str:
+    """ "bf16" on a GPU that computes in it, else "fp32"."""
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def computing_in(precision: str, device: torch.device) -> torch.autocast:
+    """The context of a forward pass: under "bf16" what suits it is computed in it; weights stay as they are."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
 def usable_device(name: str | None, *, local_index: int = 0) -> torch.device:
     """The device of that name, once it is known to be there.
 

@@ -1,114 +1,22 @@
-"""Attention within sequences that stand end to end, without a padded row anywhere.
+"""Attention within sequences that stand end to end, without a padded row anywhere: one operator on every device.
 
-The one thing a reader would get wrong: the sequences need not stand in the batch's order. On the CPU they stand by
-decreasing length, so that equally long ones are neighbours and attention runs over plain views. Whoever wants a row
-asks the layout for its number.
+Where the sequences stand is said by the batch's layout (`datasets/batches/layout.py`): `offsets`, and a length that none exceeds, a number
+of the host. So nothing here waits for a device, and a compiler sees one operator instead of many views.
 
-Legend of shape suffixes: B sequences, N rows of all sequences, T text tokens, R regions, H hidden, A heads, E width of a head.
+Legend of shape suffixes: B sequences, N rows of all sequences, H hidden, A heads, E width of a head, L rows of equally long sequences.
 """
 
-import itertools
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-# Said once a process about every kind of nested tensor, also about the one that is used here and recommended there.
-warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage", category=UserWarning)
+from uniter.datasets.batches.layout import Layout
 
-
-AttentionKernel = Literal["auto", "grouped", "jagged", "varlen"]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where everything of a batch stands among the N rows of the hidden states.
-
-    Attributes:
-        source_rows_N: (N,) int64, for each row its place in "all text tokens, then all regions" of the batch.
-        text_rows_T, region_rows_R: (T,) and (R,) int64, the row of each text token and of each region, in the batch's order.
-        first_rows_B: (B,) int64, the first row of each sequence ([CLS] where there is text).
-        sequence_lengths_B: (B,) int64, rows of each sequence, in the batch's order.
-        offsets: (B + 1,) int64, where the sequences begin in the order in which they stand; the last is N.
-        groups: (first row, sequences, length) of each run of equally long sequences, in the order in which they stand.
-        shortest, longest: rows of the shortest and the longest sequence.
-    """
-
-    source_rows_N: Tensor
-    text_rows_T: Tensor
-    region_rows_R: Tensor
-    first_rows_B: Tensor
-    sequence_lengths_B: Tensor
-    offsets: Tensor
-    groups: tuple[tuple[int, int, int], ...]
-    shortest: int
-    longest: int
-
-
-def lay_out(text_lengths_B: Tensor, region_counts_B: Tensor, *, device: torch.device, by_length: bool) -> Layout:
-    """Decide where each sequence stands.
-
-    The numbers are worked out on the host: batches whose lengths are CPU tensors cost no wait for the device.
-
-    Args:
-        text_lengths_B: (B,) integer, text tokens of each sequence.
-        region_counts_B: (B,) integer, regions of each sequence.
-        device: where the row numbers go.
-        by_length: let the sequences stand by decreasing length instead of in the batch's order.
-
-    Raises:
-        ValueError: the batch is empty, or a sequence of it has neither text nor regions.
-    """
-    texts = text_lengths_B.cpu().numpy().astype(np.int64)
-    regions = region_counts_B.cpu().numpy().astype(np.int64)
-    lengths = texts + regions
-    if not len(lengths) or lengths.min() < 1:
-        raise ValueError("every sequence of a batch needs at least one text token or region, and a batch at least one sequence")
-    order = np.argsort(-lengths, kind="stable") if by_length else np.arange(len(lengths))
-    standing = lengths[order]
-    offsets = np.concatenate([[0], np.cumsum(standing)])
-    first_rows = np.empty_like(lengths)
-    first_rows[order] = offsets[:-1]
-    text_rows = np.repeat(first_rows, texts) + _counted_within(texts)
-    region_rows = np.repeat(first_rows + texts, regions) + _counted_within(regions)
-    source_rows = np.empty(offsets[-1], dtype=np.int64)
-    source_rows[np.concatenate([text_rows, region_rows])] = np.arange(offsets[-1])
-    changes = np.flatnonzero(np.diff(standing, prepend=-1, append=-1))
-    groups = tuple((int(offsets[begin]), int(end - begin), int(standing[begin])) for begin, end in itertools.pairwise(changes))
-
-    def moved(values: NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-    return Layout(
-        source_rows_N=moved(source_rows),
-        text_rows_T=moved(text_rows),
-        region_rows_R=moved(region_rows),
-        first_rows_B=moved(first_rows),
-        sequence_lengths_B=moved(lengths),
-        offsets=moved(offsets),
-        groups=groups,
-        shortest=int(lengths.min()),
-        longest=int(lengths.max()),
-    )
-
-
-def _counted_within(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0, 1, 2, ... within each of the runs of the given lengths, end to end."""
-    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def choose_kernel(kernel: AttentionKernel, device: torch.device) -> Literal["grouped", "jagged", "varlen"]:
-    """What "auto" means on this device: groups of equal length on the CPU, jagged scaled-dot-product attention elsewhere."""
-    if kernel != "auto":
-        return kernel
-    return "grouped" if device.type == "cpu" else "jagged"
+# On a GPU; the CPU has one way.
+AttentionKernel = Literal["auto", "flash", "efficient"]
 
 
 def attend(
@@ -120,65 +28,180 @@ def attend(
         query_NH, key_NH, value_NH: (N, H), rows as in `layout`.
         heads: number of heads; divides H.
         dropout: probability with which an attention probability is dropped; 0 outside training.
-        kernel: "grouped" (views of equally long sequences), "jagged" (nested tensors; on CUDA the variable-length flash or
-            memory-efficient kernels, which know dropout) or "varlen" (`torch.nn.attention.varlen`: CUDA, half precision, no dropout).
+        kernel: on a GPU "flash" (half precision) or "efficient" (any); "auto" takes flash where it runs.
 
     Returns:
         (N, H), the heads side by side.
-
-    Raises:
-        ValueError: "varlen" was asked for together with dropout, in single precision or off a GPU.
     """
-    return _KERNELS[choose_kernel(kernel, query_NH.device)](query_NH, key_NH, value_NH, layout, heads, dropout)
+    query, key, value = (rows_NH.view(len(rows_NH), heads, -1) for rows_NH in (query_NH, key_NH, value_NH))
+    attended_NAE: Tensor = packed_attention(query, key, value, layout.offsets, layout.longest, dropout, choose_kernel(kernel, query))[0]
+    return attended_NAE.flatten(1)
 
 
-def _grouped(query_NH: Tensor, key_NH: Tensor, value_NH: Tensor, layout: Layout, heads: int, dropout: float) -> Tensor:
-    sizes = [sequences * length for _, sequences, length in layout.groups]
-    attended: list[Tensor] = []
-    parts = (torch.split(rows_NH, sizes) for rows_NH in (query_NH, key_NH, value_NH))
-    for query, key, value, (_, sequences, length) in zip(*parts, layout.groups, strict=True):
-        query, key, value = (part.view(sequences, length, heads, -1).transpose(1, 2) for part in (query, key, value))
-        attended_BAQE = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        attended.append(attended_BAQE.transpose(1, 2).reshape(sequences * length, -1))
-    return torch.cat(attended)
+def choose_kernel(kernel: AttentionKernel, query_NAE: Tensor) -> str:
+    """What "auto" means for these rows: flash attention in half precision where the card has it, else the memory-efficient one."""
+    if kernel != "auto":
+        return kernel
+    half = query_NAE.dtype in (torch.float16, torch.bfloat16)
+    return "flash" if half and query_NAE.shape[2] % 8 == 0 and _has_flash() else "efficient"
 
 
-def _jagged(query_NH: Tensor, key_NH: Tensor, value_NH: Tensor, layout: Layout, heads: int, dropout: float) -> Tensor:
-    def nested(rows_NH: Tensor) -> Tensor:
-        rows_NAE = rows_NH.view(len(rows_NH), heads, -1)
-        return torch.nested.nested_tensor_from_jagged(
-            rows_NAE, layout.offsets, min_seqlen=layout.shortest, max_seqlen=layout.longest
-        ).transpose(1, 2)
-
-    attended = F.scaled_dot_product_attention(nested(query_NH), nested(key_NH), nested(value_NH), dropout_p=dropout)
-    return attended.transpose(1, 2).values().reshape(query_NH.shape)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_flash() -> bool:
+    """Whether the card is of a generation (Ampere or later) that the flash kernels are written for."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
-def _varlen(query_NH: Tensor, key_NH: Tensor, value_NH: Tensor, layout: Layout, heads: int, dropout: float) -> Tensor:
-    if dropout > 0:
-        raise ValueError(
-            f"the varlen attention kernel knows no dropout, but {dropout} was asked for; "
-            "set attention_probs_dropout_prob to 0 or use the jagged kernel"
+@torch.library.custom_op("uniter::packed_attention", mutates_args=(), device_types="cpu")
+def packed_attention(
+    query_NAE: Tensor, key_NAE: Tensor, value_NAE: Tensor, offsets: Tensor, longest: int, dropout: float, kernel: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attended rows (N, A, E), and what the gradient needs: the logarithms of the sums of exponentials, and two of the random state.
+
+    Args:
+        offsets: (B + 1,) int32, where the sequences begin; the last is N. Sequences may be empty.
+        longest: no sequence has more rows.
+        kernel: "flash" or "efficient", on a GPU.
+    """
+    attended_NAE = torch.empty_like(query_NAE, memory_format=torch.contiguous_format)
+    logsumexp_NA = query_NAE.new_empty(query_NAE.shape[:2], dtype=_summed_in(query_NAE))
+    seed = torch.randint(2**62, (1,)) if dropout > 0 else torch.zeros(1, dtype=torch.int64)
+    for group, query, key, value, keep in _groups(offsets, dropout, seed, query_NAE, key_NAE, value_NAE):
+        if keep is None:
+            taken, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+            _rows(logsumexp_NA, group).copy_(logsumexp)
+        else:
+            taken = (_probabilities(query, key) * keep) @ value
+        _rows(attended_NAE, group).copy_(taken)
+    return attended_NAE, logsumexp_NA, seed, seed.new_empty(0)
+
+
+@torch.library.custom_op("uniter::packed_attention_backward", mutates_args=(), device_types="cpu")
+def packed_attention_backward(
+    gradient_NAE: Tensor, query_NAE: Tensor, key_NAE: Tensor, value_NAE: Tensor, attended_NAE: Tensor, logsumexp: Tensor, random: Tensor,
+    random_offset: Tensor, offsets: Tensor, longest: int, dropout: float, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value, (N, A, E) each. The CPU draws dropout again instead of keeping it."""
+    found = [torch.empty_like(rows, memory_format=torch.contiguous_format) for rows in (query_NAE, key_NAE, value_NAE)]
+    rows = query_NAE, key_NAE, value_NAE, gradient_NAE.contiguous(), attended_NAE
+    for group, query, key, value, gradient, attended, keep in _groups(offsets, dropout, random, *rows):
+        if keep is None:
+            own = _rows(logsumexp, group).contiguous()
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient, query, key, value, attended, own, 0.0, False
+            )
+        else:
+            gradients = _gradients(gradient, query, key, value, keep)
+        for whole, part in zip(found, gradients, strict=True):
+            _rows(whole, group).copy_(part)
+    return found[0], found[1], found[2]
+
+
+def _groups(offsets: Tensor, dropout: float, seed: Tensor, *rows: Tensor) -> Iterator[Any]:
+    """For each run of equally long sequences (first row, sequences, length), the rows as (sequences, A, L, E), and by what each
+    probability (sequences, A, L, L) is multiplied, None without dropout."""
+    bounds = offsets.numpy()
+    if bounds[-1] != len(rows[0]):
+        raise ValueError(f"the sequences have {bounds[-1]} rows, but there are {len(rows[0])}")
+    lengths = np.diff(bounds)
+    changes = np.flatnonzero(np.diff(lengths, prepend=-1, append=-1))
+    generator = torch.Generator().manual_seed(int(seed)) if dropout > 0 else None
+    for begin, end in zip(changes[:-1].tolist(), changes[1:].tolist(), strict=True):
+        group = int(bounds[begin]), end - begin, int(lengths[begin])
+        if group[2] == 0:
+            continue
+        parts = [_rows(part, group) for part in rows]
+        keep = None
+        if generator is not None:
+            shape = (group[1], rows[0].shape[1], group[2], group[2])
+            keep = rows[0].new_empty(shape).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+        yield group, *parts, keep
+
+
+def _rows(rows_NA: Tensor, group: tuple[int, int, int]) -> Tensor:
+    """A group's rows, (N, A) or (N, A, E), as a view (sequences, A, L) or (sequences, A, L, E)."""
+    first, sequences, length = group
+    return rows_NA.narrow(0, first, sequences * length).view(sequences, length, *rows_NA.shape[1:]).transpose(1, 2)
+
+
+def _probabilities(query: Tensor, key: Tensor) -> Tensor:
+    return torch.softmax(query @ key.transpose(2, 3) / query.shape[3] ** 0.5, dim=3)
+
+
+def _gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of query, key and value, (sequences, A, L, E) each, by hand."""
+    probabilities = _probabilities(query, key)
+    of_value = (probabilities * keep).transpose(2, 3) @ gradient
+    of_probabilities = (gradient @ value.transpose(2, 3)) * keep
+    of_scores = probabilities * (of_probabilities - (of_probabilities * probabilities).sum(dim=3, keepdim=True)) / query.shape[3] ** 0.5
+    return of_scores @ key, of_scores.transpose(2, 3) @ query, of_value
+
+
+def _summed_in(rows: Tensor) -> torch.dtype:
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+@packed_attention.register_kernel("cuda")
+def _on_cuda(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, dropout: float, kernel: str) -> Any:
+    if kernel == "flash":
+        both = (offsets, offsets, longest, longest)
+        attended, logsumexp, random, random_offset, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *both, dropout, False, False
         )
-    if query_NH.device.type != "cuda" or query_NH.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"the varlen attention kernel needs half precision on a GPU, got {query_NH.dtype} on {query_NH.device.type}; use 'jagged'"
+        return attended, logsumexp, random, random_offset
+    attended, logsumexp, random, random_offset, _, _ = torch.ops.aten._efficient_attention_forward(
+        query[None], key[None], value[None], None, offsets, offsets, longest, longest, dropout, 0, True
+    )
+    return attended[0], logsumexp, random, random_offset
+
+
+@packed_attention_backward.register_kernel("cuda")
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, logsumexp: Tensor, random: Tensor,
+    random_offset: Tensor, offsets: Tensor, longest: int, dropout: float, kernel: str,
+) -> Any:  # fmt: skip
+    gradient = gradient.contiguous()
+    both = (offsets, offsets, longest, longest)
+    if kernel == "flash":
+        return torch.ops.aten._flash_attention_backward(
+            gradient, query, key, value, attended, logsumexp, *both, dropout, False, random, random_offset
         )
-    # Not at the top: the module came with PyTorch 2.10 and the package asks for 2.6.
-    from torch.nn.attention.varlen import varlen_attn
-
-    offsets = layout.offsets.to(torch.int32)
-    query, key, value = (rows.view(len(rows), heads, -1) for rows in (query_NH, key_NH, value_NH))
-    attended = varlen_attn(query, key, value, offsets, offsets, layout.longest, layout.longest)
-    assert isinstance(attended, Tensor)
-    return attended.reshape(query_NH.shape)
+    single = (part[None] for part in (gradient, query, key, value))
+    of_query, of_key, of_value, _ = torch.ops.aten._efficient_attention_backward(
+        *single, None, attended[None], *both, logsumexp, dropout, random, random_offset, 0, False
+    )
+    return of_query[0], of_key[0], of_value[0]
 
 
-_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Layout, int, float], Tensor]] = {
-    "grouped": _grouped,
-    "jagged": _jagged,
-    "varlen": _varlen,
-}
+@packed_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, dropout: float, kernel: str) -> Any:
+    if query.device.type == "cuda":  # PyTorch's own operators know the shapes of what they keep
+        attended, *kept = _on_cuda(query, key, value, offsets, longest, dropout, kernel)
+        return attended.contiguous(), *kept
+    logsumexp = query.new_empty(query.shape[:2], dtype=_summed_in(query))
+    numbers = [torch.empty(count, dtype=torch.int64, device=query.device) for count in (1, 0)]
+    return torch.empty_like(query, memory_format=torch.contiguous_format), logsumexp, *numbers
+
+
+@packed_attention_backward.register_fake
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
+    return tuple(torch.empty_like(rows, memory_format=torch.contiguous_format) for rows in (query, key, value))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *rows, offsets, longest, dropout, kernel = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*rows, *output, offsets)
+    ctx.numbers = longest, dropout, kernel
+
+
+def _backward(ctx: Any, gradient_NAE: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    if gradient_NAE is None:
+        return (None,) * 7
+    return (*packed_attention_backward(gradient_NAE, *ctx.saved_tensors, *ctx.numbers), None, None, None, None)
+
+
+packed_attention.register_autograd(_backward, setup_context=_remember)
 
 
 def attention_probabilities(query_NH: Tensor, key_NH: Tensor, layout: Layout, *, heads: int) -> Iterator[Tensor]:

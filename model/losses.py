@@ -8,7 +8,6 @@ Legend of shape suffixes: B sequences, S predicted places, V words, C classes, D
 Source: github.com/ChenRocks/UNITER, model/pretrain.py; what differs from the paper is marked.
 """
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,8 +15,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from uniter.datasets.batches.masking import NOT_PREDICTED
 
 Terms = dict[str, Tensor]
 
@@ -35,9 +32,13 @@ Normalisation = Literal["global-mean", "published"]
 
 
 def masked_words(outputs: Targets, targets: Targets) -> Terms:
-    """MLM: cross-entropy (S,) of scores (S, V) against those of `words` (T,) that are predicted."""
-    words_T = targets["words"]
-    return {"cross_entropy": F.cross_entropy(outputs["scores"].float(), words_T[words_T != NOT_PREDICTED], reduction="none")}
+    """MLM: cross-entropy (S,) of scores (S, V) against the word pieces that were hidden."""
+    return {"cross_entropy": F.cross_entropy(outputs["scores"].float(), hidden_words(targets), reduction="none")}
+
+
+def hidden_words(targets: Targets) -> Tensor:
+    """(S,) int64, the word pieces that were hidden."""
+    return targets["words"].index_select(0, targets["places"])
 
 
 def masked_features(outputs: Targets, targets: Targets) -> Terms:
@@ -151,29 +152,22 @@ def referred_regions(outputs: Targets, targets: Targets) -> Terms:
     return {"cross_entropy": F.cross_entropy(outputs["scores"].float(), targets["region"], reduction="none")}
 
 
-def ranked_regions(outputs: Targets, targets: Targets, *, rng: random.Random, margin: float = 0.2, hard_ratio: float = 0.3) -> Terms:
+def ranked_regions(outputs: Targets, targets: Targets, *, margin: float = 0.2) -> Terms:
     """RefCOCO's ranking loss: how far one wrong region comes within the margin of the right one, on sigmoid scores.
 
     Args:
         outputs: `scores` (B, R) and `region_counts` (B,).
-        rng: decides, example by example, whether the best-scoring wrong region is the negative or which other one is.
-        hard_ratio: probability of the best-scoring one.
+        targets: `region`, and `rival` (B,) int64, the wrong region to compare with, -1 for the wrong one that scores best.
 
     Returns:
         `margin` (B,); 0 where a picture has no other region, or `region` is -100.
     """
     scores_BR = outputs["scores"].float()
     wanted_B = targets["region"].clamp(min=0)
-    others_BR = scores_BR.scatter(1, wanted_B.unsqueeze(1), -torch.inf)
-    negatives = others_BR.argmax(dim=1).tolist()
-    counts = outputs["region_counts"].tolist()
-    for example, (count, wanted) in enumerate(zip(counts, wanted_B.tolist(), strict=True)):
-        if count > 1 and rng.random() >= hard_ratio:
-            drawn = rng.randrange(count - 1)
-            negatives[example] = drawn + (drawn >= wanted)
-    negatives_B = torch.tensor(negatives, device=scores_BR.device)
+    best_B = scores_BR.scatter(1, wanted_B.unsqueeze(1), -torch.inf).argmax(dim=1)
+    rivals_B = torch.where(targets["rival"] >= 0, targets["rival"], best_B)
     chances_BR = torch.sigmoid(scores_BR)
-    wrong, right = (chances_BR.gather(1, picked.unsqueeze(1)).squeeze(1) for picked in (negatives_B, wanted_B))
+    wrong, right = (chances_BR.gather(1, picked.unsqueeze(1)).squeeze(1) for picked in (rivals_B, wanted_B))
     return {"margin": F.relu(margin + wrong - right) * ((outputs["region_counts"] > 1) & (targets["region"] >= 0))}
 
 
@@ -203,6 +197,17 @@ def divergence_by_class(clean: Targets, outputs: Targets, targets: Targets) -> T
 def divergence_in_groups(clean: Targets, outputs: Targets, targets: Targets, *, group_size: int) -> Tensor:
     """(G,), between the distributions over the sequences of each group; scores as `ranking` takes them."""
     return _symmetric(clean["scores"].view(-1, group_size), outputs["scores"].view(-1, group_size)).sum(dim=-1)
+
+
+def divergence_by_label(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
+    """(B, A), between "applies" and "does not" of each label by itself; a softmax over labels would say nothing of a single one."""
+    clean_BA, scores_BA = clean["scores"].float(), outputs["scores"].float()
+    return (torch.sigmoid(clean_BA) - torch.sigmoid(scores_BA)) * (clean_BA - scores_BA)
+
+
+def distance_of_scores(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
+    """(B,), the squared distance of one's own scores, in squared deviations as their loss is."""
+    return squared_distance(clean, outputs, targets).squeeze(1) / outputs["deviation"].square()
 
 
 def squared_distance(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from uniter.datasets.batches.candidates import IOU_THRESHOLD
-from uniter.datasets.batches.masking import NOT_PREDICTED
 from uniter.datasets.errors import BadInput
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
@@ -185,8 +184,7 @@ def vcr_figures(answer_scores: FloatArray, rationale_scores: FloatArray, answers
 
 
 def word_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-    words_T = targets["words"]
-    return {"accuracy": (outputs["scores"].argmax(dim=1) == words_T[words_T != NOT_PREDICTED]).float()}
+    return {"accuracy": (outputs["scores"].argmax(dim=1) == losses.hidden_words(targets)).float()}
 
 
 def feature_error(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:

@@ -8,6 +8,10 @@ Legend of shape suffixes: B pairs, T words, R regions (padded here), H hidden.
 Source: Xie et al., "A Fast Proximal Point Method for Computing Exact Wasserstein Distance", 2018 (IPOT), as UNITER uses it.
 """
 
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +22,12 @@ NORM_EPSILON = 1e-5
 PADDED = 1e4
 
 
+def in_single_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast on this device, where it has any ("meta" has none)."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
 def transport_costs(text_BTH: Tensor, regions_BRH: Tensor, text_padding_BT: Tensor, region_padding_BR: Tensor) -> Tensor:
     """1 - cosine of each word and region, 0 at padding: (B, T, R) float32.
 
@@ -25,7 +35,7 @@ def transport_costs(text_BTH: Tensor, regions_BRH: Tensor, text_padding_BT: Tens
         text_BTH, regions_BRH: hidden states, any float type.
         text_padding_BT, region_padding_BR: bool, True where there is nothing.
     """
-    with torch.autocast(text_BTH.device.type, enabled=False):
+    with in_single_precision(text_BTH.device):
         words = F.normalize(text_BTH.float(), dim=-1, eps=NORM_EPSILON)
         regions = F.normalize(regions_BRH.float(), dim=-1, eps=NORM_EPSILON)
         costs_BTR = 1 - words @ regions.transpose(1, 2)
@@ -53,7 +63,7 @@ def transport_plan(
     Returns:
         (B, R, T) float32, 0 at padding. sigma is carried from one outer iteration to the next, as published.
     """
-    with torch.autocast(costs_BTR.device.type, enabled=False):
+    with in_single_precision(costs_BTR.device):
         words_B11 = (~text_padding_BT).sum(1).float().view(-1, 1, 1)
         regions_B11 = (~region_padding_BR).sum(1).float().view(-1, 1, 1)
         present_BRT = ~(region_padding_BR.unsqueeze(2) | text_padding_BT.unsqueeze(1))
@@ -81,10 +91,19 @@ def transport_distances(
     return (costs_BTR * plan_BRT.transpose(1, 2)).sum(dim=(1, 2)), plan_BRT
 
 
-def pad_rows(rows_NH: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequences end to end -> (B, longest, H), zero behind each, and the padding (B, longest) bool, True where nothing is."""
-    positions = torch.arange(int(lengths_B.max()), device=lengths_B.device)
-    padding = positions >= lengths_B.unsqueeze(1)
-    places = (~padding).nonzero(as_tuple=True)  # on the host, where a batch's lengths are: nothing waits for the device
-    padded = rows_NH.new_zeros(*padding.shape, rows_NH.shape[1])
-    return padded.index_put(tuple(place.to(rows_NH.device) for place in places), rows_NH), padding.to(rows_NH.device)
+def padded(rows_NH: Tensor, first_B: Tensor, lengths_B: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Sequences out of rows that stand end to end, as a rectangle: (B, longest, H), zero behind each.
+
+    Args:
+        first_B, lengths_B: (B,) int64, the first row of each sequence and how many it has, on the device of the rows.
+        longest: no sequence is longer.
+
+    Returns:
+        The rectangle, and the padding (B, longest) bool, True where nothing is.
+    """
+    places = torch.arange(longest, device=rows_NH.device)
+    padding = places >= lengths_B.unsqueeze(1)
+    # Behind a sequence its own last row is taken, and zeroed: the gradients of the padding are not all added up at one row.
+    chosen = (first_B.unsqueeze(1) + torch.minimum(places, (lengths_B - 1).unsqueeze(1))).clamp(min=0, max=len(rows_NH) - 1)
+    taken = rows_NH.index_select(0, chosen.flatten()).view(*padding.shape, rows_NH.shape[1])
+    return taken.masked_fill(padding.unsqueeze(2), 0), padding

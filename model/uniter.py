@@ -19,11 +19,14 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.layout import Layout
 from uniter.datasets.errors import BadInput, unknown_name
-from uniter.model.attention import AttentionKernel, Layout, attend, attention_probabilities, choose_kernel, lay_out
-from uniter.model.linear import Linear
+from uniter.model.attention import AttentionKernel, attend, attention_probabilities
+from uniter.model.linear import Linear, linear
+from uniter.model.transport import in_single_precision
 
 NORM_EPSILON = 1e-12
 
@@ -150,16 +153,20 @@ class RegionEmbeddings(nn.Module):
         self.LayerNorm = layer_norm(config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def forget_unmasked(self) -> None:
+        """The published forward overwrites row 0 whenever regions are masked; it shows in state dicts and trajectories."""
+        self.mask_embedding.weight.data[0].zero_()
+
     def forward(
         self, features_RD: Tensor, positions_R7: Tensor, types_RH: Tensor, masked_R: Tensor | None, shifts_RD: Tensor | None = None
     ) -> Tensor:
         features_RD = features_RD.to(self.img_linear.weight.dtype)
         if masked_R is not None:
-            # The published forward overwrites row 0 whenever regions are masked; it shows in state dicts and trajectories.
-            self.mask_embedding.weight.data[0].zero_()
+            if not torch.compiler.is_compiling():
+                self.forget_unmasked()
             features_RD = features_RD + masked_R.to(features_RD.dtype).unsqueeze(1) * self.mask_embedding.weight[1]
         # Half precision would round most of a small shift away (measured: a cosine of 0.33 with the one that was meant in bf16).
-        with torch.autocast(features_RD.device.type, enabled=False) if shifts_RD is not None else contextlib.nullcontext():
+        with in_single_precision(features_RD.device) if shifts_RD is not None else contextlib.nullcontext():
             projected_RH = self.img_linear(features_RD if shifts_RD is None else features_RD + shifts_RD)
         appearance_RH = self.img_layer_norm(projected_RH)
         place_RH = self.pos_layer_norm(self.pos_linear(positions_R7.to(self.pos_linear.weight.dtype)))
@@ -193,7 +200,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
         dropout = self.dropout.p if self.training else 0.0
-        query, key, value = self.query(hidden_NH), self.key(hidden_NH), self.value(hidden_NH)
+        parts = self.query, self.key, self.value
+        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        query, key, value = linear(hidden_NH, weight, bias).chunk(3, dim=1)  # one product instead of three
         return attend(query, key, value, layout, heads=self.heads, dropout=dropout, kernel=kernel)
 
 
@@ -206,7 +215,7 @@ class Attention(nn.Module):
     def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel, rows_S: Tensor | None) -> Tensor:
         context_NH = self.self(hidden_NH, layout, kernel)
         if rows_S is not None:
-            context_NH, hidden_NH = context_NH[rows_S], hidden_NH[rows_S]
+            context_NH, hidden_NH = context_NH.index_select(0, rows_S), hidden_NH.index_select(0, rows_S)
         attended_SH: Tensor = self.output(context_NH, hidden_NH)
         return attended_SH
 
@@ -239,12 +248,17 @@ class Encoder(nn.Module):
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.recompute = False  # keep only the input of each layer for the backward pass
 
     def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel, rows_S: Tensor | None = None) -> Tensor:
         """The last layer's states of all rows, (N, H), or of some, (S, H)."""
         last = len(self.layer) - 1
         for number, layer in enumerate(self.layer):
-            hidden_NH = layer(hidden_NH, layout, kernel, rows_S if number == last else None)
+            rows = rows_S if number == last else None
+            if self.recompute and torch.is_grad_enabled():
+                hidden_NH = checkpoint(layer, hidden_NH, layout, kernel, rows, use_reentrant=False)
+            else:
+                hidden_NH = layer(hidden_NH, layout, kernel, rows)
         return hidden_NH
 
 
@@ -263,7 +277,7 @@ class Encoded:
 
     Attributes:
         hidden_NH: (N, H), the last layer's states of all rows. In which order the sequences stand is the layout's own matter
-            (on the CPU by length): find rows through the row numbers below.
+            (by length): find rows through the row numbers below.
         layout: where everything stands.
     """
 
@@ -293,12 +307,12 @@ class Encoded:
     @property
     def text_TH(self) -> Tensor:
         """(T, H), states of the text tokens, in the batch's order."""
-        return self.hidden_NH[self.layout.text_rows_T]
+        return self.hidden_NH.index_select(0, self.layout.text_rows_T)
 
     @property
     def regions_RH(self) -> Tensor:
         """(R, H), states of the regions, in the batch's order."""
-        return self.hidden_NH[self.layout.region_rows_R]
+        return self.hidden_NH.index_select(0, self.layout.region_rows_R)
 
 
 class UniterModel(nn.Module):
@@ -317,23 +331,13 @@ class UniterModel(nn.Module):
         self.pooler = Pooler(config)
         initialise(self, deviation=config.initializer_range)
 
-    def lay_out(self, batch: PackedBatch) -> Layout:
-        """Where everything of a batch stands among the rows that this model computes.
-
-        Raises:
-            ValueError: the batch or a sequence of it is empty.
-        """
-        device = self.embeddings.word_embeddings.weight.device
-        by_length = choose_kernel(self.attention_kernel, device) == "grouped"
-        return lay_out(batch.text_lengths_B, batch.region_counts_B, device=device, by_length=by_length)
-
     def embed(self, batch: PackedBatch, layout: Layout) -> Tensor:
         """What enters the first layer: (N, H), in the layout's order.
 
         Raises:
             BadInput: a text is longer than the model's positions, or the features are of another width.
         """
-        config, longest = self.config, int(batch.text_lengths_B.max()) if len(batch.text_lengths_B) else 0
+        config, longest = self.config, layout.longest_text
         if longest > config.max_position_embeddings:
             raise BadInput(
                 f"a text of {longest} word pieces does not fit the model's {config.max_position_embeddings} positions; "
@@ -357,9 +361,9 @@ class UniterModel(nn.Module):
         """Encode a packed batch; text alone (no regions) and regions alone (no text) work too.
 
         Raises:
-            BadInput, ValueError: as `embed` and `lay_out`.
+            BadInput: as `embed`.
         """
-        layout = self.lay_out(batch)
+        layout = batch.layout
         return Encoded(self.encoder(self.embed(batch, layout), layout, self.attention_kernel), layout)
 
     def states(self, batch: PackedBatch, layout: Layout, rows_S: Tensor) -> Tensor:
@@ -370,21 +374,21 @@ class UniterModel(nn.Module):
         states_SH: Tensor = self.encoder(self.embed(batch, layout), layout, self.attention_kernel, rows_S)
         return states_SH
 
-    def pooled_first(self, batch: PackedBatch) -> Tensor:
-        """(B, H), the pooler's view of each sequence's first row, in the batch's order."""
-        layout = self.lay_out(batch)
+    def pooled_first(self, batch: PackedBatch, layout: Layout | None = None) -> Tensor:
+        """(B, H), the pooler's view of each sequence's first row, in the batch's order, or of those that another layout takes."""
+        layout = batch.layout if layout is None else layout
         pooled_BH: Tensor = self.pooler(self.states(batch, layout, layout.first_rows_B))
         return pooled_BH
 
     def pooled(self, encoded: Encoded) -> Tensor:
         """The same of states that are there already."""
-        pooled_BH: Tensor = self.pooler(encoded.hidden_NH[encoded.first_rows_B])
+        pooled_BH: Tensor = self.pooler(encoded.hidden_NH.index_select(0, encoded.first_rows_B))
         return pooled_BH
 
     @torch.no_grad()
     def attentions(self, batch: PackedBatch) -> list[list[Tensor]]:
         """Attention probabilities for looking at: for each layer and sequence (heads, length, length) float32, text before regions."""
-        layout = self.lay_out(batch)
+        layout = batch.layout
         hidden_NH = self.embed(batch, layout)
         maps: list[list[Tensor]] = []
         for layer in self.encoder.layer:

@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from uniter.datasets.batches.example import Rows, Sample
+from uniter.datasets.batches.layout import Layout, counted_within, lay_out
+from uniter.datasets.batches.masking import NOT_PREDICTED
 from uniter.datasets.errors import BadInput
+
+ON_HOST = ("group_sizes",)  # targets by which the host plans
 
 
 @dataclass(slots=True)
@@ -33,8 +37,11 @@ class PackedBatch:
         masked_regions_R: (R,) bool, True where the features were zeroed; None where the task masks no regions.
         word_shifts_TH, region_shifts_RD: (T, H) and (R, D) float32 that are added to the words' embeddings and to the regions'
             features, masked ones too; None where nothing is. Adversarial training makes them, on the model's device.
-        targets: what the task's losses read, by name.
+        targets: what the task's losses read, by name; of what is hidden also `places` (S,) int64, where it stands among the text tokens
+            or among the regions, so that nobody has to look for it.
         example_ids: the ids of the examples, for messages and for predictions.
+        layout: where everything stands among the rows that the model computes; follows from the lengths.
+        hidden: how many of `places` are real, where the batch was filled up with ghosts (filling.py); of those the lengths know nothing.
     """
 
     input_ids_T: Tensor
@@ -50,6 +57,12 @@ class PackedBatch:
     region_shifts_RD: Tensor | None = None
     targets: dict[str, Tensor] = field(default_factory=dict)
     example_ids: list[str] = field(default_factory=list)
+    layout: Layout = None  # type: ignore[assignment]  # made from the lengths where it is not given
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout is None:
+            self.layout = lay_out(self.text_lengths_B, self.region_counts_B)
 
     def __len__(self) -> int:
         """The number of examples (an example may be several sequences)."""
@@ -58,15 +71,31 @@ class PackedBatch:
     @property
     def tokens(self) -> int:
         """Word pieces and regions, all of them real."""
-        return len(self.input_ids_T) + len(self.features_RD)
+        return int(self.text_lengths_B.sum() + self.region_counts_B.sum())
+
+    @property
+    def rows(self) -> int:
+        """What is computed: the tokens, and the ghosts of a batch that was filled up."""
+        return len(self.layout.source_rows_N)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
-        """The same batch on `device`; the lengths stay on the host, where the model plans its attention by them without waiting."""
+        """The same batch on `device`; lengths and sizes of groups stay on the host as well, which plans by them without waiting."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedBatch":
         """The same batch in page-locked memory (called by the data loader)."""
         return self._each(lambda tensor: tensor.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch that `to` moves."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._each(note)
+        return found
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
         return replace(
@@ -78,7 +107,8 @@ class PackedBatch:
             positions_R7=change(self.positions_R7),
             region_types_R=change(self.region_types_R),
             masked_regions_R=None if self.masked_regions_R is None else change(self.masked_regions_R),
-            targets={name: change(target) for name, target in self.targets.items()},
+            targets={name: target if name in ON_HOST else change(target) for name, target in self.targets.items()},
+            layout=self.layout.each(change),
         )
 
 
@@ -110,9 +140,12 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     if any(sequence.text_types is not None for sequence in sequences):
         text_types = np.concatenate([np.asarray(s.text_types or [0] * len(s.input_ids), dtype=np.int64) for s in sequences])
     words = itertools.chain.from_iterable(sequence.input_ids for sequence in sequences)
+    targets = {name: torch.from_numpy(_joined([sample.targets[name] for sample in samples])) for name in samples[0].targets}
+    if (hidden := hidden_places(targets.get("words"), None if masked is None else torch.from_numpy(masked))) is not None:
+        targets["places"] = hidden
     return PackedBatch(
         input_ids_T=torch.from_numpy(np.fromiter(words, dtype=np.int64, count=int(text_lengths.sum()))),
-        text_positions_T=torch.from_numpy(_count_up(text_lengths)),
+        text_positions_T=torch.from_numpy(counted_within(text_lengths)),
         text_types_T=torch.from_numpy(text_types),
         features_RD=torch.from_numpy(rows),
         positions_R7=torch.from_numpy(positions),
@@ -120,9 +153,16 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
         text_lengths_B=torch.from_numpy(text_lengths),
         region_counts_B=torch.from_numpy(region_counts),
         masked_regions_R=None if masked is None else torch.from_numpy(masked),
-        targets={name: torch.from_numpy(_joined([sample.targets[name] for sample in samples])) for name in samples[0].targets},
+        targets=targets,
         example_ids=[sample.id for sample in samples],
     )
+
+
+def hidden_places(words_T: Tensor | None, masked_R: Tensor | None) -> Tensor | None:
+    """(S,) int64, the places of the words that are predicted, or of the masked regions; None where a task hides neither."""
+    if words_T is not None:
+        return (words_T != NOT_PREDICTED).nonzero().squeeze(1)
+    return None if masked_R is None else masked_R.nonzero().squeeze(1)
 
 
 def _features(samples: Sequence[Sample], regions: int) -> tuple[NDArray[np.floating], NDArray[np.bool_] | None]:
@@ -166,41 +206,3 @@ def _joined(targets: Sequence[NDArray[np.generic] | Rows]) -> NDArray[np.generic
         joined[begin:end] = array[rows]
         begin = end
     return joined
-
-
-def _count_up(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[2, 3] -> [0, 1, 0, 1, 2]."""
-    starts = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts, lengths)
-
-
-def take_sequences(batch: PackedBatch, numbers: Tensor) -> PackedBatch:
-    """A batch of some sequences of another one, in the given order; without its targets and ids, which belong to examples.
-
-    Args:
-        numbers: (K,) int64 numbers of sequences.
-    """
-    host = numbers.cpu()
-
-    def places(lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        lengths_B = lengths_B.cpu()
-        starts_B, taken = lengths_B.cumsum(0) - lengths_B, lengths_B[host]
-        ends = taken.cumsum(0)
-        within = torch.arange(int(taken.sum())) - (ends - taken).repeat_interleave(taken)
-        return (starts_B[host].repeat_interleave(taken) + within).to(batch.input_ids_T.device), taken
-
-    texts, text_lengths = places(batch.text_lengths_B)
-    regions, region_counts = places(batch.region_counts_B)
-    return PackedBatch(
-        input_ids_T=batch.input_ids_T[texts],
-        text_positions_T=batch.text_positions_T[texts],
-        text_types_T=batch.text_types_T[texts],
-        features_RD=batch.features_RD[regions],
-        positions_R7=batch.positions_R7[regions],
-        region_types_R=batch.region_types_R[regions],
-        text_lengths_B=text_lengths,
-        region_counts_B=region_counts,
-        masked_regions_R=None if batch.masked_regions_R is None else batch.masked_regions_R[regions],
-        word_shifts_TH=None if batch.word_shifts_TH is None else batch.word_shifts_TH[texts],
-        region_shifts_RD=None if batch.region_shifts_RD is None else batch.region_shifts_RD[regions],
-    )

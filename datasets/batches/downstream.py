@@ -124,7 +124,7 @@ def referred_region(example: Example, rng: random.Random, masking: Masking, *, p
 
     Targets: `region` (1,) int64, the number of the region that is meant; of detected ones that which overlaps most, or -100 (which
     the losses leave out) where none overlaps by more than half. `overlaps` (R,) float32, how far each region covers the annotated
-    box. `draw` (1,) int64, decides what the ranking loss compares with.
+    box. `rival` (1,) int64, the wrong region that the ranking loss compares with, -1 for the wrong one that scores best (`drawn_rival`).
     """
     corpus, shown = example.corpus, example.read()
     record, regions = shown.record, shown.regions()
@@ -142,8 +142,8 @@ def referred_region(example: Example, rng: random.Random, masking: Masking, *, p
     else:
         best = int(overlaps.argmax())
         region = best if overlaps[best] > IOU_THRESHOLD else UNKNOWN
-    draw = np.array([rng.randrange(2**62)])
-    targets: dict[str, NDArray[np.generic] | Rows] = {"region": np.array([region]), "overlaps": overlaps, "draw": draw}
+    rival = np.array([drawn_rival(len(boxes), region, rng)])
+    targets: dict[str, NDArray[np.generic] | Rows] = {"region": np.array([region]), "overlaps": overlaps, "rival": rival}
     return Sample(shown.id, [shown.sequence(shown.words(), regions)], targets)
 
 
@@ -159,6 +159,17 @@ def grounded_phrase(example: Example, rng: random.Random, masking: Masking) -> S
         raise BadInput(f"example {shown.id!r} says no boxes or no size of its photograph; was its text database built for this task?")
     overlaps = overlap(candidate_boxes(regions[1], (size[0], size[1])), np.array(boxes, dtype=np.float32))
     return Sample(shown.id, [shown.sequence(shown.words(), regions)], {"right": overlaps.max(axis=1) >= IOU_THRESHOLD})
+
+
+def drawn_rival(regions: int, region: int, rng: random.Random, *, hard_ratio: float = 0.3) -> int:
+    """A wrong one of so many regions, each as likely; -1, the one that scores best, with probability `hard_ratio` or where there is none.
+
+    Source: ChenRocks/UNITER `model/re.py`.
+    """
+    if regions < 2 or rng.random() < hard_ratio:
+        return -1
+    drawn = rng.randrange(regions - 1)
+    return drawn + (drawn >= max(region, 0))
 
 
 def multiple_choice(example: Example, rng: random.Random, masking: Masking, *, every_answer: bool = False) -> Sample:

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.example import Example, Masking
+from uniter.datasets.batches.filling import Room, fill
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Mixture, Part, Plan, sequential_plans
 from uniter.datasets.errors import UniterError
@@ -43,12 +45,14 @@ class Assembler(Dataset[MicroBatch]):
         parts: what the plans' part numbers mean.
         seed, masking: decide the masks.
         by_example: draw each example's mask from a generator of its own, so that it does not depend on its batch (slower).
+        rooms: of each part up to which sizes its batches are filled, none where they are not.
     """
 
     parts: Sequence[Part]
     seed: int
     masking: Masking = field(default_factory=Masking)
     by_example: bool = False
+    rooms: Sequence[Room | None] = ()
 
     def __getitem__(self, plan: Plan) -> MicroBatch:
         part = self.parts[plan.part]
@@ -59,12 +63,14 @@ class Assembler(Dataset[MicroBatch]):
             if self.by_example:
                 rng = random.Random(f"{self.seed}/{part.name}/mask of/{number}")
             samples.append(part.sample(Example(part.corpus, number, tuple(images), matched), rng, self.masking))
-        return MicroBatch(plan, collate(samples))
+        batch = collate(samples)
+        room = self.rooms[plan.part] if self.rooms else None
+        return MicroBatch(plan, batch if room is None else fill(batch, room))
 
 
 def load(
     mixture: Mixture, masking: Masking, taken: Sequence[int], *, first_step: int, last_step: int, accumulation: int,
-    rank: int = 0, world: int = 1, workers: int = 0, pin_memory: bool = False,
+    rank: int = 0, world: int = 1, workers: int = 0, pin_memory: bool = False, rooms: Sequence[Room | None] = (),
 ) -> Iterator[MicroBatch]:  # fmt: skip
     """This process's micro-batches of the updates first_step..last_step, in their order.
 
@@ -72,25 +78,57 @@ def load(
         taken, first_step, last_step, accumulation, rank, world: as for `Mixture.plans`.
         workers: processes; 0 makes the batches in this one.
         pin_memory: into page-locked memory, for copies to a GPU that overlap with computing.
+        rooms: as for `Assembler`.
 
     Raises:
         BadInput: an example is not usable; as it was raised, whichever process made the batch.
     """
     plans = mixture.plans(taken, first_step=first_step, last_step=last_step, accumulation=accumulation, rank=rank, world=world)
-    return _made(Assembler(mixture.parts, mixture.seed, masking), plans, workers=workers, pin_memory=pin_memory)
+    return _made(Assembler(mixture.parts, mixture.seed, masking, rooms=rooms), plans, workers=workers, pin_memory=pin_memory)
 
 
 def load_once(
     part: Part, masking: Masking, *, budget: int, seed: int, by_example: bool = False, pairing: Pairing | None = None,
-    rank: int = 0, world: int = 1, workers: int = 0,
+    rank: int = 0, world: int = 1, workers: int = 0, pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:  # fmt: skip
     """This process's share of all examples of a part, each once, for validation and prediction.
 
     Args:
-        by_example: as for `Assembler`. budget, seed, pairing, rank, world: as for `sequential_plans`. workers: as for `load`.
+        by_example: as for `Assembler`. budget, seed, pairing, rank, world: as for `sequential_plans`. workers, pin_memory: as for `load`.
     """
     plans = sequential_plans(part, 0, budget=budget, seed=seed, rank=rank, world=world, pairing=pairing)
-    return _made(Assembler([part], seed, masking, by_example=by_example), plans, workers=workers)
+    return _made(Assembler([part], seed, masking, by_example=by_example), plans, workers=workers, pin_memory=pin_memory)
+
+
+def on_device(batches: Iterator[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """The same batches on a device; on a GPU the next one is copied, by a stream of its own, while the last one is computed with."""
+    if device.type != "cuda":
+        for made in batches:
+            yield replace(made, batch=made.batch.to(device))
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def copied(made: MicroBatch) -> tuple[MicroBatch, torch.cuda.Event]:
+        with torch.cuda.stream(copying):
+            moved = replace(made, batch=made.batch.to(device, non_blocking=True))
+            return moved, copying.record_event()
+
+    def arrived(moved: MicroBatch, done: torch.cuda.Event) -> MicroBatch:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(done)  # the stream waits, not the host
+        for tensor in moved.batch.tensors():
+            if tensor.device.type == "cuda":
+                tensor.record_stream(computing)  # its memory is not used again before that is done with it
+        return moved
+
+    waiting = None
+    for made in batches:
+        following = copied(made)
+        if waiting is not None:
+            yield arrived(*waiting)
+        waiting = following
+    if waiting is not None:
+        yield arrived(*waiting)
 
 
 def _made(assembler: Assembler, plans: Iterator[Plan], *, workers: int, pin_memory: bool = False) -> Iterator[MicroBatch]:

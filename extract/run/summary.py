@@ -1,5 +1,6 @@
 """What a run did, in figures and words."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,9 +128,10 @@ def described_weights(weights: Mapping[str, Any]) -> str:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:  # another process has just moved it
-            continue
+    for inner, _, names in os.walk(folder):  # which passes over a folder that another process has just taken away
+        for name in names:
+            try:
+                total += (Path(inner) / name).stat().st_size
+            except OSError:  # the same of a file
+                continue
     return total

@@ -12,6 +12,7 @@ from uniter.datasets.batches.corpus import Corpus, open_corpus
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import matched_pair
+from uniter.datasets.devices import fitting_precision
 from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.files import write_bytes, write_json, written_aside
 from uniter.model.checkpoints.load import Checkpoint, load
@@ -94,8 +95,8 @@ class Asked:
     text: Sequence[str]
     images: Sequence[str]
     batch_tokens: int
-    workers: int
-    precision: str
+    workers: int | None
+    precision: str | None
     other_detector: bool
     seed: int = 42
     max_text_length: int = -1
@@ -110,9 +111,9 @@ def evaluate_finetuned(
     seed: int = 42,
     batch_tokens: int = 8192,
     max_text_length: int = -1,
-    workers: int = 0,
+    workers: int | None = None,
     device: str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     scores: Path | None = None,
     other_detector: bool = False,
     strict: bool = False,
@@ -126,6 +127,8 @@ def evaluate_finetuned(
         scores: the folder where retrieval keeps its scores; the same call goes on where it was stopped.
         other_detector: regions of another detector than the model learnt from are meant.
         strict: refuse where an example is left out.
+        precision: "fp32" or "bf16"; None: bf16 on a GPU that computes in it, else fp32.
+        workers: processes that make batches; None: fitted to the machine.
 
     Raises:
         BadInput: databases and model do not fit, the model was trained for something else, or no text has a label.
@@ -155,9 +158,9 @@ def predict(
     images: Sequence[str],
     answers: Path | None = None,
     batch_tokens: int = 8192,
-    workers: int = 0,
+    workers: int | None = None,
     device: str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     scores: Path | None = None,
     other_detector: bool = False,
     strict: bool = False,
@@ -255,7 +258,12 @@ def opened(name: str, start_from: str, asked: Asked, everyone: Processes, *, lab
             f"{start_from} knows {sizes}, but the texts {dict(wanted)}; was it trained for {name}, with the same list of answers?"
         )
     scoring = Scoring(
-        checkpoint.model.to(everyone.device), everyone, asked.batch_tokens, asked.seed, precision=asked.precision, workers=asked.workers
+        checkpoint.model.to(everyone.device),
+        everyone,
+        asked.batch_tokens,
+        asked.seed,
+        precision=asked.precision or fitting_precision(everyone.device),
+        workers=everyone.fitting_workers() if asked.workers is None else asked.workers,
     )
     return Opened(task, corpus, scoring, checkpoint.weights, names)
 

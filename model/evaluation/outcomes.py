@@ -91,7 +91,7 @@ def outcomes_of(name: str, start_from: str, *, text: Sequence[str], images: Sequ
     Raises:
         BadInput: as `evaluate_finetuned`; or the task has no single answers (retrieval).
     """
-    asked = Asked(text, images, batch_tokens=8192, workers=0, precision="fp32", other_detector=False)
+    asked = Asked(text, images, batch_tokens=8192, workers=None, precision=None, other_detector=False)
     with processes(device) as everyone:
         run = opened(name, start_from, asked, everyone, labels=True)
         row = extras(run.task)

@@ -12,16 +12,18 @@ from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.corpus import Corpus, open_corpus
 from uniter.datasets.batches.example import Masking
 from uniter.datasets.batches.loader import MicroBatch
-from uniter.datasets.batches.masking import NOT_PREDICTED, Pairing, random_pairs
+from uniter.datasets.batches.masking import Pairing, random_pairs
 from uniter.datasets.batches.order import generator
 from uniter.datasets.batches.plans import Part
 from uniter.datasets.batches.pretraining import masked_regions, masked_regions_with_classes, masked_text, matched_pair
+from uniter.datasets.devices import fitting_precision
 from uniter.datasets.errors import BadInput
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
 from uniter.model import losses
 from uniter.model.checkpoints.load import load
 from uniter.model.heads.pretraining import Outputs, UniterForPretraining
+from uniter.model.tasks.task import Head
 from uniter.model.train.distributed import Processes, processes
 from uniter.model.train.fit import (
     check_classes,
@@ -34,7 +36,7 @@ from uniter.model.train.fit import (
     regions_to_read,
     tokenizer_of_texts,
 )
-from uniter.model.train.scoring import Head, Means, Scoring
+from uniter.model.train.scoring import Means, Scoring
 
 # A small held-out part is masked several times over, until so many words were asked for.
 ENOUGH_WORDS, MOST_ROUNDS = 4000, 20
@@ -123,8 +125,7 @@ def _words(run: _Run, words: Sequence[int]) -> dict[str, float]:
             shown["_other_picture"] = _other_pictures(run.corpus, generator(run.seed, "other picture", round_number))
         for suffix, pairing in shown.items():
             for _, batch, outputs in run.scored(part, UniterForPretraining.masked_words, round_number=round_number, pairing=pairing):
-                labels_T = batch.targets["words"]
-                labels_S = labels_T[labels_T != NOT_PREDICTED]
+                labels_S = losses.hidden_words(batch.targets)
                 right_S = outputs["scores"].argmax(dim=1) == labels_S
                 means.add_values(f"mlm.accuracy{suffix}", right_S)
                 if len(chosen):
@@ -133,7 +134,7 @@ def _words(run: _Run, words: Sequence[int]) -> dict[str, float]:
                     means.add("mlm.masked_words", len(labels_S), 1)
     total = means.of_all(run.processes)
     figures = {name: value for name, value in total.means().items() if name != "mlm.masked_words"}
-    return figures | {"mlm.masked_words": total.sums["mlm.masked_words"]}
+    return figures | {"mlm.masked_words": float(total.sums["mlm.masked_words"])}
 
 
 def _other_pictures(corpus: Corpus, rng: np.random.Generator) -> Pairing:
@@ -252,9 +253,9 @@ def evaluate_run(
     seed: int = 42,
     batch_tokens: int = 8192,
     max_text_length: int = -1,
-    workers: int = 0,
+    workers: int | None = None,
     device: str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     other_detector: bool = False,
     strict: bool = False,
 ) -> dict[str, Any]:
@@ -297,8 +298,8 @@ def evaluate_run(
             seed=seed,
             candidates=candidates,
             words=pieces,
-            precision=precision,
-            workers=workers,
+            precision=precision or fitting_precision(everyone.device),
+            workers=everyone.fitting_workers() if workers is None else workers,
         )
     return {"left_out": corpus.left_out, **_grouped(figures)}
 

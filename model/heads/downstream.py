@@ -9,7 +9,8 @@ What a reader would get wrong: one example may be several sequences of the batch
     truth     (B / 2,) or (B,) int64, 1 where the statement holds (NLVR2)
     region    (B,) int64, the referred region's number within its sequence (RefCOCO)
     correct   (B,) int64, 1 where the sequence shows the right choice (VCR)
-    group_sizes (G,) int64, sequences of each group to mine hard negatives from (retrieval); without it the batch is one group
+    rival     (B,) int64, the wrong region that a ranking loss compares with, -1 for the one that scores best (RefCOCO)
+    group_sizes (G,) int64 on the host, sequences of each group to mine hard negatives from (retrieval); without it the batch is one group
 
 Legend of shape suffixes: B sequences, N rows of all sequences, P pairs, R regions, H hidden, A answers.
 
@@ -21,16 +22,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from uniter.datasets.batches.collate import PackedBatch, take_sequences
+from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.layout import take_sequences
 from uniter.datasets.errors import BadInput
 from uniter.datasets.text_db.annotations.vcr import TAG_WORDS
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.linear import Linear
 from uniter.model.sharing import Shared
-from uniter.model.transport import pad_rows
+from uniter.model.transport import padded
 from uniter.model.uniter import Encoded, UniterConfig, UniterModel, initialise, layer_norm
 
 ABSENT = -1e4  # the published score of a region that is not there
@@ -139,26 +142,37 @@ class UniterForRetrieval(DownstreamModel):
         """The sequences with which to train: of each group its first, the positive, and the `count` negatives that score highest,
         best first; fewer of every group where one has fewer.
 
-        Scored without dropout and without gradient, one group after the other.
+        Scored without dropout and without gradient.
 
         Returns:
             (G * (1 + count),) int64 numbers of sequences.
         """
-        sequences = torch.arange(len(batch.region_counts_B))
-        sizes = batch.targets["group_sizes"].tolist() if "group_sizes" in batch.targets else [len(sequences)]
+        sizes = group_sizes(batch)
         fewest = min(count, min(sizes) - 1)
-        chosen = []
-        for group in torch.split(sequences, sizes):
-            with torch.no_grad(), evaluating(self):
-                scores = self.ranks(take_sequences(batch, group))["scores"].squeeze(1)
+        with torch.no_grad(), evaluating(self):
+            scores_B = self.ranks(batch)["scores"].squeeze(1)
+        chosen, first = [], 0
+        for scores in torch.split(scores_B, sizes):
             hardest = scores[1:].topk(fewest, sorted=True).indices + 1
-            chosen.append(group[torch.cat([hardest.new_zeros(1), hardest]).cpu()])
+            chosen.append(torch.cat([hardest.new_zeros(1), hardest]) + first)
+            first += len(scores)
         return torch.cat(chosen)
 
     def mined(self, batch: PackedBatch, *, count: int) -> PackedBatch:
-        """The batch with each group's positive and its `count` hardest negatives only, G * (1 + count) sequences."""
-        taken = take_sequences(batch, self.hard_negatives(batch, count=count))
-        return replace(taken, targets=batch.targets, example_ids=batch.example_ids)
+        """The batch laid out as each group's positive and its `count` hardest negatives only, G * (1 + count) sequences."""
+        numbers = self.hard_negatives(batch, count=count)
+        # How long the chosen ones are only the device knows: there is room for the longest.
+        lengths_B, sizes = batch.text_lengths_B.numpy() + batch.region_counts_B.numpy(), group_sizes(batch)
+        negatives = len(numbers) // len(sizes) - 1
+        groups = np.split(lengths_B, np.cumsum(sizes)[:-1])
+        rows = sum(int(group[0] + np.sort(group[1:])[::-1][:negatives].sum()) for group in groups)
+        return replace(batch, layout=take_sequences(batch.layout, numbers, rows=rows))
+
+
+def group_sizes(batch: PackedBatch) -> list[int]:
+    """Sequences of each group to mine from; the whole batch is one where it does not say."""
+    sizes: list[int] = batch.targets["group_sizes"].tolist() if "group_sizes" in batch.targets else [len(batch.text_lengths_B)]
+    return sizes
 
 
 class UniterForReferring(DownstreamModel):
@@ -178,13 +192,11 @@ class UniterForReferring(DownstreamModel):
 
     def regions(self, batch: PackedBatch) -> Outputs:
         """scores (B, most regions), -10000 where a sequence has fewer, and `region_counts` (B,)."""
-        layout = self.uniter.lay_out(batch)
+        layout = batch.layout
+        counts_B = layout.region_counts_B
         states_RH = self.uniter.states(batch, layout, layout.region_rows_R)
-        scores, padding = pad_rows(self.re_output(states_RH).float(), batch.region_counts_B)
-        return {
-            "scores": scores.squeeze(2).masked_fill(padding, ABSENT),
-            "region_counts": batch.region_counts_B.to(scores.device),
-        }
+        scores, padding = padded(self.re_output(states_RH).float(), counts_B.cumsum(0) - counts_B, counts_B, layout.most_regions)
+        return {"scores": scores.squeeze(2).masked_fill(padding, ABSENT), "region_counts": counts_B}
 
 
 class UniterForVcr(DownstreamModel):

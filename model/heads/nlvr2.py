@@ -8,8 +8,8 @@ from uniter.datasets.batches.collate import PackedBatch
 from uniter.model.heads.downstream import ABSENT, DownstreamModel
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.linear import Linear, linear
-from uniter.model.transport import pad_rows
-from uniter.model.uniter import Encoded, UniterConfig, initialise
+from uniter.model.transport import padded
+from uniter.model.uniter import UniterConfig, initialise
 
 NLVR2_TOKEN_TYPES = (0, 1, 1)  # text, left picture, right picture
 
@@ -45,7 +45,7 @@ class UniterForNlvr2Paired(DownstreamModel):
 
 
 class CrossAttention(nn.Module):
-    """Attention of one sequence to another; the parameters of torch's MultiheadAttention, but on rows without padding."""
+    """Attention of one sequence to another; the parameters of torch's MultiheadAttention."""
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
@@ -56,18 +56,19 @@ class CrossAttention(nn.Module):
         self.heads, self.dropout = config.num_attention_heads, nn.Dropout(config.attention_probs_dropout_prob)
         initialise(self.out_proj, deviation=config.initializer_range)
 
-    def forward(self, asking_NH: Tensor, asking_lengths_P: Tensor, asked_NH: Tensor, asked_lengths_P: Tensor) -> Tensor:
-        """(N, H): for each row of the asking sequences what it takes from the asked sequence of the same pair."""
+    def forward(self, asking_PLH: Tensor, asked_PLH: Tensor, asked_padding_PL: Tensor) -> Tensor:
+        """(P, L, H): for each row of the asking sequences what it takes from the asked sequence of the same pair."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        query, asking_padding = pad_rows(linear(asking_NH, weights[0], biases[0]), asking_lengths_P)
-        key, asked_padding = pad_rows(linear(asked_NH, weights[1], biases[1]), asked_lengths_P)
-        value, _ = pad_rows(linear(asked_NH, weights[2], biases[2]), asked_lengths_P)
-        query, key, value = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in (query, key, value))
-        taken = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=~asked_padding[:, None, None, :], dropout_p=self.dropout.p if self.training else 0.0
+        rows = asking_PLH, asked_PLH, asked_PLH
+        query, key, value = (
+            linear(part, weight, bias).view(*part.shape[:2], self.heads, -1).transpose(1, 2)
+            for part, weight, bias in zip(rows, weights, biases, strict=True)
         )
-        output_NH: Tensor = self.out_proj(taken.transpose(1, 2).flatten(2)[~asking_padding])
-        return output_NH
+        taken = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=~asked_padding_PL[:, None, None, :], dropout_p=self.dropout.p if self.training else 0.0
+        )
+        output_PLH: Tensor = self.out_proj(taken.transpose(1, 2).flatten(2))
+        return output_PLH
 
 
 class AttentionPool(nn.Module):
@@ -77,12 +78,11 @@ class AttentionPool(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         initialise(self.fc, deviation=config.initializer_range)
 
-    def forward(self, rows_NH: Tensor, lengths_P: Tensor) -> Tensor:
+    def forward(self, rows_PLH: Tensor, padding_PL: Tensor) -> Tensor:
         """(P, H), the weighted sum of each sequence's rows."""
-        scores, padding = pad_rows(self.fc(rows_NH), lengths_P)
-        weights = self.dropout(scores.squeeze(2).masked_fill(padding, ABSENT).softmax(dim=1))
-        padded, _ = pad_rows(rows_NH, lengths_P)
-        pooled_PH: Tensor = (weights.unsqueeze(1) @ padded).squeeze(1)
+        scores_PL = self.fc(rows_PLH).squeeze(2).masked_fill(padding_PL, ABSENT)
+        weights_PL = self.dropout(scores_PL.softmax(dim=1))
+        pooled_PH: Tensor = (weights_PL.unsqueeze(1) @ rows_PLH).squeeze(1)
         return pooled_PH
 
 
@@ -104,19 +104,11 @@ class UniterForNlvr2PairedAttention(DownstreamModel):
 
     def statements(self, batch: PackedBatch) -> Outputs:
         """scores (P, 2), column 1 = the statement holds."""
-        encoded = self(batch)
-        left_NH, left_lengths_P = rows_of_sequences(encoded, slice(0, None, 2))
-        right_NH, right_lengths_P = rows_of_sequences(encoded, slice(1, None, 2))
-        left_taken_NH = self.attn1(left_NH, left_lengths_P, right_NH, right_lengths_P)
-        right_taken_NH = self.attn2(right_NH, right_lengths_P, left_NH, left_lengths_P)
-        left_PH = self.attn_pool(self.fc(torch.cat([left_taken_NH, left_NH], dim=1)), left_lengths_P)
-        right_PH = self.attn_pool(self.fc(torch.cat([right_taken_NH, right_NH], dim=1)), right_lengths_P)
+        hidden_NH, layout = self(batch).hidden_NH, batch.layout
+        (left, left_padding), (right, right_padding) = (
+            padded(hidden_NH, layout.first_rows_B[side::2], layout.sequence_lengths_B[side::2], layout.longest) for side in (0, 1)
+        )
+        left_taken, right_taken = self.attn1(left, right, right_padding), self.attn2(right, left, left_padding)
+        left_PH = self.attn_pool(self.fc(torch.cat([left_taken, left], dim=2)), left_padding)
+        right_PH = self.attn_pool(self.fc(torch.cat([right_taken, right], dim=2)), right_padding)
         return {"scores": self.nlvr2_output(torch.cat([left_PH, right_PH], dim=1))}
-
-
-def rows_of_sequences(encoded: Encoded, chosen: slice) -> tuple[Tensor, Tensor]:
-    """The states of some sequences end to end, in the batch's order, and their lengths."""
-    first, lengths = encoded.first_rows_B[chosen], encoded.sequence_lengths_B[chosen]
-    starts = lengths.cumsum(0) - lengths
-    within = torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)
-    return encoded.hidden_NH[first.repeat_interleave(lengths) + within], lengths

@@ -1,8 +1,9 @@
 """The heads of pre-training, and the model that bears them.
 
 Heads compute scores only where a task needs them: on masked words, on masked regions, on the first row of each pair. Where
-that is follows from the batch; `PackedBatch.targets` holds, by task:
+that is comes with the batch; `PackedBatch.targets` holds, by task:
 
+    places       (S,) int64, where the hidden words stand among the text tokens (MLM), or the masked regions among the regions
     words        (T,) int64, the word piece that stood at each text token, -1 where nothing is predicted (MLM)
     features     (S, D) float16 or float32, what the S regions of `masked_regions_R` held (MRFR)
     soft_labels  (S, C) float16 or float32, the detector's distributions of those, background in column 0 (MRC, MRC-KL)
@@ -12,13 +13,13 @@ Legend of shape suffixes: B sequences, N rows, T text tokens, R regions, S predi
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
-from uniter.datasets.batches.masking import NOT_PREDICTED
 from uniter.model.linear import Linear, linear
 from uniter.model.sharing import Shared
-from uniter.model.transport import pad_rows, transport_distances
+from uniter.model.transport import padded, transport_distances
 from uniter.model.uniter import ACTIVATIONS, Encoded, UniterConfig, UniterModel, initialise, layer_norm
 
 # What a head gives: "scores" and, for some tasks, more, by name. The losses read it together with `PackedBatch.targets`.
@@ -54,7 +55,16 @@ class WordPredictions(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
-        return linear(self.transform(hidden_SH), self.decoder.weight, self.bias)
+        transformed_SH = self.transform(hidden_SH)
+        if transformed_SH.device.type == "cpu":
+            return linear(transformed_SH, self.decoder.weight, self.bias)
+        return full_product(transformed_SH, self.decoder.weight, self.bias)
+
+
+def full_product(rows_SH: Tensor, weight_VH: Tensor, bias_V: Tensor, *, multiple: int = 64) -> Tensor:
+    """(S, V) rows times the transposed weight, plus bias; computed with more columns, as the matrix units of a GPU like them, and cut."""
+    more = -len(weight_VH) % multiple
+    return linear(rows_SH, F.pad(weight_VH, (0, 0, 0, more)), F.pad(bias_V, (0, more)))[:, : len(weight_VH)]
 
 
 class WordHead(nn.Module):
@@ -117,10 +127,8 @@ class UniterForPretraining(Shared):
 
     def masked_words(self, batch: PackedBatch) -> Outputs:
         """MLM: scores (S, V) of the text tokens that are predicted, in the batch's order."""
-        # Before the encoder: on a GPU counting them waits for the device, which is then not yet busy with this batch.
-        places_S = (batch.targets["words"] != NOT_PREDICTED).nonzero().squeeze(1)
-        layout = self.uniter.lay_out(batch)
-        return {"scores": self.cls(self.uniter.states(batch, layout, layout.text_rows_T[places_S]))}
+        layout = batch.layout
+        return {"scores": self.cls(self.uniter.states(batch, layout, layout.text_rows_T[batch.targets["places"]]))}
 
     def masked_features(self, batch: PackedBatch) -> Outputs:
         """MRFR: features (S, D) of the masked regions, in the batch's order."""
@@ -136,16 +144,16 @@ class UniterForPretraining(Shared):
 
     def aligned_pairs(self, batch: PackedBatch) -> Outputs:
         """ITM with word-region alignment: scores (B, 2), transport `distances` (B,) and `plans` (B, longest R, longest T)."""
-        encoded = self(batch)
+        encoded, layout = self(batch), batch.layout
         scores_B2 = self.itm_output(self.uniter.pooled(encoded))
-        words, word_padding = pad_rows(encoded.text_TH, batch.text_lengths_B)
-        regions, region_padding = pad_rows(encoded.regions_RH, batch.region_counts_B)
+        first_regions_B = layout.first_rows_B + layout.text_lengths_B
+        words, word_padding = padded(encoded.hidden_NH, layout.first_rows_B, layout.text_lengths_B, layout.longest_text)
+        regions, region_padding = padded(encoded.hidden_NH, first_regions_B, layout.region_counts_B, layout.most_regions)
         distances_B, plans = transport_distances(words, regions, word_padding, region_padding)
         return {"scores": scores_B2, "distances": distances_B, "plans": plans}
 
     def _masked_regions(self, batch: PackedBatch) -> Tensor:
         if batch.masked_regions_R is None:
             raise ValueError("this batch masks no regions, which MRFR, MRC and MRC-KL need")
-        places_S = batch.masked_regions_R.nonzero().squeeze(1)
-        layout = self.uniter.lay_out(batch)
-        return self.uniter.states(batch, layout, layout.region_rows_R[places_S])
+        layout = batch.layout
+        return self.uniter.states(batch, layout, layout.region_rows_R[batch.targets["places"]])

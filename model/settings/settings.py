@@ -150,11 +150,17 @@ class TrainSettings(Settings):
     alignment_weight: float = Field(default=0.1, ge=0, description="weight of word-region alignment in matching; 0: not computed")
     optimizer: OptimizerSettings = Field(default_factory=lambda: OptimizerSettings())
     adversarial: AdversarialSettings | None = Field(default=None, description="none: plain training")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the computation; weights and their updates stay float32")
-    attention: Literal["auto", "grouped", "jagged", "varlen"] = Field(
-        default="auto",
-        description="auto: grouped by length on the CPU, jagged on a GPU; varlen: on a GPU in bf16, without dropout of attention",
+    precision: Literal["fp32", "tf32", "bf16"] | None = Field(
+        default=None,
+        description="of the computation; weights and their updates stay float32; tf32: products on a GPU; none: bf16 on a GPU, else fp32",
     )
+    attention: Literal["auto", "flash", "efficient"] = Field(
+        default="auto", description="kernel on a GPU; auto: flash in bf16 where the card has it (Ampere or later), else efficient"
+    )
+    recompute: bool = Field(
+        default=False, description="keep only the input of each layer and compute the rest again in the backward pass: less memory, slower"
+    )
+    compile: bool = Field(default=False, description="fill batches up to sizes that stay, and compile each task's head as one graph")
     seed: int = Field(default=42, ge=0, description="decides everything random")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:N; none: a GPU where there is one")
     workers: int | None = Field(default=None, ge=0, description="processes that make batches; none: fitted to the machine")
@@ -165,6 +171,9 @@ class TrainSettings(Settings):
     )
     validation_examples: int = Field(default=2000, ge=1, description="at most so many examples are validated for each task")
     checkpoint_every: int | None = Field(default=None, ge=1, description="updates between checkpoints; none: as validate_every")
+    look_every: int | None = Field(
+        default=None, ge=1, description="updates between looks at their losses, which wait for the device; none: 20 on a GPU, else 1"
+    )
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay; the best one stays besides")
     patience: int | None = Field(
         default=None, ge=1, description="stop when so many validations in a row were no better than the best one; none: at the last update"
@@ -182,10 +191,12 @@ class TrainSettings(Settings):
             raise ValueError("model: its size comes from `from`; leave one of the two out")
         if self.steps is not None and self.optimizer.warmup_steps is not None and self.optimizer.warmup_steps > self.steps:
             raise ValueError(f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than steps, {self.steps}")
+        if self.recompute and self.compile:
+            raise ValueError("recompute: a compiled head would draw other dropout when it computes again; leave compile or recompute out")
         if self.regions.min_bb > self.regions.max_bb:
             raise ValueError(f"regions.min_bb: {self.regions.min_bb} is more than regions.max_bb, {self.regions.max_bb}")
-        if self.attention == "varlen" and self.precision != "bf16":
-            raise ValueError("attention: varlen computes in half precision only; set precision to bf16 or leave attention out")
+        if self.attention == "flash" and self.precision != "bf16":
+            raise ValueError("attention: flash computes in half precision only; set precision to bf16 or leave attention out")
         sizes = self.model
         if sizes.hidden_size and sizes.num_attention_heads and sizes.hidden_size % sizes.num_attention_heads:
             raise ValueError(
@@ -197,6 +208,7 @@ class TrainSettings(Settings):
 # A repeated command may differ in these and still be the same run.
 MAY_CHANGE = {
     "device", "workers", "readahead", "checkpoint_every", "keep", "patience", "stop_after", "tensorboard", "wandb_project", "accumulation",
+    "look_every",
     "detector", "other_detector",  # compared by what they mean
 }  # fmt: skip
 

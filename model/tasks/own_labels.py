@@ -56,6 +56,7 @@ def with_labels(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES)
         sample=partial(samples.answered_question, answers=labels),
         losses=of_kind.losses,
         metric=of_kind.metric,
+        divergence=of_kind.divergence,
         finetuning=replace(
             extras(task),
             sizes={"labels": labels, "label_kind": kind},
@@ -146,13 +147,16 @@ class _OfKind:
 
     losses: Any
     metric: Any
+    divergence: Any
     answer: Any
     judge: Judge
     best_by: str
 
 
 _OF_KIND: Final[dict[str, _OfKind]] = {
-    "one": _OfKind(losses.one_label, answer_score, probabilities_of_one, judging.one_of_all, "accuracy"),
-    "several": _OfKind(losses.answers, all_right, probabilities_of_several, judging.several, "average_precision"),
-    "score": _OfKind(losses.score, squared_error, scores, judging.number, "spearman"),
+    "one": _OfKind(losses.one_label, answer_score, losses.divergence_of_scores, probabilities_of_one, judging.one_of_all, "accuracy"),
+    "several": _OfKind(
+        losses.answers, all_right, losses.divergence_by_label, probabilities_of_several, judging.several, "average_precision"
+    ),
+    "score": _OfKind(losses.score, squared_error, losses.distance_of_scores, scores, judging.number, "spearman"),
 }

@@ -132,11 +132,6 @@ def no_candidates(example: Example, rng: random.Random, masking: Masking) -> Sam
     raise ValueError("a referring row samples only after `of_data` gave it the pictures of its corpus")
 
 
-def ranked_regions(outputs: Outputs, targets: Targets) -> Terms:
-    """RefCOCO's ranking loss; its draws are the samples', so that a resumed run makes the same ones."""
-    return losses.ranked_regions(outputs, targets, rng=random.Random(int(targets["draw"][0])))
-
-
 def lengths_of_choices(corpus: Corpus, images_N2: NDArray[np.int32], *, sequences: int = 2 * CHOICES) -> NDArray[np.int64]:
     """Tokens of VCR's sequences, each counted with the longest answer and rationale; there are two more [SEP] in it."""
     return (corpus.lengths_with(images_N2) + 2) * sequences

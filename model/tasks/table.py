@@ -43,7 +43,6 @@ from uniter.model.tasks.rows import (
     mined_rank_accuracy,
     mined_ranking,
     no_candidates,
-    ranked_regions,
     with_answers,
     with_candidates,
     with_pool,
@@ -220,6 +219,7 @@ DOWNSTREAM: dict[str, Task] = {
         # Published: the mean over texts' groups plus the mean over pictures' groups.
         weights={"margin": 2.0},
         lengths=lengths_of_mined_groups,
+        compiles=False,  # which sequences are trained with, and so how many rows, is found out on the way
         of_data=with_pool_to_mine,
         finetuning=Finetuning(
             model=downstream.UniterForRetrieval,
@@ -236,7 +236,7 @@ DOWNSTREAM: dict[str, Task] = {
     ),
     "refcoco": _referring(losses.referred_regions),
     "refcoco-two-layers": _referring(losses.referred_regions, layers=2),
-    "refcoco-rank": _referring(ranked_regions),
+    "refcoco-rank": _referring(losses.ranked_regions),
     "vcr": Task(
         sample=samples.multiple_choice,
         head=downstream.UniterForVcr.choices,

@@ -19,6 +19,8 @@ from uniter.model.losses import Reduction, Targets, Terms, divergence_of_scores
 from uniter.model.tasks import predictions
 from uniter.model.tasks.judging import Judge
 
+Head = Callable[[Any, PackedBatch], Outputs]
+
 NO_SIZES: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -73,12 +75,13 @@ class Task:
         lengths: tokens of each example with the pictures (N, K) it is shown.
         sequences: of an example, each counted in `lengths` with its [CLS] and [SEP], which the published sampler does not count.
         pictures: K, the pictures of an example.
+        compiles: its head's sizes follow from the batch's, so that it can be one compiled graph.
         of_data: the row for these corpora, where it depends on them (the number of answers, the pictures to draw from).
         finetuning: what else fine-tuning needs; None for pre-training tasks.
     """
 
     sample: SampleFunction
-    head: Callable[[Any, PackedBatch], Outputs]
+    head: Head
     losses: Callable[[Outputs, Targets], Terms]
     metric: Callable[[Outputs, Targets], dict[str, Tensor]]
     divergence: Callable[[Outputs, Outputs, Targets], Tensor] = divergence_of_scores
@@ -91,6 +94,7 @@ class Task:
     lengths: Callable[[Corpus, NDArray[np.int32]], NDArray[np.int64]] = Corpus.lengths_with
     sequences: int = 1
     pictures: int = 1
+    compiles: bool = True
     of_data: OfData = _as_it_is
     finetuning: "Finetuning | None" = None
 

@@ -16,6 +16,7 @@ github.com/zhegan27/VILLA, train_vqa_adv.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.filling import only_real
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.losses import DIVERGENCE, Loss
 from uniter.model.settings.settings import AdversarialSettings, Norm
-from uniter.model.tasks.task import Task
+from uniter.model.tasks.task import Head, Task
 
 SHORTEST = 1e-8  # a gradient that is shorter moves the shift by less than the rate
 
@@ -47,13 +49,13 @@ class Shift:
     sequence_N: Tensor
 
     @classmethod
-    def zero(cls, lengths_B: Tensor, like_NW: tuple[int, int], device: torch.device) -> "Shift":
-        """Of no length, for sequences of so many rows each (on the host); rows behind those of all sequences are one more sequence."""
+    def zero(cls, lengths_B: Tensor, like_NW: tuple[int, int], *, behind: int = 0) -> "Shift":
+        """Of no length, for sequences of so many rows each; rows that are left `behind` those of all sequences are one more sequence."""
         rows, width = like_NW
-        behind = rows - int(lengths_B.sum())
-        lengths_B = torch.cat([lengths_B, lengths_B.new_tensor([behind])]) if behind else lengths_B
-        sequence_N = torch.arange(len(lengths_B)).repeat_interleave(lengths_B)
-        return cls(torch.zeros(rows, width, device=device, requires_grad=True), lengths_B.to(device), sequence_N.to(device))
+        lengths_B = torch.cat([lengths_B, lengths_B.new_full((1,), behind)]) if behind else lengths_B
+        # Its size is given: otherwise the host would wait for the device.
+        sequence_N = torch.arange(len(lengths_B), device=lengths_B.device).repeat_interleave(lengths_B, output_size=rows)
+        return cls(torch.zeros(rows, width, device=lengths_B.device, requires_grad=True), lengths_B, sequence_N)
 
     def norms(self, values_NW: Tensor, kind: Norm) -> Tensor:
         """(B,), the l2 norm or the largest size of each sequence's numbers."""
@@ -81,11 +83,14 @@ Shifts = Mapping[str, Shift]  # by "text", "image"
 
 
 def zero_shifts(batch: PackedBatch, on: Sequence[str], *, hidden: int) -> dict[str, Shift]:
-    """Shifts of no length of the chosen sides of a batch. hidden: H of the model."""
-    device = batch.input_ids_T.device
+    """Shifts of no length of the chosen sides of a batch, its ghosts as one more sequence that nothing shifts. hidden: H of the model."""
+    sequences, layout = len(batch.text_lengths_B), batch.layout
     rows, (regions, width) = len(batch.input_ids_T), batch.features_RD.shape
-    of = {"text": (batch.text_lengths_B, (rows, hidden)), "image": (batch.region_counts_B, (regions, width))}
-    return {side: Shift.zero(*of[side], device) for side in on}
+    of = {
+        "text": (layout.text_lengths_B, (rows, hidden), rows - int(batch.text_lengths_B.sum())),
+        "image": (layout.region_counts_B, (regions, width), regions - int(batch.region_counts_B.sum())),
+    }
+    return {side: Shift.zero(of[side][0][:sequences], of[side][1], behind=of[side][2]) for side in on}
 
 
 def shifted(batch: PackedBatch, shifts: Shifts) -> PackedBatch:
@@ -127,17 +132,18 @@ def passes(
     Args:
         score: the head's outputs of a batch.
         task: a row that weighs its divergence (`with_divergence`).
+        batch: on the model's device; the scores of its ghosts count for nothing.
         shifts: what the first pass adds; empty where nothing is to be shifted.
     """
     views = [[side] for side in shifts] if adversarial.alternate and shifts else [list(shifts)]
-    clean = _Clean.of(score(shifted(batch, _without_gradient(shifts)))) if adversarial.weight else None
+    clean = _Clean.of(only_real(score(shifted(batch, _without_gradient(shifts))), batch)[0]) if adversarial.weight else None
     for number in range(1, adversarial.steps + 1):
         found: list[tuple[Outputs, Loss]] = []
         for view in views:
-            outputs = score(shifted(batch, {side: shifts[side] for side in view}))
-            terms = dict(task.losses(outputs, batch.targets))
+            outputs, targets = only_real(score(shifted(batch, {side: shifts[side] for side in view})), batch)
+            terms = dict(task.losses(outputs, targets))
             if clean is not None:
-                terms[DIVERGENCE] = task.divergence(clean.fixed, outputs, batch.targets)
+                terms[DIVERGENCE] = task.divergence(clean.fixed, outputs, targets)
             loss = losses.of(terms, weights=task.weights, reduction=task.reduction, normalisation=normalisation)
             share = loss.number / (adversarial.steps * len(views))
             share.backward()  # type: ignore[no-untyped-call]
@@ -182,29 +188,41 @@ def with_divergence(task: Task, adversarial: AdversarialSettings | None) -> Task
 
 
 def forward_backward(
-    task: Task, model: Any, batch: PackedBatch, adversarial: AdversarialSettings, *, normalisation: losses.Normalisation, bf16: bool
-) -> tuple[Outputs, Loss]:
+    task: Task,
+    head: Head,
+    model: Any,
+    batch: PackedBatch,
+    adversarial: AdversarialSettings,
+    *,
+    normalisation: losses.Normalisation,
+    computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Outputs, Outputs, Loss]:
     """Add the gradients of a micro-batch, which is one of a plain update's, to the parameters.
 
+    Args:
+        task, head: a row that weighs its divergence (`with_divergence`), and its head as it is called (compiled or not).
+        computing: the precision that forward passes are computed in.
+
     Returns:
-        The head's outputs of the first pass, which shifts nothing, and the loss with its sums averaged over the passes.
+        The head's outputs of the first pass, which shifts nothing, and the targets, both without ghosts; and the loss with its sums
+        averaged over the passes.
     """
+    # A single pass shifts nothing, and is then a plain one to the bit. Shifts are those of all sequences, whichever are trained with.
+    shifts = zero_shifts(batch, adversarial.on if adversarial.steps > 1 else [], hidden=model.config.hidden_size)
+    with computing():
+        batch = task.narrowed(model, batch)
 
-    def in_precision(batch: PackedBatch, act: Callable[[Any, PackedBatch], Any]) -> Any:
-        with torch.autocast(batch.input_ids_T.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return act(model, batch)
+    def score(seen: PackedBatch) -> Outputs:
+        with computing():
+            return head(model, seen)
 
-    batch = in_precision(batch, task.narrowed)
-    # A single pass shifts nothing, and is then a plain one to the bit.
-    on = adversarial.on if adversarial.steps > 1 else []
-    shifts = zero_shifts(batch, on, hidden=model.config.hidden_size)
     first: Outputs | None = None
     found: list[Loss] = []
-    for one in passes(lambda seen: in_precision(seen, task.head), task, batch, shifts, adversarial, normalisation=normalisation):
+    for one in passes(score, task, batch, shifts, adversarial, normalisation=normalisation):
         first = first or one.outputs[0]
         found += one.losses
     assert first is not None
-    return first, _mean(found)
+    return first, only_real({}, batch)[1], _mean(found)
 
 
 def _mean(found: Sequence[Loss]) -> Loss:

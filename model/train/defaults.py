@@ -4,6 +4,9 @@ The choices are functions of the amount of data, the size of the model and the d
 the same numbers again. What a model learns with (rates, dropout) follows its size; what a device computes at once follows the device.
 """
 
+from typing import Literal
+
+from uniter.datasets.devices import fitting_precision
 from uniter.datasets.storage.files import read_json_object
 from uniter.model.checkpoints.beside import configuration_beside
 from uniter.model.checkpoints.read import find_weights
@@ -50,6 +53,8 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
     if chosen.from_ is None and size == "tiny" and chosen.model.initializer_range is None:
         # BERT's 0.02 is meant for 768 columns; in a narrow model it leaves attention uniform for thousands of updates.
         chosen.model.initializer_range = round(_width(chosen) ** -0.5, 4)
+    if chosen.precision is None:
+        chosen.precision = _precision(everyone)
     if chosen.batch_tokens is None:
         chosen.batch_tokens = BATCH_TOKENS[size == "tiny", on_gpu]
     if chosen.accumulation is None:
@@ -70,6 +75,10 @@ def complete(settings: TrainSettings, examples: int, mean_length: float, everyon
     if chosen.checkpoint_every is None:
         chosen.checkpoint_every = chosen.validate_every
     return chosen
+
+
+def _precision(everyone: Processes) -> Literal["fp32", "bf16"]:
+    return "bf16" if fitting_precision(everyone.device) == "bf16" else "fp32"
 
 
 def _width(settings: TrainSettings) -> int:
@@ -104,6 +113,8 @@ def complete_finetuning(
     if chosen.from_ is None and chosen.model.size is None:
         chosen.model.size = "base" if on_gpu else "tiny"
     narrow = size_of(chosen.from_) == "tiny" if chosen.from_ is not None else is_narrow(_width(chosen))
+    if chosen.precision is None:
+        chosen.precision = _precision(everyone)
     if chosen.batch_tokens is None:
         chosen.batch_tokens = published.batch_tokens if on_gpu else 2048
     if chosen.accumulation is None:

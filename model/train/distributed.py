@@ -6,7 +6,7 @@ works on the same task, so unused heads and tied weights need no special care.
 
 import datetime
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,15 +42,24 @@ class Processes:
         """Only this one writes files and speaks."""
         return self.rank == 0
 
-    def total(self, numbers: Iterable[float]) -> list[float]:
-        """The sums over all processes, in float64."""
-        here = list(numbers)
-        if self.world == 1:
-            return here
-        tensor = torch.tensor(here, dtype=torch.float64, device=self.device)
-        with _losses_named():
-            dist.all_reduce(tensor)
-        return tensor.tolist()
+    def fitting_workers(self) -> int:
+        """How many processes of this one's own should make batches."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # Without a GPU the cores are busy with the model; one worker hides the reading and costs little.
+        return min(max((cores - here) // here, 1), 8) if self.device.type == "cuda" else 0
+
+    def total(self, numbers: Sequence[float], measured: Tensor) -> Tensor:
+        """The sums over all processes, float64 and on the device: of `numbers`, which the host knows, then of `measured`, which only the
+        device knows. Nothing waits for the device."""
+        known = torch.tensor(numbers, dtype=torch.float64)
+        if self.device.type == "cuda":
+            known = known.pin_memory().to(self.device, non_blocking=True)
+        together = torch.cat([known.to(measured.device), measured.double()])
+        if self.world > 1:
+            with _losses_named():
+                dist.all_reduce(together)
+        return together
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace each gradient by its sum over all processes: one message, however many parameters."""

@@ -8,8 +8,9 @@ accumulates twice as long.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import Assembler, MicroBatch, load
+from uniter.datasets.batches.filling import Room, only_real
+from uniter.datasets.batches.loader import Assembler, MicroBatch, load, on_device
 from uniter.datasets.batches.order import generator
-from uniter.datasets.batches.plans import Mixture, Part, Plan
-from uniter.datasets.errors import UniterError
+from uniter.datasets.batches.plans import Mixture, Part
+from uniter.datasets.devices import computing_in
 from uniter.datasets.progress import Progress
 from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.runs.step_folders import BEST, CHECKPOINTS
@@ -29,18 +31,15 @@ from uniter.datasets.stopping import Stopped, told_to_stop
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.settings.settings import AdversarialSettings
-from uniter.model.tasks.task import Task
+from uniter.model.tasks.task import Head, Task
 from uniter.model.train import adversarial, state
 from uniter.model.train.best import Figures, rank_of, relative_loss, remember_validations
 from uniter.model.train.distributed import Processes
-from uniter.model.train.optim import begin_with_zero_gradients, clear_gradients, clip_gradients, learning_rate, set_learning_rate
+from uniter.model.train.finite import PerBatch, check_finite
+from uniter.model.train.optim import AdamW, begin_with_zero_gradients, clear_gradients, clip_gradients, learning_rate, set_learning_rate
 from uniter.model.train.scoring import Scoring, validate
 
 logger = logging.getLogger(__name__)
-
-
-class NotFinite(UniterError):
-    """A loss or gradient became infinite or no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +58,7 @@ class Recipe:
     validate_every: int
     checkpoint_every: int
     keep: int
+    look_every: int = 1
     stop_after: int | None = None
     adversarial: AdversarialSettings | None = None
     processes: int | None = None
@@ -78,29 +78,33 @@ class Learner:
         validation: parts to validate on, with their tasks.
         workers: processes that make batches.
         write_model: writes weights and model configuration into a folder.
+        heads: of the tasks, as they are called (compiled or not). rooms: of the parts, up to which their batches are filled; none: not.
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     tasks: Sequence[Task]
     mixture: Mixture
     masking: Masking
     validation: Sequence[tuple[Task, Part]]
     workers: int
     write_model: Callable[[Path], None]
+    heads: Sequence[Head]
+    rooms: Sequence[Room | None] = ()
 
 
 @dataclass(slots=True)
 class _Window:
-    """What an update's micro-batches on this process gave; numbers stay on the device until the update is done."""
+    """What an update's micro-batches on this process gave; numbers stay on the device until somebody looks at them."""
 
     rows: int = 0
     examples: int = 0
     tokens: int = 0
+    computed: int = 0  # tokens and ghosts
     waited: float = 0.0
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
-    per_batch: list[tuple[Plan, list[str], dict[str, Tensor]]] = field(default_factory=list)  # not the batches: they are large
+    per_batch: list[PerBatch] = field(default_factory=list)
 
     def add(self, name: str, total: Tensor, count: float) -> None:
         self.sums.setdefault(name, []).append(total.detach())
@@ -108,19 +112,39 @@ class _Window:
 
 
 @dataclass(frozen=True, slots=True)
+class _Made:
+    """An update that was made; what came of it is still on the device.
+
+    Attributes:
+        step, part, rate: its number, that of its part in the mixture, and the learning rate.
+        window: what this process's micro-batches gave.
+        names: of the terms and metrics.
+        totals: over all processes rows, examples, tokens, computed rows, who was told to stop, the counts by name, the sums by name; then
+            the gradient's norm.
+    """
+
+    step: int
+    part: int
+    rate: float
+    window: _Window
+    names: Sequence[str]
+    totals: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Update:
     """An update that was made: what all processes together know of it.
 
     Attributes:
-        part: the number of its part in the mixture. name: that part's.
+        step: its number. name: its part's.
         loss: the terms weighted as in training. means: of each term and metric.
         rate, norm: learning rate, and the gradient's norm before it was clipped.
-        examples, tokens: what it was made of.
+        examples, tokens: what it was made of. padding: the share of ghosts in what was computed.
         stop: a process was told to stop.
         seconds: how long it took. waited: for its batches, here.
     """
 
-    part: int
+    step: int
     name: str
     loss: float
     means: dict[str, float]
@@ -128,6 +152,7 @@ class _Update:
     norm: float
     examples: int
     tokens: int
+    padding: float
     stop: bool
     seconds: float
     waited: float
@@ -143,8 +168,7 @@ class _Update:
             "examples": self.examples,
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / self.seconds,
-            # Nothing is padded; what remains is how full the batches are.
-            "padding_share": 0.0,
+            "padding_share": self.padding,
             "budget_fill": self.tokens / budget,
             "data_wait_share": min(self.waited / self.seconds, 1.0),
             "seconds": self.seconds,
@@ -166,39 +190,47 @@ def train(
     mixture, world = learner.mixture, processes.world
     last = min(recipe.steps, recipe.stop_after or recipe.steps)
     taken = [progressed.taken.get(part.name, 0) for part in mixture.parts]
-    batches = load(
+    loaded = load(
         mixture, learner.masking, taken, first_step=progressed.step + 1, last_step=last, accumulation=recipe.accumulation,
-        rank=processes.rank, world=world, workers=learner.workers, pin_memory=processes.device.type == "cuda",
+        rank=processes.rank, world=world, workers=learner.workers, pin_memory=processes.device.type == "cuda", rooms=learner.rooms,
     )  # fmt: skip
-    figures, shown, began = dict[str, dict[str, float]](), dict[str, float](), time.monotonic()
+    batches = on_device(loaded, processes.device)
+    figures: Figures = {}
+    began = settled = time.monotonic()
     learner.model.train()
+    learner.optimizer.unusable = torch.zeros((), device=processes.device)
     if recipe.unused_gradients == "zero":
         begin_with_zero_gradients(learner.optimizer)
     remember_validations(run, progressed, learner.validation, processes)
     progress = Progress(recipe.steps, unit="updates", label="training", done=progressed.step) if processes.writes else None
+    shown: dict[str, float] = {}
+    made: list[_Made] = []
     if (progressed.step >= last or out_of_patience(progressed, recipe)) and processes.writes:
         logger.info("%s is already trained, to update %s of %s: nothing is left to do", run, f"{progressed.step:,}", f"{recipe.steps:,}")
     with told_to_stop() as told:
         while progressed.step < last and not out_of_patience(progressed, recipe):
-            update = _update(learner, recipe, batches, progressed=progressed, told=told, processes=processes)
-            step, name = progressed.step, update.name
-            shown[name] = 0.9 * shown.get(name, update.loss) + 0.1 * update.loss
-            if log is not None:
-                log.write(step, "train", update.logged(mixture.budget * recipe.accumulation * world))
-            if progress is not None:
-                progress.update(1, **{"tokens/s": update.tokens / update.seconds, **shown})
-            best = False
-            if learner.validation and (step % recipe.validate_every == 0 or step == recipe.steps):
+            made.append(_update(learner, recipe, batches, progressed=progressed, told=told, processes=processes))
+            step = progressed.step
+            validating = bool(learner.validation) and (step % recipe.validate_every == 0 or step == recipe.steps)
+            saving = step == last or step % recipe.checkpoint_every == 0
+            if not (validating or saving or step % recipe.look_every == 0):
+                continue
+            updates = _looked_at(made, learner, progressed, since=settled, processes=processes)
+            made, settled = [], time.monotonic()
+            _tell(updates, shown, log, progress, budget=mixture.budget * recipe.accumulation * world)
+            best, stop = False, updates[-1].stop
+            if validating:
                 figures = _validate_all(learner, recipe, processes=processes)
                 best = _note_validation(figures, learner, progressed, log)
             # What is best has a checkpoint, wherever they are due.
-            if best or update.stop or step == last or step % recipe.checkpoint_every == 0 or out_of_patience(progressed, recipe):
+            if best or stop or saving or out_of_patience(progressed, recipe):
                 _checkpoint(learner, recipe, run, progressed, log, processes)
-            if update.stop and step < last:
+            if stop and step < last:
                 if progress is not None:
                     progress.close()
                 number = int(max(processes.gather(told[0] if told else 0)))
                 raise Stopped.after(step, recipe.steps, number)
+            settled = time.monotonic()
     if progress is not None:
         progress.close()
     return {
@@ -230,6 +262,16 @@ def out_of_patience(progressed: state.Progressed, recipe: Recipe) -> bool:
     return progressed.step // recipe.validate_every - progressed.best[2] // recipe.validate_every >= recipe.patience
 
 
+def _tell(updates: Sequence[_Update], shown: dict[str, float], log: RunLog | None, progress: Progress | None, *, budget: int) -> None:
+    """Write updates into the log and show them; `shown` are the parts' losses, smoothed."""
+    for update in updates:
+        shown[update.name] = 0.9 * shown.get(update.name, update.loss) + 0.1 * update.loss
+        if log is not None:
+            log.write(update.step, "train", update.logged(budget))
+        if progress is not None:
+            progress.update(1, **{"tokens/s": update.tokens / update.seconds, **shown})
+
+
 def _update(
     learner: Learner,
     recipe: Recipe,
@@ -238,37 +280,70 @@ def _update(
     progressed: state.Progressed,
     told: Sequence[int],
     processes: Processes,
-) -> _Update:
-    """Make the next update: gradients of all processes, one step of the optimizer; `progressed` stands behind it afterwards."""
-    started, mixture, world = time.monotonic(), learner.mixture, processes.world
+) -> _Made:
+    """Make the next update: gradients of all processes, one step of the optimizer; `progressed` stands behind it afterwards.
+
+    Nothing is read from the device. Where a number is not finite the device itself leaves the weights as they are, here and in all
+    updates to come; whoever looks at the numbers next ends the run.
+    """
+    mixture, world = learner.mixture, processes.world
     step = progressed.step + 1
     part = mixture.part_at(step)
-    name, task = mixture.parts[part].name, learner.tasks[part]
     parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
     window = _backward(learner, recipe, batches, part=part, processes=processes)
     names = sorted(window.sums)
-    rows, examples, tokens, stop, *totals = processes.total(
-        [window.rows, window.examples, window.tokens, float(bool(told))]
-        + _numbers([torch.stack(window.sums[key]).double().sum() for key in names])
-        + [window.counts[key] for key in names]
+    totals = processes.total(
+        [window.rows, window.examples, window.tokens, window.computed, float(bool(told)), *(window.counts[key] for key in names)],
+        torch.stack([torch.stack(window.sums[key]).double().sum() for key in names]),
     )
-    sums, counts = totals[: len(names)], totals[len(names) :]
     processes.sum_gradients(parameters)
-    _normalise(parameters, 1 / (recipe.processes or world) if recipe.normalisation == "published" else 1 / max(rows, 1.0))
-    norm = float(clip_gradients(parameters, recipe.clip))
-    means = {key: total / max(count, 1.0) for key, total, count in zip(names, sums, counts, strict=True)}
-    _check_finite(means, norm, window, learner, step=step, part=name, processes=processes)
+    if recipe.normalisation == "global-mean":
+        _normalise(parameters, (1 / totals[0].clamp(min=1)).float())
+    elif (averaged := recipe.processes or world) > 1:
+        _normalise(parameters, torch.full((), 1 / averaged, device=totals.device))
+    norm = clip_gradients(parameters, recipe.clip)
+    totals = torch.cat([totals, norm.double().view(1)])
+    assert learner.optimizer.unusable is not None
+    learner.optimizer.unusable.copy_(torch.maximum(learner.optimizer.unusable, (~torch.isfinite(totals).all()).float()))
     rate = learning_rate(step, base=recipe.learning_rate, warmup_steps=recipe.warmup_steps, total_steps=recipe.steps)
     set_learning_rate(learner.optimizer, rate)
     learner.optimizer.step()
     clear_gradients(learner.optimizer, recipe.unused_gradients)
     progressed.step = step
+    name = mixture.parts[part].name
     progressed.taken[name] = progressed.taken.get(name, 0) + recipe.accumulation * world
-    progressed.examples += int(examples)
-    progressed.tokens += int(tokens)
-    loss = sum(means[key] * task.weights.get(key.removeprefix("loss_"), 1.0) for key in names if key.startswith("loss_"))
-    seconds = max(time.monotonic() - started, 1e-9)
-    return _Update(part, name, loss, means, rate, norm, int(examples), int(tokens), bool(stop), seconds, window.waited)
+    return _Made(step, part, rate, window, names, totals)
+
+
+def _looked_at(
+    made: Sequence[_Made], learner: Learner, progressed: state.Progressed, *, since: float, processes: Processes
+) -> list[_Update]:
+    """What came of some updates, with one wait for the device; `progressed` counts their examples and tokens.
+
+    Args:
+        since: when the first of them began.
+
+    Raises:
+        NotFinite: of the first of them whose numbers are not.
+    """
+    assembler = Assembler(learner.mixture.parts, learner.mixture.seed, learner.masking)
+    numbers = iter(torch.cat([one.totals for one in made]).tolist())
+    seconds = max(time.monotonic() - since, 1e-9) / len(made)
+    updates = []
+    for one in made:
+        task, name = learner.tasks[one.part], learner.mixture.parts[one.part].name
+        _, examples, tokens, computed, stop = (next(numbers) for _ in range(5))
+        counts = {key: next(numbers) for key in one.names}
+        means = {key: next(numbers) / max(counts[key], 1.0) for key in one.names}
+        norm = next(numbers)
+        check_finite(means, norm, one.window.per_batch, assembler, step=one.step, part=name, processes=processes)
+        loss = sum(means[key] * task.weights.get(key.removeprefix("loss_"), 1.0) for key in one.names if key.startswith("loss_"))
+        progressed.examples += int(examples)
+        progressed.tokens += int(tokens)
+        waited = one.window.waited
+        made_of = int(examples), int(tokens), 1 - tokens / computed
+        updates.append(_Update(one.step, name, loss, means, one.rate, norm, *made_of, bool(stop), seconds, waited))
+    return updates
 
 
 def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *, part: int, processes: Processes) -> _Window:
@@ -276,8 +351,7 @@ def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *
 
     Under global-mean the gradients are those of sums over rows; they are divided once, by the rows of all processes.
     """
-    task, device = learner.tasks[part], processes.device
-    window = _Window()
+    task, window = learner.tasks[part], _Window()
     for _ in range(recipe.accumulation):
         waiting = time.monotonic()
         made = next(batches)
@@ -285,89 +359,39 @@ def _backward(learner: Learner, recipe: Recipe, batches: Iterator[MicroBatch], *
         assert made.plan.part == part
         # Dropout is a function of (seed, update, micro-batch), whichever process computes it.
         torch.manual_seed(int(generator(recipe.seed, "dropout", made.plan.step, made.plan.number).integers(2**62)))
-        batch = made.batch.to(device, non_blocking=True)
-        outputs, loss = _forward_backward(task, learner.model, batch, recipe)
+        outputs, targets, loss = _forward_backward(task, learner.heads[part], learner.model, made.batch, recipe)
         window.rows += loss.rows
         window.examples += len(made.batch)
         window.tokens += made.batch.tokens
+        window.computed += made.batch.rows
         with torch.no_grad():
             for name, (total, count) in loss.sums.items():
                 window.add(f"loss_{name}", total, count)
-            for name, values in task.metric(outputs, batch.targets).items():
+            for name, values in task.metric(outputs, targets).items():
                 window.add(name, values.sum(), len(values))
         window.per_batch.append((made.plan, made.batch.example_ids, {name: total for name, (total, _) in loss.sums.items()}))
     return window
 
 
-def _forward_backward(task: Task, model: nn.Module, batch: PackedBatch, recipe: Recipe) -> tuple[Outputs, losses.Loss]:
-    """Add a micro-batch's gradients to the parameters; what the head said, and the loss."""
-    bf16 = recipe.precision == "bf16"
+def _forward_backward(task: Task, head: Head, model: nn.Module, batch: PackedBatch, recipe: Recipe) -> tuple[Outputs, Outputs, losses.Loss]:
+    """Add a micro-batch's gradients to the parameters; what the head said and the targets, both without ghosts, and the loss."""
+    computing = partial(computing_in, recipe.precision, batch.input_ids_T.device)
     if recipe.adversarial is not None:
-        return adversarial.forward_backward(task, model, batch, recipe.adversarial, normalisation=recipe.normalisation, bf16=bf16)
-    with torch.autocast(batch.input_ids_T.device.type, dtype=torch.bfloat16, enabled=bf16):
-        outputs = task.scores(model, batch)
-        terms = task.losses(outputs, batch.targets)
+        return adversarial.forward_backward(
+            task, head, model, batch, recipe.adversarial, normalisation=recipe.normalisation, computing=computing
+        )
+    with computing():
+        outputs, targets = only_real(head(model, task.narrowed(model, batch)), batch)
+        terms = task.losses(outputs, targets)
     loss = losses.of(terms, weights=task.weights, reduction=task.reduction, normalisation=recipe.normalisation)
     loss.number.backward()  # type: ignore[no-untyped-call]
-    return outputs, loss
+    return outputs, targets, loss
 
 
-def _normalise(parameters: Sequence[Tensor], factor: float) -> None:
+def _normalise(parameters: Sequence[Tensor], factor: Tensor) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if factor != 1 and gradients:
+    if gradients:
         torch._foreach_mul_(gradients, factor)
-
-
-def _numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """Many 0-d tensors as numbers with one wait for the device."""
-    values: list[float] = torch.stack(list(tensors)).tolist()
-    return values
-
-
-def _check_finite(
-    means: Mapping[str, float], norm: float, window: _Window, learner: Learner, *, step: int, part: str, processes: Processes
-) -> None:
-    """Stop the run, on every process, before a step with infinite or undefined numbers is taken."""
-    values = torch.tensor([*means.values(), norm], dtype=torch.float64)
-    if bool(torch.isfinite(values).all()):
-        return
-    assembler = Assembler(learner.mixture.parts, learner.mixture.seed, learner.masking)
-    here: list[tuple[list[str], list[str], list[str]]] = []
-    for plan, ids, sums in window.per_batch:
-        terms = [name for name, total in sums.items() if not bool(torch.isfinite(total))]
-        if terms:
-            # The batch is a function of its plan: made once more, to look for what is wrong with it.
-            here.append((terms, ids, _examples_with_bad_features(assembler[plan].batch)))
-    found = [entry for one in processes.gather(here) for entry in one]
-    if not found:
-        raise NotFinite(
-            f"update {step}, {part}: the gradient's norm is {norm} although every loss is finite; lower optimizer.learning_rate, "
-            "or train in fp32"
-        )
-    terms = sorted({name for names, _, _ in found for name in names})
-    ids = [name for _, names, _ in found for name in names]
-    bad = [name for _, _, names in found for name in names]
-    blamed = f"; features that are no finite numbers: {_some(bad)}" if bad else ""
-    raise NotFinite(
-        f"update {step}, {part}: {', '.join(terms)} is not finite (examples {_some(ids)}{blamed}); nothing was updated. "
-        f"{'Check the region databases with uniter-db check' if bad else 'Lower optimizer.learning_rate, or train in fp32'}"
-    )
-
-
-def _examples_with_bad_features(batch: PackedBatch) -> list[str]:
-    """The ids of the examples whose features are not finite (of tasks with one sequence an example)."""
-    if len(batch.region_counts_B) != len(batch.example_ids):
-        return []
-    finite_R = torch.isfinite(batch.features_RD).all(dim=1)
-    for name in ("features", "soft_labels"):
-        if name in batch.targets and batch.masked_regions_R is not None:
-            finite_R[batch.masked_regions_R] &= torch.isfinite(batch.targets[name]).all(dim=1)
-    parts = torch.split(finite_R, batch.region_counts_B.tolist())
-    return [name for name, rows in zip(batch.example_ids, parts, strict=True) if not bool(rows.all())]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _validate_all(learner: Learner, recipe: Recipe, *, processes: Processes) -> Figures:

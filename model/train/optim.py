@@ -7,7 +7,7 @@ Source: github.com/ChenRocks/UNITER, optim/adamw.py, optim/misc.py, optim/sched.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
 import torch
@@ -94,9 +94,15 @@ class AdamW(torch.optim.Optimizer):
     m and v are updated; p -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps); then p -= lr * wd * p with the new p.
     t counts a parameter's own updates; a parameter without gradient is left alone, undecayed.
 
+    It is computed by PyTorch's fused kernel, whose form is another: with lr' = lr (1 - lr wd), wd' = wd / (1 - lr wd) and
+    eps' = eps / sqrt(1 - b2^t) the two are the same.
+
     Args:
         parameters: tensors or groups, as every torch optimizer takes them.
         lr: learning rate; betas, eps, weight_decay: as published 0.9 and 0.98, 1e-6, 0.01.
+
+    Attributes:
+        unusable: a 0-d float32 tensor on the device, by which it is decided there whether to step: not where it is 1.
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.unusable: Tensor | None = None
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -123,7 +130,8 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_step: dict[int, list[Tensor]] = {}
+            # Heads that rested have made fewer updates.
+            by_step: dict[tuple[int, torch.device], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -133,57 +141,27 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
-                by_step.setdefault(state["step"], []).append(parameter)
-            for step, parameters in by_step.items():
-                first, second = group["betas"]
-                factor = group["lr"] * math.sqrt(1 - second**step) / (1 - first**step)
-                decay = group["lr"] * group["weight_decay"]
-                for piece in _pieces([self._tensors(parameter) for parameter in parameters]):
-                    _update(piece, first=first, second=second, eps=group["eps"], factor=factor, decay=decay)
+                by_step.setdefault((state["step"], parameter.device), []).append(parameter)
+            for (step, device), parameters in by_step.items():
+                self._update(group, parameters, step, device)
         return loss
 
-    def _tensors(self, parameter: Tensor) -> "_Updated":
-        state = self.state[parameter]
-        assert parameter.grad is not None
-        return parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-
-
-_Updated = tuple[Tensor, Tensor, Tensor, Tensor]  # parameter, gradient, mean of gradients, mean of their squares
-
-
-# The elements that are updated together. The scratch memory is as large; and on the CPU everything of a piece stays in the
-# cache between the operations, which makes the whole update 2.6 times as fast as one over whole tensors.
-_CPU_PIECE, _DEVICE_PIECE = 1 << 18, 1 << 24
-
-
-def _pieces(tensors: list[_Updated]) -> Iterator[list[_Updated]]:
-    """The same tensors, small ones together, on the CPU large ones in slices."""
-    piece: list[_Updated] = []
-    size = 0
-    for updated in tensors:
-        on_host = updated[0].device.type == "cpu"
-        most = _CPU_PIECE if on_host else _DEVICE_PIECE
-        slices = [updated]
-        if on_host and updated[0].numel() > most and all(tensor.is_contiguous() for tensor in updated):
-            slices = list(zip(*(torch.split(tensor.view(-1), most) for tensor in updated), strict=True))
-        for part in slices:
-            if piece and size + part[0].numel() > most:
-                yield piece
-                piece, size = [], 0
-            piece.append(part)
-            size += part[0].numel()
-    if piece:
-        yield piece
-
-
-def _update(piece: list[_Updated], *, first: float, second: float, eps: float, factor: float, decay: float) -> None:
-    parameters, gradients, means, squares = map(list, zip(*piece, strict=True))
-    torch._foreach_mul_(means, first)
-    torch._foreach_add_(means, gradients, alpha=1 - first)
-    torch._foreach_mul_(squares, second)
-    torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
-    divisors = torch._foreach_sqrt(squares)
-    torch._foreach_add_(divisors, eps)
-    torch._foreach_addcdiv_(parameters, means, divisors, -factor)
-    if decay > 0:
-        torch._foreach_add_(parameters, parameters, alpha=-decay)
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], step: int, device: torch.device) -> None:
+        first, second = group["betas"]
+        kept = (1 - group["lr"] * group["weight_decay"]) or 1e-12  # of a weight; where nothing is, so little of the step
+        torch._fused_adamw_(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [self.state[parameter]["exp_avg"] for parameter in parameters],
+            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            [],
+            [torch.full((), float(step), device=device)] * len(parameters),  # filled there: nothing is copied
+            lr=group["lr"] * kept,
+            beta1=first,
+            beta2=second,
+            weight_decay=group["weight_decay"] / kept,
+            eps=group["eps"] / math.sqrt(1 - second**step),
+            amsgrad=False,
+            maximize=False,
+            found_inf=self.unusable,
+        )

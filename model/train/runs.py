@@ -6,7 +6,6 @@ task is the value `Work`.
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from uniter.datasets.batches.example import Masking
+from uniter.datasets.batches.filling import Room, room_of
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.runs.run_log import RunLog
@@ -23,12 +23,12 @@ from uniter.datasets.storage.contents import content_of
 from uniter.datasets.storage.index_file import INDEX
 from uniter.datasets.storage.locks import only_writer
 from uniter.datasets.text_db.tokenizer import Tokenizer
-from uniter.model.attention import AttentionKernel
 from uniter.model.checkpoints.beside import DETECTOR
 from uniter.model.checkpoints.load import read_model
 from uniter.model.checkpoints.write import write_model
 from uniter.model.settings.files import CONFIG_FILE, differences, load_config, read_settings, write_config
 from uniter.model.settings.settings import TrainSettings
+from uniter.model.tasks.compiling import compiled_head
 from uniter.model.train import state
 from uniter.model.train.adversarial import with_divergence
 from uniter.model.train.distributed import Processes, processes
@@ -36,7 +36,7 @@ from uniter.model.train.fit import check_detector, has_seen_regions, origin_of_s
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
 from uniter.model.train.work import Data, Work
-from uniter.model.uniter import SelfAttention, UniterConfig, UniterModel
+from uniter.model.uniter import UniterConfig, UniterModel
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
     """
     everyone, run, model = start.everyone, start.run, work.model.to(start.everyone.device)
     settings = _with_detector(work.settings, detector)
-    _set_attention(model, settings.attention, everyone.device)
+    _set_computing(model, settings, everyone.device)
     optimizer = AdamW(
         parameter_groups(
             model,
@@ -195,17 +195,20 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
         mixture=work.mixture,
         masking=masking,
         validation=work.validation,
-        workers=_workers(settings, everyone),
+        workers=everyone.fitting_workers() if settings.workers is None else settings.workers,
         write_model=lambda folder: write_model(folder, model, about=about, tokenizer=tokenizer),
+        heads=[compiled_head(task) if settings.compile and task.compiles else task.head for task in work.tasks],
+        rooms=_rooms(work) if settings.compile else (),
     )
     _say_what_is_trained(settings, work.data, model, everyone)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_fitting_threads(learner.model, everyone.device))
+        stack.enter_context(_products_in_tf32(settings.precision in ("tf32", "bf16") and everyone.device.type == "cuda"))
         log = None
         if everyone.writes:
             writing = RunLog(run, step=progressed.step, tensorboard=settings.tensorboard, wandb_project=settings.wandb_project)
             log = stack.enter_context(writing)
-        recipe = _recipe(settings, accumulation)
+        recipe = _recipe(settings, accumulation, everyone.device)
         summary = train(learner, recipe, run=run, log=log, progressed=progressed, processes=everyone)
     return {"run": str(run), **summary}
 
@@ -232,21 +235,39 @@ def _fitting_threads(model: nn.Module, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _set_attention(model: nn.Module, kernel: AttentionKernel, device: torch.device) -> None:
+@contextlib.contextmanager
+def _products_in_tf32(wanted: bool) -> Iterator[None]:
+    """Let what stays float32 be multiplied in TF32 while a run trains that may (under bf16 everything else is less exact still)."""
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _set_computing(model: nn.Module, settings: TrainSettings, device: torch.device) -> None:
+    kernel = settings.attention
     body = model.get_submodule("uniter")
     assert isinstance(body, UniterModel)
-    body.attention_kernel = kernel
-    if kernel != "varlen":
-        return
-    if device.type != "cuda":
-        raise BadInput(f"attention: varlen needs a GPU, and this run is on {device}; leave attention out")
-    logger.warning("attention: varlen drops no attention probabilities; all other dropout stays")
-    for module in model.modules():
-        if isinstance(module, SelfAttention):
-            module.dropout.p = 0.0
+    body.attention_kernel, body.encoder.recompute = kernel, settings.recompute
+    if kernel != "auto" and device.type != "cuda":
+        raise BadInput(f"attention: {kernel} is a kernel of GPUs, and this run is on {device}; leave attention out")
+    if settings.precision == "tf32" and device.type != "cuda":
+        raise BadInput(f"precision: tf32 is a way of GPUs, and this run is on {device}; leave precision out")
 
 
-def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
+def _rooms(work: Work) -> list[Room | None]:
+    """Up to which sizes the batches of each part are filled, where its head is compiled."""
+    parts = zip(work.tasks, work.mixture.parts, strict=True)
+    return [room_of(part, budget=work.mixture.budget) if task.compiles else None for task, part in parts]
+
+
+LOOK_EVERY = 20  # updates, on a GPU: while the host waits for a number, the device runs out of work
+
+
+def _recipe(settings: TrainSettings, accumulation: int, device: torch.device) -> Recipe:
     chosen = settings.optimizer
     assert settings.steps and chosen.learning_rate and chosen.warmup_steps is not None and settings.validate_every
     return Recipe(
@@ -257,11 +278,12 @@ def _recipe(settings: TrainSettings, accumulation: int) -> Recipe:
         clip=-1.0 if chosen.clip is None else chosen.clip,
         normalisation=settings.normalisation,
         unused_gradients=chosen.unused_gradients,
-        precision=settings.precision,
+        precision=settings.precision or "fp32",
         seed=settings.seed,
         validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every or settings.validate_every,
         keep=settings.keep,
+        look_every=settings.look_every or (LOOK_EVERY if device.type == "cuda" else 1),
         stop_after=settings.stop_after,
         adversarial=settings.adversarial,
         processes=settings.processes,
@@ -340,15 +362,6 @@ def _accumulation_of_resumed(progressed: state.Progressed, world: int) -> int:
             "resume with a number of processes that divides it"
         )
     return accumulation
-
-
-def _workers(settings: TrainSettings, everyone: Processes) -> int:
-    if settings.workers is not None:
-        return settings.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Without a GPU the cores are busy with the model; one worker hides the reading and costs little.
-    return min(max((cores - here) // here, 1), 8) if everyone.device.type == "cuda" else 0
 
 
 def _say_what_is_trained(settings: TrainSettings, data: Data, model: nn.Module, everyone: Processes) -> None:

@@ -3,7 +3,7 @@
 Everything is a function of the seed: which words are hidden, which other picture is shown, which pairs compete in retrieval.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.corpus import Corpus
 from uniter.datasets.batches.example import Masking
-from uniter.datasets.batches.loader import MicroBatch, load_once
+from uniter.datasets.batches.loader import MicroBatch, load_once, on_device
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Part
+from uniter.datasets.devices import computing_in
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
-from uniter.model.tasks.task import Task
+from uniter.model.tasks.task import Head, Task
 from uniter.model.train.distributed import Processes
-
-Head = Callable[[Any, PackedBatch], Outputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +61,28 @@ class Scoring:
         rank, world, device = self.processes.rank, self.processes.world, self.processes.device
         batches = load_once(
             part, self.masking, budget=self.budget, seed=seed, by_example=self.by_example, pairing=pairing,
-            rank=rank, world=world, workers=self.workers,
+            rank=rank, world=world, workers=self.workers, pin_memory=device.type == "cuda",
         )  # fmt: skip
         was_training = self.model.training
         self.model.eval()
         try:
-            for made in batches:
-                batch = made.batch.to(device, non_blocking=True)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-                    outputs = head(self.model, batch)
-                yield made, batch, outputs
+            for made in on_device(batches, device):
+                with computing_in(self.precision, device):
+                    outputs = head(self.model, made.batch)
+                yield made, made.batch, outputs
         finally:
             self.model.train(was_training)
 
 
 @dataclass(slots=True)
 class Means:
-    """Sums and counts of named values, and their means in the end."""
+    """Sums and counts of named values, and their means in the end; sums stay on the device until then."""
 
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(total)
+        self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def add_values(self, name: str, values: Tensor) -> None:
@@ -93,13 +91,14 @@ class Means:
     def of_all(self, processes: Processes) -> "Means":
         """The sums over all processes; one that got no batch may know fewer names."""
         total = Means()
-        for sums, counts in processes.gather((self.sums, self.counts)):
+        here = {name: float(total) for name, total in self.sums.items()}
+        for sums, counts in processes.gather((here, self.counts)):
             for name, value in sums.items():
                 total.add(name, value, counts[name])
         return total
 
     def means(self) -> dict[str, float]:
-        return {name: self.sums[name] / count for name, count in sorted(self.counts.items()) if count}
+        return {name: float(self.sums[name]) / count for name, count in sorted(self.counts.items()) if count}
 
 
 def by_id(corpus: Corpus, found: Mapping[int, Any], processes: Processes) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.example import Sample, TokenSequence
-from uniter.datasets.devices import usable_device
+from uniter.datasets.devices import computing_in, fitting_precision, usable_device
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.image_db.regions import RegionFeatures, pixel_boxes
@@ -76,7 +76,7 @@ class Understanding:
         tokenizer: the models' vocabulary, where a checkpoint does not tell; otherwise that of the texts of its run, the vocabulary
             beside it, or `bert-base-cased` where its size fits.
         answers: the answers by number, or an `ans2label.json`, where a VQA checkpoint does not tell.
-        device: "cpu", "cuda", "cuda:1" ...; None: a GPU where there is one.
+        device: "cpu", "cuda", "cuda:1" ...; None: a GPU where there is one. On a GPU that computes in bf16 it does.
         class_names: the detector's classes, for pictures; None: what `regions` says of itself.
         other_detector: regions of another detector than a model learnt from are meant; otherwise they are refused, where both are known.
 
@@ -97,6 +97,7 @@ class Understanding:
     ) -> None:
         self.regions = regions
         self.device = usable_device(device)
+        self.precision = fitting_precision(self.device)
         self.class_names: Sequence[str] | None = class_names if class_names is not None else getattr(regions, "class_names", None)
         given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else Tokenizer.load(os.fspath(tokenizer))
         self._by_kind: dict[type, Checkpoint] = {}
@@ -169,7 +170,9 @@ class Understanding:
         regions = self._regions(images, questions)
         results: list[Answer] = []
         for batch in self._batches(model, images, questions, regions):
-            scores_BA = torch.sigmoid(model.model.answers(batch)["scores"].float())
+            with self._computing():
+                scores = model.model.answers(batch)["scores"]
+            scores_BA = torch.sigmoid(scores.float())
             best = scores_BA.topk(min(BEST_ANSWERS, scores_BA.shape[1]), dim=1)
             for values, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 named = tuple((model.answers[number], value) for number, value in zip(numbers, values, strict=True))
@@ -185,7 +188,9 @@ class Understanding:
         regions = self._regions(images, told)
         kind, results = model.model.kind, list[Classification]()
         for batch in self._batches(model, images, told, regions):
-            for values in predictions_of(kind, model.model.labels(batch)):
+            with self._computing():
+                outputs = model.model.labels(batch)
+            for values in predictions_of(kind, outputs):
                 seen = images[len(results)], told[len(results)], regions[len(results)], model.source
                 if kind == SCORE:
                     results.append(Classification(*seen, (), {}, values[0]))
@@ -223,8 +228,9 @@ class Understanding:
         regions = self._regions(images, texts)
         results: list[Embedding] = []
         for batch in self._batches(model, images, texts, regions):
-            encoded = model.body(batch)
-            joint_BH = model.body.pooled(encoded).float().cpu().numpy()
+            with self._computing():
+                encoded = model.body(batch)
+                joint_BH = model.body.pooled(encoded).float().cpu().numpy()
             words = encoded.text_TH.float().cpu().split(batch.text_lengths_B.tolist())
             found = encoded.regions_RH.float().cpu().split(batch.region_counts_B.tolist())
             for joint_H, words_TH, regions_RH in zip(joint_BH, words, found, strict=True):
@@ -284,6 +290,9 @@ class Understanding:
 
     # --- batches -----------------------------------------------------------------------------------------------------------------
 
+    def _computing(self) -> torch.autocast:
+        return computing_in(self.precision, self.device)
+
     def _model(self, *kinds: type, able: str) -> Checkpoint:
         """The first of these kinds that was given."""
         for kind in kinds:
@@ -304,11 +313,10 @@ class Understanding:
         """How well each text matches its photograph, as log-odds."""
         found: list[float] = []
         for batch in self._batches(model, images, texts, regions):
-            if isinstance(model.model, UniterForRetrieval):
-                found += model.model.ranks(batch)["scores"].float().squeeze(1).tolist()
-            else:
-                scores_B2 = model.model.pairs(batch)["scores"].float()
-                found += (scores_B2[:, 1] - scores_B2[:, 0]).tolist()
+            ranked = isinstance(model.model, UniterForRetrieval)
+            with self._computing():
+                scores = (model.model.ranks if ranked else model.model.pairs)(batch)["scores"].float()
+            found += (scores.squeeze(1) if ranked else scores[:, 1] - scores[:, 0]).tolist()
         return found
 
     def _scores_alone(
@@ -328,7 +336,8 @@ class Understanding:
         """For each pair (R,) float32, the referring head's scores of its regions."""
         results: list[Tensor] = []
         for batch in self._batches(model, images, phrases, regions):
-            scores = model.model.regions(batch)["scores"].cpu()
+            with self._computing():
+                scores = model.model.regions(batch)["scores"].cpu()
             results += [row[:count] for row, count in zip(scores, batch.region_counts_B.tolist(), strict=True)]
         return results
 

@@ -1,7 +1,10 @@
 """Golden batches are padded and carry a gather index; the model reads packed ones. Here is the way from one to the other."""
 
 import json
+import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from uniter.datasets.batches.collate import PackedBatch
+from uniter.datasets.batches.collate import PackedBatch, collate, hidden_places
+from uniter.datasets.batches.corpus import Corpus, open_corpus
+from uniter.datasets.batches.example import Example, Masking
 from uniter.model import UniterConfig, UniterForPretraining
 from uniter.model.settings.files import read_settings
 from uniter.model.settings.settings import TrainSettings
+from uniter.model.tasks.table import DOWNSTREAM, PRETRAINING
+from uniter.model.tasks.task import Task, extras
 
 
 def packed_from_padded(inputs: Mapping[str, np.ndarray]) -> SimpleNamespace:
@@ -68,6 +75,8 @@ def packed_from_padded(inputs: Mapping[str, np.ndarray]) -> SimpleNamespace:
         batch.targets["words"] = picked("txt_labels", is_text, 0)
     if "targets" in tensors:
         batch.targets["matched"] = tensors["targets"]
+    if (places := hidden_places(batch.targets.get("words"), batch.masked_regions_R)) is not None:
+        batch.targets["places"] = places
     return SimpleNamespace(batch=batch, joint_rows=joint_rows, real=real)
 
 
@@ -164,5 +173,50 @@ def small(databases: Databases) -> Callable[..., TrainSettings]:
             "workers": 0,
         }
         return read_settings({**values, **changes}, source="test")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def task_world(tmp_path_factory: pytest.TempPathFactory, made_up: Any) -> dict[str, Path]:
+    """The made-up world: `captions` and `images`, other pictures' regions `found`, and the texts of each down-stream task by their name."""
+    folder = tmp_path_factory.mktemp("every_row")
+    scenes = made_up.World(width=16, noise=0.1)
+    texts, images = scenes.write(folder, pictures=24, captions=2)
+    _, found = scenes.write(folder / "found", pictures=24, captions=1, prefix="found_scene")
+    wanted = {extras(row).texts[0] for row in DOWNSTREAM.values()} - {"captions"}
+    return {"captions": texts, "images": images, "found": found} | {task: scenes.write_task(folder, task) for task in sorted(wanted)}
+
+
+RowCase = Callable[..., tuple[Task, torch.nn.Module, PackedBatch]]
+
+
+@pytest.fixture(scope="session")
+def row_case(task_world: dict[str, Path]) -> RowCase:
+    """`row_case("vqa")`: a row of either table as it is for the made-up world, its model and a batch of it; `first`: which examples."""
+
+    opened: dict[str, Corpus] = {}
+
+    def make(name: str, *, first: int = 0, count: int = 4, **sizes: Any) -> tuple[Task, torch.nn.Module, PackedBatch]:
+        row = PRETRAINING.get(name) or DOWNSTREAM[name]
+        texts = "captions" if row.finetuning is None else extras(row).texts[0]
+        images = str(task_world["images"])
+        if texts not in opened:  # VCR's pictures have annotated and detected regions
+            opened[texts] = open_corpus(texts, [task_world[texts]], [f"{images};{task_world['found']}" if texts == "vcr" else images])
+        corpus = opened[texts]
+        task = row.of_data(row, corpus)
+        config = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "image_feature_size": 16, "label_classes": 9}
+        words = corpus.texts[0].v_range[1]
+        made = UniterConfig.preset("tiny", **{"vocab_size": words, **config, **sizes})
+        torch.manual_seed(0)
+        model = UniterForPretraining(made) if task.finetuning is None else extras(task).model(made, **extras(task).sizes)
+        if name == "retrieval-hard":  # of whose examples one is hundreds of sequences
+            task = replace(task, sample=partial(task.sample, drawn=5 + first % 2), narrow=partial(task.narrow.func, count=3))
+            count = 1
+        samples = []
+        for number in range(first, first + count):
+            pictures = tuple(corpus.image_rows_NK[number].tolist())
+            samples.append(task.sample(Example(corpus, number, pictures), random.Random(number), Masking()))
+        return task, model, collate(samples)
 
     return make

@@ -39,7 +39,7 @@ def test_golden_losses(task, uniter_golden, golden_model, pack, close):
 
 def test_cross_entropy_by_hand():
     outputs = {"scores": torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])}
-    term = losses.masked_words(outputs, {"words": torch.tensor([1, 0])})["cross_entropy"]
+    term = losses.masked_words(outputs, {"words": torch.tensor([1, -1, 0]), "places": torch.tensor([0, 2])})["cross_entropy"]
     torch.testing.assert_close(term, torch.tensor([-math.log(0.75), math.log(2.0)]))
 
 

@@ -105,20 +105,43 @@ def test_state_survives_saving_and_an_unused_parameter_rests():
     assert torch.equal(used, again)
 
 
-def test_large_tensors_are_updated_in_slices_like_small_ones():
-    torch.manual_seed(0)
-    whole = nn.Parameter(torch.randn(700, 1024))  # more than one slice
-    rows = [nn.Parameter(row.clone()) for row in whole.detach()]
-    transposed = nn.Parameter(whole.detach().clone().t())  # not contiguous: never sliced
-    optimizer = AdamW([whole, *rows, transposed], 0.1)
-    for _ in range(3):
-        gradient = torch.randn(700, 1024)
-        whole.grad, transposed.grad = gradient, gradient.t()
-        for row, part in zip(rows, gradient, strict=True):
-            row.grad = part
+def test_the_fused_kernel_computes_the_published_form():
+    """Over many updates with changing rates, in float64; a parameter that rests falls behind in its count."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(9, 4, generator=generator, dtype=torch.float64)) for _ in range(2)]
+    expected = [parameter.detach().clone() for parameter in parameters]
+    means, squares, steps = [torch.zeros_like(one) for one in expected], [torch.zeros_like(one) for one in expected], [0, 0]
+    optimizer = AdamW(parameters, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+    for update in range(1, 501):
+        rate = learning_rate(update, base=1e-2, warmup_steps=50, total_steps=500)
+        set_learning_rate(optimizer, rate)
+        for place, parameter in enumerate(parameters):
+            parameter.grad = None
+            if place == 1 and update % 3:
+                continue
+            parameter.grad = gradient = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+            steps[place] += 1
+            means[place] = 0.9 * means[place] + 0.1 * gradient
+            squares[place] = 0.98 * squares[place] + 0.02 * gradient**2
+            factor = rate * (1 - 0.98 ** steps[place]) ** 0.5 / (1 - 0.9 ** steps[place])
+            expected[place] = (expected[place] - factor * means[place] / (squares[place].sqrt() + 1e-6)) * (1 - rate * 0.01)
         optimizer.step()
-    torch.testing.assert_close(whole, torch.stack(list(rows)), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(whole, transposed.t(), atol=1e-6, rtol=1e-6)
+    for parameter, values in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), values, atol=1e-12, rtol=1e-12)
+
+
+def test_the_device_decides_whether_an_update_is_usable():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([parameter], 0.1)
+    optimizer.unusable = torch.zeros(())
+    parameter.grad = torch.full((3,), torch.nan)
+    optimizer.unusable.fill_(1)
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(3)) and not optimizer.state[parameter]["exp_avg"].any()
+    parameter.grad = torch.ones(3)
+    optimizer.unusable.zero_()
+    optimizer.step()
+    assert not torch.equal(parameter, torch.ones(3))
 
 
 def test_no_limit_means_no_clipping():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from uniter.model.transport import pad_rows, transport_costs, transport_distances, transport_plan
+from uniter.model.transport import padded, transport_costs, transport_distances, transport_plan
 
 
 def test_golden_transport_with_gradients(uniter_golden, close):
@@ -44,8 +44,8 @@ def test_padding_changes_nothing():
     text, regions = torch.randn(4, 8), torch.randn(3, 8)
     nothing = torch.zeros(1, 4, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool)
     alone, _ = transport_distances(text[None], regions[None], *nothing)
-    padded_text, text_padding = pad_rows(torch.cat([text, torch.randn(9, 8)]), torch.tensor([4, 9]))
-    padded_regions, region_padding = pad_rows(torch.cat([regions, torch.randn(6, 8)]), torch.tensor([3, 6]))
+    padded_text, text_padding = padded(torch.cat([text, torch.randn(9, 8)]), torch.tensor([0, 4]), torch.tensor([4, 9]), 9)
+    padded_regions, region_padding = padded(torch.cat([regions, torch.randn(6, 8)]), torch.tensor([0, 3]), torch.tensor([3, 6]), 6)
     together, plan = transport_distances(padded_text, padded_regions, text_padding, region_padding)
     torch.testing.assert_close(together[:1], alone, atol=1e-6, rtol=1e-6)
     assert torch.count_nonzero(plan[0, 3:]) == 0 and torch.count_nonzero(plan[0, :, 4:]) == 0

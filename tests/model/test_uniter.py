@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from uniter.datasets.batches.layout import lay_out
 from uniter.datasets.errors import BadInput
 from uniter.model import UniterConfig, UniterForPretraining
-from uniter.model.attention import attend, lay_out
 from uniter.model.uniter import UniterModel, set_dropout
 
 TASKS = ["mlm", "mrfr", "mrc", "mrckl", "itm", "itm_ot"]
@@ -21,7 +21,7 @@ def test_golden_hidden_states(task, uniter_golden, golden_model, pack, at_real_p
     packed = pack(np.load(uniter_golden / f"inputs_{task}.npz"))
     outputs = np.load(uniter_golden / f"outputs_{task}.npz")
     if "embedding_output" in outputs:
-        layout = golden_model.uniter.lay_out(packed.batch)
+        layout = packed.batch.layout
         embedded = golden_model.uniter.embed(packed.batch, layout)
         close(at_real_positions(embedded, layout, packed), outputs["embedding_output"][packed.real.numpy()])
     encoded = golden_model(packed.batch)
@@ -39,7 +39,7 @@ def test_golden_encoder_modes(uniter_golden, golden_model, pack, at_real_positio
         encoded = golden_model(packed.batch)
         close(at_real_positions(encoded.hidden_NH, encoded.layout, packed), modes[f"{side}_sequence_output"][packed.real.numpy()])
     packed = pack(np.load(uniter_golden / "inputs_mlm.npz"))
-    layout = golden_model.uniter.lay_out(packed.batch)
+    layout = packed.batch.layout
     hidden = golden_model.uniter.embed(packed.batch, layout)
     first = golden_model.uniter.encoder.layer[0](hidden, layout, "auto")
     close(at_real_positions(first, layout, packed), modes["joint_layer1_output_of_inputs_mlm"][packed.real.numpy()])
@@ -133,13 +133,11 @@ def padded_forward(model: UniterModel, embedded, layout):
     return hidden, real
 
 
-@pytest.mark.parametrize("kernel", ["grouped", "jagged"])
-def test_packed_equals_padded_equals_one_by_one(kernel, small_model, make_batch):
+def test_packed_equals_padded_equals_one_by_one(small_model, make_batch):
     batch = make_batch([4, 9, 3, 9, 5], [7, 2, 1, 2, 10], width=12, vocabulary=60)
     body = small_model.uniter
-    body.attention_kernel = kernel
     encoded = body(batch)
-    layout = body.lay_out(batch)
+    layout = batch.layout
     embedded = body.embed(batch, layout)
     padded, real = padded_forward(body, embedded, layout)
     for index, single in enumerate(one_by_one(make_batch, batch)):
@@ -149,10 +147,8 @@ def test_packed_equals_padded_equals_one_by_one(kernel, small_model, make_batch)
         torch.testing.assert_close(ours, padded[index][real[index]], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["grouped", "jagged"])
-def test_packed_gradients_equal_the_sum_of_one_by_one(kernel, small_model, make_batch):
+def test_packed_gradients_equal_the_sum_of_one_by_one(small_model, make_batch):
     batch = make_batch([4, 9, 3], [7, 2, 1], width=12, vocabulary=60)
-    small_model.uniter.attention_kernel = kernel
 
     def gradients(batches):
         small_model.zero_grad()
@@ -166,75 +162,27 @@ def test_packed_gradients_equal_the_sum_of_one_by_one(kernel, small_model, make_
         torch.testing.assert_close(packed[name], singles[name], atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("kernel", ["grouped", "jagged"])
-def test_states_are_rows_of_the_whole(kernel, small_model, make_batch):
+def test_states_are_rows_of_the_whole(small_model, make_batch):
     batch = make_batch([4, 9, 3], [7, 2, 1], width=12, vocabulary=60)
     body = small_model.uniter
-    body.attention_kernel = kernel
     encoded = body(batch)
     chosen = torch.tensor([9, 0, 3])
-    layout = body.lay_out(batch)
+    layout = batch.layout
     states = body.states(batch, layout, layout.region_rows_R[chosen])
     torch.testing.assert_close(states, encoded.regions_RH[chosen], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(body.pooled_first(batch), body.pooled(encoded), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["grouped", "jagged"])
-def test_attention_dropout_acts_in_training_only(kernel):
-    torch.manual_seed(0)
-    layout = lay_out(torch.tensor([3, 5]), torch.tensor([4, 4]), device=torch.device("cpu"), by_length=kernel == "grouped")
-    query, key = torch.randn(2, 16, 8).unbind()
-    ones = torch.ones(16, 8)
-    dropped = attend(query, key, ones, layout, heads=2, dropout=0.5, kernel=kernel)
-    assert not torch.allclose(dropped, ones)
-    # Dropout keeps the expectation: rows of probabilities sum to 1 on average.
-    mean = torch.stack([attend(query, key, ones, layout, heads=2, dropout=0.5, kernel=kernel) for _ in range(400)]).mean()
-    assert abs(float(mean) - 1) < 0.05
-    torch.testing.assert_close(attend(query, key, ones, layout, heads=2, dropout=0.0, kernel=kernel), ones)
-
-
-def test_varlen_attention_refuses_dropout():
-    layout = lay_out(torch.tensor([3]), torch.tensor([4]), device=torch.device("cpu"), by_length=False)
-    rows = torch.randn(7, 8)
-    with pytest.raises(ValueError, match="knows no dropout"):
-        attend(rows, rows, rows, layout, heads=2, dropout=0.1, kernel="varlen")
-
-
-def test_varlen_attention_says_what_it_needs():
-    layout = lay_out(torch.tensor([3]), torch.tensor([4]), device=torch.device("cpu"), by_length=False)
-    rows = torch.randn(7, 8)
-    with pytest.raises(ValueError, match="half precision on a GPU"):
-        attend(rows, rows, rows, layout, heads=2, dropout=0.0, kernel="varlen")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["jagged", "varlen"])
-def test_variable_length_kernels_of_the_gpu_agree_with_the_cpu(kernel):
-    layouts = [
-        lay_out(torch.tensor([30, 5, 12]), torch.tensor([44, 17, 8]), device=torch.device(name), by_length=False)
-        for name in ("cpu", "cuda")
-    ]
-    torch.manual_seed(0)
-    rows = torch.randn(3, 116, 128)
-    expected = attend(*rows, layouts[0], heads=2, dropout=0.0, kernel="jagged")
-    half = rows.to("cuda", torch.bfloat16)
-    ours = attend(*half, layouts[1], heads=2, dropout=0.0, kernel=kernel)
-    torch.testing.assert_close(ours.float().cpu(), expected, atol=3e-2, rtol=3e-2)
-    if kernel == "jagged":
-        dropped = attend(half[0], half[1], torch.ones_like(half[2]), layouts[1], heads=2, dropout=0.5, kernel=kernel)
-        assert not torch.allclose(dropped, torch.ones_like(dropped))
-
-
 def test_layout_of_sequences_by_length():
-    layout = lay_out(torch.tensor([2, 3, 1]), torch.tensor([1, 2, 2]), device=torch.device("cpu"), by_length=True)
+    layout = lay_out(torch.tensor([2, 3, 1]), torch.tensor([1, 2, 2]))
     # The second sequence (5 rows) stands first, then the first and the third (3 rows each).
     assert layout.first_rows_B.tolist() == [5, 0, 8]
     assert layout.text_rows_T.tolist() == [5, 6, 0, 1, 2, 8]
     assert layout.region_rows_R.tolist() == [7, 3, 4, 9, 10]
-    assert layout.groups == ((0, 1, 5), (5, 2, 3))
+    assert (layout.longest, layout.longest_text, layout.most_regions) == (5, 3, 2)
     assert layout.offsets.tolist() == [0, 5, 8, 11]
     with pytest.raises(ValueError, match="at least one"):
-        lay_out(torch.tensor([2, 0]), torch.tensor([1, 0]), device=torch.device("cpu"), by_length=True)
+        lay_out(torch.tensor([2, 0]), torch.tensor([1, 0]))
 
 
 def test_set_dropout_reaches_every_dropout_and_attention(small_model, make_batch):
@@ -264,3 +212,19 @@ def test_attention_maps_are_distributions_in_the_order_of_the_batch(small_model,
     maps = small_model.uniter.attentions(batch)
     assert [tuple(one.shape) for one in maps[0]] == [(4, 5, 5), (4, 11, 11), (4, 10, 10)] and len(maps) == 2
     torch.testing.assert_close(maps[1][2].sum(-1), torch.ones(4, 10))
+
+
+def test_layers_computed_again_have_the_same_gradients(small_model, make_batch):
+    """Dropout too is drawn as before."""
+    batch = make_batch([4, 9, 3], [7, 2, 1], width=12, vocabulary=60)
+    small_model.train()
+
+    def gradients(recompute):
+        small_model.uniter.encoder.recompute = recompute
+        small_model.zero_grad()
+        torch.manual_seed(0)
+        small_model.uniter.pooled_first(batch).pow(2).sum().backward()
+        return {name: parameter.grad for name, parameter in small_model.named_parameters() if parameter.grad is not None}
+
+    kept, again = gradients(False), gradients(True)
+    assert kept.keys() == again.keys() and all(torch.equal(values, again[name]) for name, values in kept.items())

@@ -2,14 +2,14 @@
 
 import json
 import random
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from uniter.datasets.batches.collate import take_sequences
+from uniter.datasets.batches.downstream import drawn_rival
+from uniter.datasets.batches.layout import take_sequences
 from uniter.datasets.errors import BadInput
 from uniter.model import UniterConfig, UniterForPretraining, losses
 from uniter.model.checkpoints.export import export_published
@@ -17,6 +17,7 @@ from uniter.model.checkpoints.grow import load_state, second_stage
 from uniter.model.checkpoints.load import load_downstream, start_from
 from uniter.model.heads.downstream import UniterForReferring, UniterForRetrieval, UniterForVcr, UniterForVqa
 from uniter.model.heads.nlvr2 import CrossAttention, UniterForNlvr2Paired, UniterForNlvr2PairedAttention, UniterForNlvr2Triplet
+from uniter.model.transport import padded
 
 # tag: (model, head, loss, the loss term, name of the target)
 HEADS = {
@@ -33,7 +34,7 @@ HEADS = {
     "re_rank_hard": (
         UniterForReferring,
         "regions",
-        partial(losses.ranked_regions, rng=random.Random(0), hard_ratio=1.0),
+        lambda outputs, targets: losses.ranked_regions(outputs, {**targets, "rival": torch.full_like(targets["region"], -1)}),
         "margin",
         "region",
     ),
@@ -182,18 +183,22 @@ def test_cross_attention_is_multihead_attention_without_padding():
     ours, theirs = CrossAttention(SMALL).eval(), torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
     theirs.load_state_dict(ours.state_dict())
     asking, asked = torch.randn(5, 32), torch.randn(7, 32)
-    together = ours(asking, torch.tensor([2, 3]), asked, torch.tensor([4, 3]))
-    for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7))):
+    asking_padded, _ = padded(asking, torch.tensor([0, 2]), torch.tensor([2, 3]), 3)
+    asked_padded, asked_padding = padded(asked, torch.tensor([0, 4]), torch.tensor([4, 3]), 4)
+    together = ours(asking_padded, asked_padded, asked_padding)
+    for pair, (rows, columns) in enumerate(((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7)))):
         expected, _ = theirs(asking[None, rows], asked[None, columns], asked[None, columns])
-        torch.testing.assert_close(together[rows], expected[0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(together[pair, : rows.stop - rows.start], expected[0], atol=1e-6, rtol=1e-5)
 
 
 def test_taken_sequences_score_as_before(make_batch):
     batch = make_batch([4, 9, 3, 5], [7, 2, 1, 4], width=12, vocabulary=60)
     model = UniterForRetrieval(SMALL).eval()
     numbers = torch.tensor([2, 0, 3])
-    taken = model.ranks(take_sequences(batch, numbers))["scores"]
-    torch.testing.assert_close(taken, model.ranks(batch)["scores"][numbers], atol=1e-6, rtol=1e-5)
+    rows = int((batch.text_lengths_B + batch.region_counts_B)[numbers].sum())
+    for room in (rows, rows + 1, rows + 40):
+        taken = model.uniter.pooled_first(batch, take_sequences(batch.layout, numbers, rows=room))
+        torch.testing.assert_close(taken, model.pooled(batch)[numbers], atol=1e-6, rtol=1e-5)
 
 
 def test_mining_scores_without_dropout_and_trains_with_it(make_batch):
@@ -225,17 +230,23 @@ def test_ranking_by_hand():
     torch.testing.assert_close(terms["margin"], torch.tensor([[0.1, 0.0], [0.6, 0.2]]))
 
 
-def test_easy_negatives_are_uniform_over_the_other_regions():
-    scores = torch.logit(torch.tensor([[0.5, 0.6, 0.7, 0.9]]))
-    outputs = {"scores": scores, "region_counts": torch.tensor([3])}
+def test_rivals_are_uniform_over_the_other_regions():
     rng = random.Random(5)
-    drawn = [
-        round(float(losses.ranked_regions(outputs, {"region": torch.tensor([1])}, rng=rng, hard_ratio=0.0)["margin"]), 3)
-        for _ in range(400)
-    ]
-    assert set(drawn) == {0.1, 0.3} and 150 < drawn.count(0.1) < 250
-    alone = {"scores": scores[:, :1], "region_counts": torch.tensor([1])}
-    assert float(losses.ranked_regions(alone, {"region": torch.tensor([0])}, rng=rng)["margin"]) == 0.0
+    drawn = [drawn_rival(3, 1, rng, hard_ratio=0.0) for _ in range(400)]
+    assert set(drawn) == {0, 2} and 150 < drawn.count(0) < 250
+    assert 80 < [drawn_rival(3, 1, rng) for _ in range(400)].count(-1) < 160
+    assert drawn_rival(1, 0, rng, hard_ratio=0.0) == -1
+
+
+def test_regions_are_ranked_by_hand():
+    outputs = {"scores": torch.logit(torch.tensor([[0.5, 0.6, 0.7, 0.9]])), "region_counts": torch.tensor([4])}
+    for rival, expected in ((0, 0.1), (2, 0.3), (-1, 0.5)):
+        margin = losses.ranked_regions(outputs, {"region": torch.tensor([1]), "rival": torch.tensor([rival])})["margin"]
+        torch.testing.assert_close(margin, torch.tensor([expected]))
+    alone = {"scores": outputs["scores"][:, :1], "region_counts": torch.tensor([1])}
+    assert float(losses.ranked_regions(alone, {"region": torch.tensor([0]), "rival": torch.tensor([-1])})["margin"]) == 0.0
+    unknown = {"region": torch.tensor([-100]), "rival": torch.tensor([2])}
+    assert float(losses.ranked_regions(outputs, unknown)["margin"]) == 0.0
 
 
 def test_vqa_loss_is_the_published_mean_times_answers():

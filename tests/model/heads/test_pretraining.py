@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from uniter.model import UniterForPretraining
+from uniter.model.heads.pretraining import full_product
 
 HEADS = {
     "mlm": UniterForPretraining.masked_words,
@@ -42,3 +43,10 @@ def test_gradients_of_every_task_reach_the_first_layer(uniter_golden, golden_mod
         outputs["scores"].sum().backward()
         gradient = golden_model.uniter.encoder.layer[0].attention.self.query.weight.grad
         assert gradient is not None and torch.count_nonzero(gradient) == gradient.numel()
+
+
+def test_more_columns_change_no_score():
+    rows, weight, bias = torch.randn(5, 8), torch.randn(70, 8), torch.randn(70)
+    for multiple in (1, 7, 64):
+        scores = full_product(rows, weight, bias, multiple=multiple)
+        torch.testing.assert_close(scores, rows @ weight.t() + bias, atol=1e-5, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from uniter.datasets.batches.collate import PackedBatch, take_sequences
+from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.errors import BadInput
 from uniter.model import UniterConfig, losses
 from uniter.model.settings.files import assign, load_config, read_settings
@@ -219,15 +220,15 @@ def test_a_shift_moves_each_sequence_by_the_rate(norm: Any) -> None:
     """Whatever the others' gradients are; one without gradient, or without rows, stays."""
     lengths = torch.tensor([2, 0, 3, 1])
     gradient = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1e3, 0.0], [0.0, -1e3], [0.0, 0.0], [0.0, 0.0]])
-    moved = with_gradient(Shift.zero(lengths, (6, 2), torch.device("cpu")), gradient).moved(0.5, norm, 0.0)
+    moved = with_gradient(Shift.zero(lengths, (6, 2)), gradient).moved(0.5, norm, 0.0)
     expected = [0.5, 0.0, 0.5, 0.0]
     assert moved.norms(moved.values_NW, norm).tolist() == pytest.approx(expected)
-    behind = with_gradient(Shift.zero(lengths[:2], (6, 2), torch.device("cpu")), gradient).moved(0.5, norm, 0.0)
+    behind = with_gradient(Shift.zero(lengths[:2], (6, 2), behind=4), gradient).moved(0.5, norm, 0.0)
     torch.testing.assert_close(behind.values_NW[:2], moved.values_NW[:2])  # rows behind all sequences are not theirs
     divisor = {"l2": 5.0, "linf": 4.0}[norm]
     torch.testing.assert_close(moved.values_NW[:2], gradient[:2] * 0.5 / divisor)
     # Brought back: an l2 norm shrinks, of linf every number is cut.
-    short = with_gradient(Shift.zero(lengths, (6, 2), torch.device("cpu")), gradient).moved(0.5, norm, 0.4)
+    short = with_gradient(Shift.zero(lengths, (6, 2)), gradient).moved(0.5, norm, 0.4)
     assert short.norms(short.values_NW.detach(), norm).max().item() == pytest.approx(0.4)
 
 
@@ -247,6 +248,12 @@ def test_divergences_by_hand() -> None:
     assert torch.isfinite(value) and torch.isfinite(far.grad).all(), "where a probability underflows, as in the published form, no NaN"
     squared = losses.squared_distance({"scores": torch.tensor([[1.0, 2.0]])}, {"scores": torch.tensor([[1.5, 0.0]])}, {})
     assert squared.tolist() == [[0.25, 4.0]]
+    # Of one's own labels: each by itself, so that a single one is compared too; scores in their deviation.
+    single = {"scores": torch.tensor([[0.0]])}, {"scores": torch.tensor([[2.0]]), "deviation": torch.tensor(4.0)}, {}
+    applies = 1 / (1 + math.exp(-2.0))
+    expected = sum(p * math.log(p / q) for p, q in ((0.5, applies), (0.5, 1 - applies), (applies, 0.5), (1 - applies, 0.5)))
+    assert float(losses.divergence_by_label(*single)) == pytest.approx(expected, rel=1e-5)
+    assert losses.distance_of_scores(*single).tolist() == [0.25]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +315,22 @@ def test_villas_keys_mean_our_settings() -> None:
         read_published(without, source="x.json", own_start=True, task="ve")
 
 
+def sequence_alone(batch: PackedBatch, number: int) -> PackedBatch:
+    """A batch of one sequence of another one."""
+    texts, regions = (lengths.cumsum(0).tolist() for lengths in (batch.text_lengths_B, batch.region_counts_B))
+    words, shown = (slice(([0, *ends])[number], ends[number]) for ends in (texts, regions))
+    return PackedBatch(
+        input_ids_T=batch.input_ids_T[words],
+        text_positions_T=batch.text_positions_T[words],
+        text_types_T=batch.text_types_T[words],
+        features_RD=batch.features_RD[shown],
+        positions_R7=batch.positions_R7[shown],
+        region_types_R=batch.region_types_R[shown],
+        text_lengths_B=batch.text_lengths_B[number : number + 1],
+        region_counts_B=batch.region_counts_B[number : number + 1],
+    )
+
+
 def test_a_sequence_is_shifted_as_if_it_were_alone(make_batch: Any) -> None:
     """Packed together or one by one: the same shifts, and the same gradients added up."""
     config = UniterConfig(
@@ -334,7 +357,7 @@ def test_a_sequence_is_shifted_as_if_it_were_alone(make_batch: Any) -> None:
     model.zero_grad()
     alone = []
     for number in range(3):
-        one = take_sequences(together, torch.tensor([number]))
+        one = sequence_alone(together, number)
         alone.append(run(replace(one, targets={"answers": together.targets["answers"][number : number + 1]})))
     for side, values in expected.items():
         torch.testing.assert_close(torch.cat([shifts[side] for shifts in alone]), values, atol=1e-5, rtol=1e-4)

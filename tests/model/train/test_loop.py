@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from uniter.datasets.runs.run_log import read_log
 from uniter.datasets.runs.step_folders import checkpoint_path, checkpoint_steps
 from uniter.model import losses
 from uniter.model.settings.settings import TrainSettings
-from uniter.model.train.loop import NotFinite
+from uniter.model.tasks.compiling import compiled_head
+from uniter.model.train.finite import NotFinite
+from uniter.model.train.optim import AdamW
 from uniter.model.train.pretraining import build_mixture, build_model, open_data, pretrain
 from uniter.model.uniter import set_dropout
 
 Make = Callable[..., TrainSettings]
+ADVERSARIAL = {"steps": 2, "rate": 0.05, "on": ["text", "image"]}
+ONE_OR_THE_OTHER = pytest.mark.parametrize("adversarial", [None, ADVERSARIAL], ids=["plain", "adversarial"])
 
 
 def gradients_of_an_update(settings: TrainSettings, *, part_name: str) -> tuple[dict[str, torch.Tensor], Any, Any]:
@@ -102,7 +107,10 @@ def test_bf16_validates(small: Make, tmp_path: Path) -> None:
     assert all(abs(half[name] - whole[name]) > 1e-6 * abs(whole[name]) for name in whole)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_learned(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@ONE_OR_THE_OTHER
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_learned(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adversarial: dict[str, Any] | None
+) -> None:
     from uniter.datasets.batches import loader
 
     original = loader.collate
@@ -116,11 +124,66 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_learned(small: Mak
 
     monkeypatch.setattr(loader, "collate", poisoned)
     with pytest.raises(NotFinite) as caught:
-        pretrain(small(steps=60, checkpoint_every=1), tmp_path / "run")
+        pretrain(small(steps=60, checkpoint_every=1, adversarial=adversarial), tmp_path / "run")
     said = str(caught.value)
     step = checkpoint_steps(tmp_path / "run")[-1] + 1 if checkpoint_steps(tmp_path / "run") else 1
     assert f"update {step}," in said and "not finite" in said and "nothing was updated" in said
     assert "'scene_1_00007#0'" in said.split("features that are no finite numbers:")[1]
+
+
+@ONE_OR_THE_OTHER
+def test_how_often_the_numbers_are_looked_at_changes_nothing(small: Make, tmp_path: Path, adversarial: dict[str, Any] | None) -> None:
+    pretrain(small(steps=7, validate_every=7, adversarial=adversarial), tmp_path / "each")
+    pretrain(small(steps=7, validate_every=7, adversarial=adversarial, look_every=3), tmp_path / "third")
+    each, third = (read_log(tmp_path / name) for name in ("each", "third"))
+    figures = [[{key: line[key] for key in ("step", "loss", "grad_norm") if key in line} for line in lines] for lines in (each, third)]
+    assert figures[0] == figures[1] and len(each) == 8
+    one, other = (load_file(checkpoint_path(tmp_path / name, 7) / "model.safetensors") for name in ("each", "third"))
+    assert all(torch.equal(values, other[name]) for name, values in one.items())
+
+
+def test_nothing_is_learned_from_a_bad_update_on_before_it_is_seen(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at every five updates, the first bad one is named, and the device has left the weights as they were ever since."""
+    from uniter.datasets.batches import loader
+
+    original, made = loader.collate, []
+
+    def poisoned(samples: Any) -> Any:
+        batch = original(samples)
+        made.append(batch)
+        if len(made) == 5:  # of update 3; an update is two micro-batches
+            batch.features_RD[0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(loader, "collate", poisoned)
+    kept: list[list[torch.Tensor]] = []
+    step = AdamW.step
+
+    def stepping(optimizer: AdamW, closure: None = None) -> None:
+        step(optimizer)
+        kept.append([parameter.detach().clone() for group in optimizer.param_groups for parameter in group["params"]])
+
+    monkeypatch.setattr(AdamW, "step", stepping)
+    with pytest.raises(NotFinite, match="update 3, "):
+        pretrain(small(steps=10, validate_every=10, checkpoint_every=10, look_every=5), tmp_path / "run")
+    assert len(kept) == 5 and not all(map(torch.equal, kept[0], kept[1]))
+    for later in kept[2:]:
+        assert all(map(torch.equal, kept[1], later))
+
+
+@ONE_OR_THE_OTHER
+def test_a_run_with_compiled_heads_equals_one_without(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adversarial: dict[str, Any] | None
+) -> None:
+    monkeypatch.setattr("uniter.model.train.runs.compiled_head", partial(compiled_head, backend="eager"))
+    settings = {"steps": 4, "validate_every": 4, "dropout": 0.0, "alignment_weight": 0.0, "adversarial": adversarial}
+    pretrain(small(**settings), tmp_path / "plain")
+    pretrain(small(**settings, compile=True), tmp_path / "compiled")
+    plain, compiled = (read_log(tmp_path / name) for name in ("plain", "compiled"))
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
+    assert all(line["padding_share"] == 0 for line in plain if line["kind"] == "train")
+    for line in compiled[:-1]:
+        assert line["padding_share"] == pytest.approx(1 - line["tokens"] / (2 * 192))  # two micro-batches filled up from 150 to 192
 
 
 def test_a_rate_that_explodes_is_named(small: Make, tmp_path: Path) -> None:

@@ -81,14 +81,9 @@ def test_texts_longer_than_the_positions_are_said_before_the_run(
         )
 
 
-def test_the_kernel_of_attention_is_a_setting(small: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    losses = {}
-    for kernel in ("grouped", "jagged"):
-        pretrain(small(attention=kernel, dropout=0.0, steps=3, validate_every=3), tmp_path / kernel)
-        losses[kernel] = [line["loss"] for line in read_log(tmp_path / kernel)]
-    assert losses["jagged"] == pytest.approx(losses["grouped"], rel=1e-4)
-    with pytest.raises(BadInput, match="attention: varlen needs a GPU, and this run is on cpu; leave attention out"):
-        pretrain(small(attention="varlen", precision="bf16"), tmp_path / "varlen")
+def test_the_kernel_of_attention_is_a_setting_of_a_gpu(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="attention: flash is a kernel of GPUs, and this run is on cpu; leave attention out"):
+        pretrain(small(attention="flash", precision="bf16"), tmp_path / "flash")
 
 
 def test_what_is_trained_is_said(small: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,13 +93,15 @@ def test_what_is_trained_is_said(small: Make, tmp_path: Path, caplog: pytest.Log
     assert "million parameters on cpu x 1, fp32; 1 updates of 2 x 1 micro-batches of 150 tokens" in caplog.text
 
 
+@pytest.mark.parametrize("look_every", [1, 3, 20])
 def test_patience_ends_a_run_behind_its_best_validation_and_repeating_it_too(
-    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look_every: int
 ) -> None:
-    """Validations get worse from the second on: the run ends two of them behind it, and its repetition has nothing to do."""
+    """Validations get worse from the second on: the run ends two of them behind it, and its repetition has nothing to do; however often
+    the losses are looked at."""
     losses = iter([3.0, 2.0, 2.5, 2.6, 1.0, 0.5])
     monkeypatch.setattr("uniter.model.train.loop._validate_all", lambda learner, recipe, processes: {"mlm_toy": {"loss": next(losses)}})
-    asked = {"steps": 12, "validate_every": 2, "checkpoint_every": 50, "patience": 2}
+    asked = {"steps": 12, "validate_every": 2, "checkpoint_every": 50, "patience": 2, "look_every": look_every}
     summary = pretrain(small(**asked), tmp_path / "run")
     assert summary["steps"] == 8 and summary["of_steps"] == 12 and summary["best"] == 4
     assert checkpoint_steps(tmp_path / "run") == [4, 8], "the last update has a checkpoint, and so has the best"
