@@ -408,7 +408,8 @@ def recipes(show: str | None, as_json: bool) -> None:
     for recipe in found:
         click.echo(
             f"{recipe.name}: {recipe.task}, {recipe.steps:,} updates of {recipe.examples:,} examples, {recipe.memory:.0f} GiB, "
-            f"{recipe.hours:.2g} H100 hours by arithmetic, at 40 % of its peak (published: {recipe.processes} GPUs); from {recipe.start}; {' '.join(recipe.data)}"
+            f"{recipe.hours:.2g} H100 hours by arithmetic, at 40 % of its peak (published: {recipe.processes} GPUs); from {recipe.start}; "
+            f"{' '.join(recipe.data)}"
         )
 
 
