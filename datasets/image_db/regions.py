@@ -71,9 +71,7 @@ class RegionFeatures:
     def best_objects(self) -> tuple[IntArray, FloatArray] | None:
         """Best foreground class of each region, (N,) counted from 0, and its probability (N,); None where unknown."""
         if self.soft_labels is not None and self.soft_labels.shape[1] > 1:
-            foreground = self.soft_labels[:, 1:]
-            best = foreground.argmax(axis=1)
-            return best, foreground[np.arange(len(best)), best].astype(np.float32)
+            return _best_foreground(self.soft_labels)
         if self.object_ids is not None:
             return self.object_ids, self.conf if self.object_conf is None else self.object_conf
         return None
@@ -83,9 +81,7 @@ class RegionFeatures:
         (N,); None where all are unknown.
         """
         if self.attributes is not None and self.attributes.shape[1] > 1:
-            foreground = self.attributes[:, 1:]
-            best = foreground.argmax(axis=1)
-            return best, foreground[np.arange(len(best)), best].astype(np.float32)
+            return _best_foreground(self.attributes)
         if self.attribute_ids is not None:
             unknown = np.zeros(len(self), np.float32)
             return self.attribute_ids, unknown if self.attribute_conf is None else self.attribute_conf
@@ -126,6 +122,13 @@ class RegionFeatures:
 
 
 _VECTORS = {"conf", "object_ids", "object_conf", "attribute_ids", "attribute_conf"}
+
+
+def _best_foreground(distributions: FloatArray) -> tuple[IntArray, FloatArray]:
+    """The best column of each row but column 0, counted from 0 behind it, and what stands there as float32."""
+    foreground = distributions[:, 1:]
+    best = foreground.argmax(axis=1)
+    return best, foreground[np.arange(len(best)), best].astype(np.float32)
 
 
 def normalised_boxes(boxes: FloatArray, size: tuple[int, int]) -> NDArray[np.float32]:

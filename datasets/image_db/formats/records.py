@@ -156,17 +156,8 @@ def best_classes(regions: RegionFeatures) -> dict[str, NDArray[Any]]:
     """objects_id, objects_conf, attrs_id, attrs_conf for formats that keep best classes; `NO_CLASS` and 0 where unknown."""
     count = len(regions)
     ids, conf = np.full(count, NO_CLASS, dtype=np.int64), np.zeros(count, dtype=np.float32)
-    best = regions.best_objects()
-    object_ids, object_conf = best if best is not None else (ids, regions.conf)
-    attribute_ids: NDArray[Any] = ids
-    attribute_conf: NDArray[Any] = conf
-    if regions.attributes is not None and regions.attributes.shape[1] > 1:
-        foreground = regions.attributes[:, 1:]
-        attribute_ids = foreground.argmax(axis=1)
-        attribute_conf = foreground[np.arange(count), attribute_ids]
-    elif regions.attribute_ids is not None:
-        attribute_ids = regions.attribute_ids
-        attribute_conf = conf if regions.attribute_conf is None else regions.attribute_conf
+    object_ids, object_conf = regions.best_objects() or (ids, regions.conf)
+    attribute_ids, attribute_conf = regions.best_attributes() or (ids, conf)
     return {
         "objects_id": np.asarray(object_ids, dtype=np.int64),
         "objects_conf": np.asarray(object_conf, dtype=np.float32),
