@@ -160,6 +160,7 @@ def _print_check(reports: Sequence[CheckReport], summary: dict[str, Any]) -> Non
 @click.option("--key", metavar="RULE", help="What images are called in OUT, from their keys: '{id}' is the number in them.")
 @click.option("--captions", metavar="FILE|TEXTDB", type=DATABASE, help="Captions of the images, for formats that hold them.")
 @click.option("--split", metavar="NAME", help="The part of the data that all are of.  [default: as their keys say]")
+@click.option("--class-names", metavar="FILE", type=DATABASE, help="The names of IN's classes, one a line, where it numbers them only.")
 @click.option("--conf-threshold", default=0.2, show_default=True, help="Of candidates keep those above it; -1: the first --num-boxes.")
 @click.option("--min-boxes", default=10, show_default=True, type=click.IntRange(0), help="But at least so many.")
 @click.option("--max-boxes", default=100, show_default=True, type=click.IntRange(1), help="And at most so many.")
@@ -178,6 +179,7 @@ def convert_command(
     key: str | None,
     captions: Path | None,
     split: str | None,
+    class_names: Path | None,
     conf_threshold: float,
     min_boxes: int,
     max_boxes: int,
@@ -230,6 +232,7 @@ def convert_command(
         key=key,
         captions=captions,
         split=split,
+        class_names=class_names,
         overwrite=overwrite,
     )
     _print_converted(report, as_json=as_json, out=out)

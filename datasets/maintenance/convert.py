@@ -11,7 +11,7 @@ from typing import Any, Final
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.formats.projects.layout import Known, write_all
 from uniter.datasets.image_db.formats.records import ImageSizes, Item, Selection, with_pixels
-from uniter.datasets.image_db.formats.table import CAPTIONS, FORMATS, SPLITS, Format, format_named, read_items, recognise
+from uniter.datasets.image_db.formats.table import CAPTIONS, FORMATS, NAMES, SPLITS, Format, format_named, read_items, recognise
 from uniter.datasets.image_db.keys import key_maker
 from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.regions import RegionFeatures, has_positions
@@ -23,7 +23,7 @@ from uniter.datasets.storage.files import read_json, read_json_object
 from uniter.datasets.storage.index_file import hash_key
 from uniter.datasets.storage.lmdb_files import checked_key
 from uniter.datasets.text_db.captions.by_image import captions_by_image
-from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
+from uniter.datasets.vocabulary import read_class_names, visual_genome_attributes, visual_genome_objects
 
 
 @dataclass
@@ -130,6 +130,7 @@ def convert(
     key: str | None = None,
     captions: Path | None = None,
     split: str | None = None,
+    class_names: Path | None = None,
     overwrite: bool = False,
 ) -> ConvertReport:
     """Convert region features from one format to another.
@@ -143,6 +144,7 @@ def convert(
         key: how the images are called in the target, made from their keys (`keys.key_rule`).
         captions: a file of captions or a text database, for layouts that hold captions.
         split: the part of the data that all images are of, for layouts that have parts.
+        class_names: a file with the names of the source's classes, one a line, for sources that number them only.
         overwrite: replace what is at `target`.
 
     Raises:
@@ -153,18 +155,21 @@ def convert(
     rule = selection or Selection()
     if target.exists() and target.resolve() == source.resolve():
         raise BadInput(f"{target} is both source and target")
-    _refuse_pointless(to, captions, split)
+    _refuse_pointless(to, captions, split, class_names)
     sizes = ImageSizes(images) if images is not None else None
     folders = folders_of(source) if name == "lmdb" else [source]
-    sources = source_names(folders) | {what: path for what, path in (("images", images), ("captions", captions)) if path is not None}
+    beside = {"images": images, "captions": captions, "class_names": class_names}
+    sources = source_names(folders) | {what: path for what, path in beside.items() if path is not None}
     settings = _settings(source, name, rule, images) | {what: said for what, said in (("key", key), ("split", split)) if said is not None}
     refuse_overlap(FORMATS[to].place(target, rule), [source, *folders])
-    known = Known(class_names=_names_of(source, name), split=split)
+    known = Known(class_names=_names_of(source, name, class_names), split=split)
     if captions is not None:
         known.captions = captions_by_image(captions)
     with Progress(None, unit="images", label=f"{name} to {to}") as progress:
         seen = _Seen(progress)
         items: Iterable[Item] = read_items(source, selection=rule, source=name, known=known)
+        if class_names is not None:
+            items = _as_many_classes(items, class_names, len(known.class_names))
         if FORMATS[to].needs_pixels or sizes is not None:
             items = with_pixels(items, sizes, needed=FORMATS[to].needs_pixels)
         box_ids = box_ids_of(folders) if name == "lmdb" else {}
@@ -183,8 +188,9 @@ def _settings(source: Path, name: str, rule: Selection, images: Path | None) -> 
     return {**told, "selection": asdict(rule), "images": None if images is None else images.name}
 
 
-def _refuse_pointless(to: str, captions: Path | None, split: str | None) -> None:
-    for given, what, option in ((captions, CAPTIONS, "--captions"), (split, SPLITS, "--split")):
+def _refuse_pointless(to: str, captions: Path | None, split: str | None, class_names: Path | None) -> None:
+    options = ((captions, CAPTIONS, "--captions"), (split, SPLITS, "--split"), (class_names, NAMES, "--class-names"))
+    for given, what, option in options:
         if given is not None and what not in FORMATS[to].takes:
             raise BadInput(f"{option} has no meaning here, since {to} holds no {what}")
 
@@ -209,10 +215,34 @@ def _renamed_ids(box_ids: Mapping[str, list[Any]], make: Callable[[str], str]) -
             yield make(key.removesuffix(".npz")), ids
 
 
-def _names_of(source: Path, name: str) -> list[str]:
-    """The names of the classes that a database of ours knows."""
-    names = provenance_of(source).get("class_names") if name == "lmdb" and source.is_dir() else None
-    return [str(one) for one in names] if isinstance(names, list) else []
+def _names_of(source: Path, name: str, given: Path | None) -> list[str]:
+    """The names of the classes that a database of ours knows, or those of the file `given`.
+
+    Raises:
+        BadInput: both are there, or the file is no list of names.
+    """
+    names = provenance_of(source).get("class_names")
+    if given is not None and names:
+        raise BadInput(f"--class-names has no meaning here, since {source} names its {len(names):,} classes itself")
+    if given is not None:
+        return list(read_class_names(given))
+    return [str(one) for one in names] if isinstance(names, list) and name == "lmdb" and source.is_dir() else []
+
+
+def _as_many_classes(items: Iterable[Item], given: Path, count: int) -> Iterator[Item]:
+    """The items, whose classes are as many as the names of `given`.
+
+    Raises:
+        BadInput: there are more or, where it shows, fewer; then the names are another detector's.
+    """
+    for key, regions in items:
+        if not isinstance(regions, BadInput):
+            labels, best = regions.soft_labels, regions.object_ids
+            classes = labels.shape[1] - 1 if labels is not None else 1 + int(best.max(initial=-1)) if best is not None else 0
+            if classes > count or (labels is not None and classes != count):
+                shown = "" if labels is not None else "at least "
+                raise BadInput(f"image {key!r} knows {shown}{classes:,} classes, {given} names {count:,}; take the names of its detector")
+        yield key, regions
 
 
 def _to_ours(
@@ -229,13 +259,15 @@ def _to_ours(
     name, source, folders = origin
     handed_on = [row for folder in folders for row in read_failures(folder / "failures.jsonl")] if name == "lmdb" else []
     records = Encoded(items)
+    given = sources.get("class_names")
+    named = {"class_names": list(known.class_names), "class_names_from": f"given: {given.name}"} if given is not None else {}
     written = write_regions(
         target,
         records,
         settings=settings,
         sources=sources,
         header=lambda: {
-            **{**records.widths, **seen.header(known.class_names), **provenance_of(source)},
+            **{**records.widths, **seen.header(known.class_names), **provenance_of(source), **named},
             "converted_from": name,
             "lacks": seen.lacks(FORMATS["lmdb"].holds),
         },

@@ -14,6 +14,7 @@ from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db.database import kind_of
 from uniter.datasets.image_db.formats import hdf5, lmdbs, npy, npz, parquet, tsv
 from uniter.datasets.image_db.formats.projects.layout import CAPTIONS as CAPTIONS
+from uniter.datasets.image_db.formats.projects.layout import NAMES as NAMES
 from uniter.datasets.image_db.formats.projects.layout import PIXELS as PIXELS
 from uniter.datasets.image_db.formats.projects.layout import SPLITS as SPLITS
 from uniter.datasets.image_db.formats.projects.layout import THIRTY_SIX, Known, Layout, read_all, write_all
@@ -62,7 +63,9 @@ class Format:
     @property
     def takes(self) -> tuple[str, ...]:
         """What it needs, or has room for, of what a conversion is told beside the records."""
-        return () if self.layout is None else (*self.layout.needs, *self.layout.takes)
+        if self.layout is None:
+            return () if self.write is not None else (NAMES,)  # our database says them in its header
+        return (*self.layout.needs, *self.layout.takes)
 
 
 def _whole(read: Callable[[Path], Iterator[Item]]) -> Callable[[Path, Selection], Iterator[Item]]:

@@ -718,3 +718,61 @@ def test_a_failing_overwrite_leaves_the_file_and_what_is_known_of_it(written: di
     with pytest.raises(BadInput, match="no image could be written"):
         convert(source, out, to="butd-tsv", overwrite=True)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+NAMES_OF_CLASSES = ["cat, tom", "dog", "cup", "hat", "car", "bus", "bed", "sky"]
+
+
+def test_names_of_classes_can_be_given_where_a_source_has_numbers_only(written: dict[str, Path], tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(NAMES_OF_CLASSES) + "\n\n")
+    with pytest.raises(BadInput, match=r"pass --class-names FILE"):
+        convert(written["lmdb"], tmp_path / "none", to="vinvl_predictions")
+    convert(written["lmdb"], tmp_path / "predictions", to="vinvl_predictions", class_names=names)
+    database = convert(written["uniter"], tmp_path / "named.lmdb", class_names=names)
+    assert database.images == len(KEYS)
+    named = ImageDB(tmp_path / "named.lmdb")
+    assert named.class_names == ("cat", *NAMES_OF_CLASSES[1:])
+    assert (named.header or {})["class_names_from"] == "given: names.txt"
+    best = named[f"{KEYS[0]}.npz"].best_objects()
+    assert best is not None
+    rows = [line.split("\t") for line in (tmp_path / "predictions" / "predictions.tsv").read_text().splitlines()]
+    said = {row[0]: [one["class"] for one in json.loads(row[1])["objects"]] for row in rows}
+    assert said[KEYS[0]] == [("cat", *NAMES_OF_CLASSES[1:])[number] for number in best[0]]
+
+
+def test_another_list_of_names_is_other_content(written: dict[str, Path], tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(NAMES_OF_CLASSES))
+    convert(written["uniter"], tmp_path / "out.lmdb", class_names=names)
+    assert convert(written["uniter"], tmp_path / "out.lmdb", class_names=names).already_complete
+    names.write_text("\n".join(reversed(NAMES_OF_CLASSES)))
+    with pytest.raises(UniterError, match="class_names"):
+        convert(written["uniter"], tmp_path / "out.lmdb", class_names=names)
+
+
+@pytest.mark.parametrize(
+    ("content", "to", "sentence"),
+    [
+        ("cat\ndog\n", "lmdb", "knows 8 classes, .*names.txt names 2"),
+        ("\n".join([*NAMES_OF_CLASSES, "sun"]), "lmdb", "knows 8 classes, .*names.txt names 9"),
+        ("", "lmdb", "no list of class names: it is empty"),
+        ("cat\n\ndog\n", "lmdb", "line 2 is empty"),
+        ('["cat"]', "lmdb", "but JSON"),
+        ("\n".join(NAMES_OF_CLASSES), "npz", "--class-names has no meaning here, since npz holds no class names"),
+    ],
+)
+def test_names_that_cannot_be_meant_are_refused(written: dict[str, Path], tmp_path: Path, content: str, to: str, sentence: str) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text(content)
+    with pytest.raises(BadInput, match=sentence):
+        convert(written["uniter"], tmp_path / "out", to=to, class_names=names)
+    assert not (tmp_path / "out").exists() or not (tmp_path / "out" / "header.json").exists()
+
+
+def test_a_database_that_names_its_classes_takes_no_others(tmp_path: Path, written: dict[str, Path]) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(NAMES_OF_CLASSES))
+    convert(written["uniter"], tmp_path / "named.lmdb", class_names=names)
+    with pytest.raises(BadInput, match="names its 8 classes itself"):
+        convert(tmp_path / "named.lmdb", tmp_path / "again.lmdb", class_names=names)

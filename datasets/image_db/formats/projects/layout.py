@@ -90,7 +90,7 @@ class Known:
         if (not names and regions.soft_labels is None) or (regions.soft_labels is not None and regions.soft_labels.shape[1] == 1601):
             names = names or visual_genome_objects()  # as the header of a converted database assumes
         if not names or int(best[0].max(initial=0)) >= len(names):
-            raise NeedsMore("this layout needs the names of the classes, and the source has none for its numbers")
+            raise NeedsMore("this layout needs the names of the classes, and the source has none for its numbers; pass --class-names FILE")
         return [names[number] if number >= 0 else "" for number in best[0]]
 
 
