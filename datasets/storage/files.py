@@ -135,7 +135,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def sync(path: Path) -> None:
     """Make a file durable; of a folder, the renames and deletions in it."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY") and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if hasattr(os, "O_DIRECTORY") else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -13,6 +13,7 @@ import itertools
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,18 @@ _EMPTY: Final = (1 << 64) - 1
 
 
 _MAX_DEPTH: Final = 32
+
+
+def _read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """`os.pread`, which Windows lacks: there a file is read by one thread at a time."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _ONE_READER:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+
+_ONE_READER: Final = threading.Lock()
 
 
 MAX_KEY_BYTES: Final = 511
@@ -145,9 +158,9 @@ class PageFile:
             check_data_file(data)
         self.path = data
         self._look_at_values = True
-        self._descriptor = os.open(data, os.O_RDONLY)
+        self._descriptor = os.open(data, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.size = os.fstat(self._descriptor).st_size
-        head = os.pread(self._descriptor, 1 << 17, 0)
+        head = _read_at(self._descriptor, 1 << 17, 0)
         self.page_size = _stated_page_size(data)  # with a damaged first page this machine's is the best guess
         metas: list[tuple[int, tuple[int, ...]]] = []
         for number in range(2):
@@ -170,11 +183,11 @@ class PageFile:
 
     def value(self, place: Place) -> bytes | None:
         """A record's value; None if the file ends before it."""
-        content = os.pread(self._descriptor, place.size, place.offset)
+        content = _read_at(self._descriptor, place.size, place.offset)
         return content if len(content) == place.size else None
 
     def _page(self, number: int) -> bytes | None:
-        page = os.pread(self._descriptor, self.page_size, number * self.page_size)
+        page = _read_at(self._descriptor, self.page_size, number * self.page_size)
         return page if len(page) == self.page_size else None
 
     def records(self, table: bytes | None = None, *, look_at_values: bool = True) -> Iterator[Place | Fault]:
@@ -256,7 +269,7 @@ class PageFile:
             page_number = _PAGE_NUMBER.unpack_from(page, begin)[0]
             if not self._look_at_values and page_number >= 2 and (page_number * self.page_size) + 16 + size <= self.size:
                 return Place(key, page_number * self.page_size + 16, size)
-            header = os.pread(self._descriptor, 16, page_number * self.page_size) if 2 <= page_number < 1 << 48 else b""
+            header = _read_at(self._descriptor, 16, page_number * self.page_size) if 2 <= page_number < 1 << 48 else b""
             if len(header) < 16:
                 return f"the value of key {key[:60]!r} lies beyond the end of the file"
             own, _, kind, _, _ = _HEADER.unpack(header)
@@ -279,7 +292,7 @@ class PageFile:
         versions are among them, so only what a checksum confirms may be believed.
         """
         for number in range(2, self.size // self.page_size):
-            header = os.pread(self._descriptor, 16, number * self.page_size)
+            header = _read_at(self._descriptor, 16, number * self.page_size)
             if len(header) < 16:
                 return
             own, _, flags, lower, upper = _HEADER.unpack(header)

@@ -1,8 +1,11 @@
-"""Locks between processes, which hold against other threads of this process too and are gone with their owner, however it ends."""
+"""Locks between processes, which hold against other threads of this process too and are gone with their owner, however it ends.
+
+Windows has no such locks of folders: there, as on a file system without locks, it is said once that two writers are not kept apart.
+"""
 
 import contextlib
 import errno
-import fcntl
+import functools
 import logging
 import os
 import threading
@@ -10,6 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from uniter.datasets.errors import UniterError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -19,17 +27,24 @@ _held: set[str] = set()
 _held_guard = threading.Lock()
 
 
-_folders: set[int] = set()  # descriptors of the folders that this process writes alone
+_folders: dict[tuple[int, int], int | None] = {}  # device and inode of the folders that this process writes alone, and their descriptors
 
 
 def _give_back_in_child() -> None:
     """A forked worker that outlives its parent must not keep the parent's folder; closing its copy takes nothing from the parent."""
-    for descriptor in _folders:
-        os.close(descriptor)
+    for descriptor in _folders.values():
+        if descriptor is not None:
+            os.close(descriptor)
     _folders.clear()
 
 
-os.register_at_fork(after_in_child=_give_back_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_give_back_in_child)
+
+
+@functools.cache
+def _say_that_nothing_is_locked() -> None:
+    logger.warning("this system has no locks of POSIX; do not run two writers on one folder")
 
 
 @contextlib.contextmanager
@@ -42,34 +57,52 @@ def only_writer(folder: Path, *, doing: str = "writing") -> Iterator[None]:
     Raises:
         UniterError: somebody else is.
     """
+    taken = f"another process is {doing} {folder}; wait for it, or choose another OUT"
     descriptor = _opened(folder)
-    _folders.add(descriptor)
+    identity = _identity(folder.stat() if descriptor is None else os.fstat(descriptor))
     try:
+        if identity in _folders:
+            raise UniterError(taken)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is None or descriptor is None:
+                _say_that_nothing_is_locked()
+            else:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UniterError(f"another process is {doing} {folder}; wait for it, or choose another OUT") from None
+            raise UniterError(taken) from None
         except OSError as error:
             logger.warning("%s: this file system has no locks (%s); do not run two writers on it", folder, error)
+    except BaseException:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise
+    _folders[identity] = descriptor
+    try:
         yield
     finally:
-        if descriptor in _folders:  # not in a forked child, which has given it back
-            _folders.discard(descriptor)
-            os.close(descriptor)
+        if identity in _folders:  # not in a forked child, which has given it back
+            del _folders[identity]
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def is_held_here(folder: Path) -> bool:
     """Whether this process is the only writer of the folder."""
-    status = folder.stat()
-    return any(os.path.samestat(os.fstat(descriptor), status) for descriptor in list(_folders))
+    return _identity(folder.stat()) in _folders
 
 
-def _opened(folder: Path) -> int:
-    """A descriptor of the folder, made if it is absent, though another process may rename it at any moment."""
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _opened(folder: Path) -> int | None:
+    """A descriptor of the folder, made if it is absent, though others may rename it at any moment; None where folders have none."""
     folder = folder.resolve()  # a link to nothing can neither be made nor opened
     while True:
         with contextlib.suppress(FileExistsError):  # it was there, and is not any more
             folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
         with contextlib.suppress(FileNotFoundError):
             return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
@@ -119,6 +152,9 @@ def _locked(path: Path, *, wait: bool) -> int | None:
     """A descriptor that has the lock; None where another process has it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if fcntl is None:
+            _say_that_nothing_is_locked()
+            return descriptor
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

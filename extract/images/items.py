@@ -15,6 +15,9 @@ from uniter.datasets.image_db.keys import key_fault
 from uniter.datasets.image_db.tables import picture_of_row
 from uniter.extract.images.decoding import MAX_PIXELS
 
+# Opening a named pipe would wait for ever; Windows has neither of the first two, and knows text files.
+_WITHOUT_WAITING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
 UNIT_IMAGES = 128
 """Images of a unit, where there are no tars. It decides which images share a batch, so it stands in settings.json."""
 
@@ -145,8 +148,7 @@ def read_bytes(item: ImageItem, *, max_pixels: int = MAX_PIXELS) -> bytes:
         if not content:
             raise BadInput("its bytes in the table are empty")
         return content
-    # Opening a named pipe would wait for ever.
-    with open(os.open(item.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(os.open(item.file, _WITHOUT_WAITING), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise BadInput("it is no ordinary file")
