@@ -129,7 +129,8 @@ COMMANDS: dict[str, Killed] = {
         pictures,
         lambda given, out: (
             "train", "detector", "--images", given / "world/images", "--annotations", given / "world/instances_train.json", "--out", out,
-            "--steps", 15, "--batch-size", 2, "--no-attributes", "--held-out", 0.3, "--workers", 0, *world.CPU, *sets(DETECTOR),
+            "--model", "tiny", "--steps", 15, "--batch-size", 2, "--no-attributes", "--held-out", 0.3, "--workers", 0, *world.CPU,
+            *sets(DETECTOR),
         ),
         detector,
         complete="detector.json",

@@ -534,7 +534,8 @@ def test_host_work_per_photograph(fake: ModuleType, tmp_path: Path) -> None:
         def detect(self, images: Any, *, boxes: Any = None) -> list[RawRegions]:
             return [raw] * len(images)
 
-    detector = Instant(preparation=CaffePreparation())
+    classes = tuple(f"class {number}" for number in range(1600))
+    detector = Instant(preparation=CaffePreparation(), feature_width=2048, class_names=classes)
     boxes = tmp_path / "boxes.jsonl"  # given, so that selection is left out of the measure
     boxes.write_text("\n".join(json.dumps({"image": str(number), "boxes": [[1, 1, 9, 9]]}) for number in range(200)))
     start = time.process_time()
