@@ -9,6 +9,7 @@ import numpy as np
 from uniter.datasets.errors import BadInput, shown
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.database import kind_of_child
+from uniter.datasets.image_db.writing.noted_photographs import NotedPhotographs
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.maintenance.copying import (
     box_ids_of,
@@ -58,7 +59,7 @@ def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[
     _refuse_other_parts(out, parts)
     header: dict[str, Any] = {"feature_width": images.feature_width, "label_classes": images.label_classes}
     header |= shared_header(images.headers, [source] * len(images.headers))
-    box_ids = box_ids_of(folders)
+    box_ids, photographs = box_ids_of(folders), NotedPhotographs(folders)
     failures = _parts_of_failures([row for folder in folders for row in read_failures(folder / "failures.jsonl")], by, parts)
     complete = True
     for name, chosen in parts.items():
@@ -70,6 +71,7 @@ def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[
             header=lambda: header,
             failures=failures.get(name, ()),
             box_ids=box_ids,
+            photographs=photographs.of,
             overwrite=overwrite,
         )
         complete = complete and written.already_complete
