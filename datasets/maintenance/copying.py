@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError, shown
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.image_db.database import kind_of, kind_of_child
+from uniter.datasets.image_db.database import children_of, kind_of
 from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.noted_photographs import NOT_KNOWN, Photograph
 from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_ids
@@ -182,7 +182,7 @@ def folders_of(source: Path) -> list[Path]:
     """The databases that a path stands for: itself, or what a folder of databases holds."""
     if database_kind(source) != "folder of regions" or kind_of(source) == "split":
         return [source]
-    return sorted(child for child in source.iterdir() if kind_of_child(child))
+    return children_of(source)
 
 
 # ---------------------------------------------------------------------------------------------------------- texts: write some
