@@ -23,6 +23,7 @@ from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.writing.noted_photographs import Photograph
 from uniter.datasets.image_db.writing.units import UnitStore, UnitWriter
 from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions, checked_regions, is_out_of_memory, release_memory
+from uniter.extract.images.decoder_words import counted_decoder_words
 from uniter.extract.images.decoding import DECODING, decode_image
 from uniter.extract.images.items import CutTar, ImageItem, NeverReadable, read_bytes
 from uniter.extract.run.faults import Doubts
@@ -264,12 +265,15 @@ class UnitRun:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """OpenCV on one thread, since images run side by side already, and no library's words on stderr: failures.jsonl says what is wrong."""
+    """OpenCV on one thread, since images run side by side already, and no library's words on stderr: failures.jsonl says what is wrong.
+
+    What decoders say of pictures that they decode all the same is counted, and said at the end.
+    """
     threads, loudness = cv2.getNumThreads(), cv2.utils.logging.getLogLevel()
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        with warnings.catch_warnings():
+        with counted_decoder_words(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             yield
     finally:
