@@ -31,6 +31,7 @@ from uniter.model.train.fit import (
     refuse_left_out,
     regions_of_run,
     regions_to_read,
+    remarks_on,
     tokenizer_of_texts,
 )
 from uniter.model.train.scoring import Scoring, by_id, validate
@@ -43,6 +44,11 @@ class Opened:
     scoring: Scoring
     weights: Path
     answers: Sequence[str] | None
+    remarks: Sequence[str]
+
+    def remarked(self) -> dict[str, Any]:
+        """What is to be known of the regions, for the summary, if there is anything."""
+        return {"remarks": list(self.remarks)} if self.remarks else {}
 
     def measured(self) -> dict[str, Any]:
         """Loss, metrics and official figures; what was predicted on the way is not computed again."""
@@ -141,12 +147,12 @@ def evaluate_finetuned(
         if strict:
             refuse_left_out(left_out, len(run.corpus))
         if extras(run.task).pairs is None:
-            return {"examples": len(run.corpus), "left_out": left_out, **run.measured()}
+            return {"examples": len(run.corpus), "left_out": left_out, **run.remarked(), **run.measured()}
         matrix, own, keys = run.every_pair(scores)
         figures = retrieval_recalls(matrix, own)
         if len(keys) > 1000 and len(keys) % 5 == 0:
             figures |= {f"five_folds.{key}": value for key, value in fold_recalls(matrix, own).items()}
-        return {"texts": len(run.corpus), "pictures": len(keys), "left_out": left_out, **figures}
+        return {"texts": len(run.corpus), "pictures": len(keys), "left_out": left_out, **run.remarked(), **figures}
 
 
 def predict(
@@ -196,7 +202,7 @@ def predict(
             if everyone.writes:
                 with written_aside(out) as aside:
                     write(aside, corpus, predictions, run.answers)
-        summary: dict[str, Any] = {"task": name, "out": str(out), "examples": len(corpus), "left_out": corpus.left_out}
+        summary: dict[str, Any] = {"task": name, "out": str(out), "examples": len(corpus), "left_out": corpus.left_out} | run.remarked()
         if everyone.writes:
             listed = out.with_name(f"{out.name}.left_out.json")
             if corpus.left_out:
@@ -238,6 +244,7 @@ def opened(name: str, start_from: str, asked: Asked, everyone: Processes, *, lab
     checkpoint = load(start_from, own.model, answers=answers)
     _check_head(checkpoint, row, name)
     check_detector([corpus], checkpoint.detector, source=start_from, meant=asked.other_detector)
+    remarks = remarks_on([corpus], checkpoint.detector, source=start_from)
     check_fit(checkpoint.config, corpus, source=start_from)
     tokenizer_of_texts([corpus], start=start_from)
     if labels:
@@ -265,7 +272,7 @@ def opened(name: str, start_from: str, asked: Asked, everyone: Processes, *, lab
         precision=asked.precision or fitting_precision(everyone.device),
         workers=everyone.fitting_workers() if asked.workers is None else asked.workers,
     )
-    return Opened(task, corpus, scoring, checkpoint.weights, names)
+    return Opened(task, corpus, scoring, checkpoint.weights, names, remarks)
 
 
 def _check_head(checkpoint: Checkpoint, row: Task, name: str) -> None:
