@@ -170,6 +170,7 @@ def predict(
     scores: Path | None = None,
     other_detector: bool = False,
     strict: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write what a model answers as the file that the task's official evaluation takes (retrieval: each side's best ten).
 
@@ -179,11 +180,13 @@ def predict(
         answers: `ans2label.json`, where neither the model nor the texts know the names of the answers.
         scores: as for `evaluate_finetuned`, and the same folder serves both.
         other_detector, strict: as for `evaluate_finetuned`.
+        overwrite: replace what is at `out`, once its successor is whole.
 
     Raises:
-        BadInput: as `evaluate_finetuned`, but labels are not needed.
+        BadInput: as `evaluate_finetuned`, but labels are not needed; or there is something at `out`.
     """
     _check_scores(name, scores)
+    _refuse_taken(out, [*text, *images, *([answers] if answers is not None else [])], start_from, overwrite=overwrite)
     if not out.absolute().parent.is_dir():
         raise BadInput(f"{out.absolute().parent} is no folder, so {out.name} cannot be written into it; make it first")
     asked = Asked(text, images, batch_tokens, workers, precision, other_detector)
@@ -216,6 +219,19 @@ def predict(
 def _check_scores(name: str, folder: Path | None) -> None:
     if folder is not None and extras(row_of(name)).pairs is None:
         raise BadInput(f"scores of pairs are kept for retrieval only, and {name} scores none; leave --scores out")
+
+
+def _refuse_taken(out: Path, data: Sequence[str | Path], start: str, *, overwrite: bool) -> None:
+    """BadInput where writing `out` would change a source, or somebody's file that was not said to be replaced."""
+    for source in [Path(half) for one in data for half in str(one).split(";")]:
+        if source.exists() and out.resolve().is_relative_to(source.resolve()):
+            raise BadInput(f"{out} is or lies in the source {source}, and would change it; choose another --out")
+    if not out.exists():
+        return
+    if Path(start).exists() and out.resolve().is_relative_to(Path(start).resolve()):
+        raise BadInput(f"{out} is there already, in {start}, of which it may be a part; choose another --out, or remove it yourself")
+    if not overwrite:
+        raise BadInput(f"{out} is there already; choose another --out, or --overwrite")
 
 
 def _best(scores: np.ndarray[Any, Any], texts: list[str], pictures: list[str], depth: int = 10) -> dict[str, Any]:

@@ -389,8 +389,8 @@ def test_another_selection_of_the_same_detector_is_said_each_time(use: str, trai
     header["selection"]["max_boxes"] = 36
     (regions / "header.json").write_text(json.dumps(header))
     words = ("train", *used_with(use, regions, trained, tuned, out), *world.CPU, "--json")
-    for _ in range(2):  # what is complete already says it, too
-        result = accepted(run(*words))
+    for again in range(2):  # what is complete already says it, too
+        result = accepted(run(*words, *(("--overwrite",) if again and use == "predict" else ())))
         assert "learnt from another selection" in result.stderr and "max_boxes was 4, now 36" in result.stderr
         (remark,) = json.loads(result.stdout)["remarks"]
         assert "max_boxes was 4, now 36" in remark
