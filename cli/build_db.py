@@ -5,7 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from uniter.datasets.errors import BadInput, unknown_name
 from uniter.datasets.image_db.database import ImageDB, match_image_key, open_image_dbs
 from uniter.datasets.image_db.keys import key_maker, last_number
 from uniter.datasets.storage.claims import Source, refuse_source_inside, source_names
+from uniter.datasets.storage.contents import BESIDE
 from uniter.datasets.storage.files import expand_braces, write_json
 from uniter.datasets.storage.streams import first_character, json_pairs
 from uniter.datasets.text_db.annotations.table import ANNOTATIONS, Annotations
@@ -295,6 +296,9 @@ class _Source:
         contents: dict[str, Source] = {**source_names(self.paths, "captions")}
         if self.join:
             contents |= source_names(self.join, "join")
+        beside = list(dict.fromkeys(chain.from_iterable(self.kind.beside(path, self.join) for path in self.paths)))
+        if beside := [path for path in beside if path not in self.join]:
+            contents |= source_names(beside, BESIDE)
         if self.exclusion is not None:
             together = hashlib.sha256("".join(sorted(self.exclusion.hashes.values())).encode()).hexdigest()
             contents["exclude"] = {"name": ", ".join(self.exclusion.hashes), "sha256": together}
@@ -332,7 +336,8 @@ def _reader(task: str, format_name: str | None, path: Path) -> tuple[str, Annota
         name = format_name or detect(path)
         if name not in CAPTIONS:
             raise BadInput(unknown_name("caption format", name, CAPTIONS))
-        return name, Annotations(read=CAPTIONS[name], companions="", published_keys=PUBLISHED_KEYS.get(name, ()))
+        row = Annotations(read=CAPTIONS[name], companions="", published_keys=PUBLISHED_KEYS.get(name, ()))
+        return name, replace(row, beside=image_tables) if name == "vg" else row
     if task not in ANNOTATIONS:
         raise BadInput(unknown_name("task", task, ("captions", *ANNOTATIONS)))
     if format_name is not None:

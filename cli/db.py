@@ -1,5 +1,6 @@
 """uniter-db: look at, check, convert, merge and split databases."""
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,8 @@ from uniter.datasets.image_db.database import open_image_dbs
 from uniter.datasets.image_db.formats.records import Selection
 from uniter.datasets.image_db.formats.table import FORMATS, format_named, listed
 from uniter.datasets.maintenance.check import check_coverage, check_database
-from uniter.datasets.maintenance.check_report import CheckReport
+from uniter.datasets.maintenance.check_photographs import PhotographReport, check_photographs, key_rule_of
+from uniter.datasets.maintenance.check_report import SHOWN, CheckReport
 from uniter.datasets.maintenance.convert import ConvertReport, convert
 from uniter.datasets.maintenance.convert_texts import convert_texts, holds_texts
 from uniter.datasets.maintenance.describe import describe
@@ -81,24 +83,35 @@ def info(databases: Sequence[Path], as_json: bool) -> None:
 
 @main.command(context_settings=HELP)
 @click.argument("databases", metavar="DB...", nargs=-1, required=True, type=DATABASE)
+@click.option("--images", "photographs", metavar="IMAGES",
+              help="Also read the photographs again (named as for uniter-extract) and say which have changed.")  # fmt: skip
+@click.option("--key", metavar="RULE", help="What --images are called in DB, as for uniter-extract.  [default: as DB says]")
 @click.option("--repair", "repaired", metavar="OUT", type=DATABASE, help="Write what is good of the one DB to a new database.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at the OUT of --repair.")
 @common_options
-def check(databases: Sequence[Path], repaired: Path | None, overwrite: bool, as_json: bool) -> None:
+def check(
+    databases: Sequence[Path], photographs: str | None, key: str | None, repaired: Path | None, overwrite: bool, as_json: bool
+) -> None:
     """Read databases from end to end and say what is damaged, what looks wrong and what is still good.
 
     Verified are the file's pages, every record's checksum and its numbers (boxes inside the image, probabilities that sum to 1,
-    finite features), the side files, and, where texts and regions are given together, that they fit. Exit code 1 if anything is wrong.
+    finite features), the side files, and, where texts and regions are given together, that they fit; with --images also that the
+    photographs are, byte for byte, those that the regions were extracted from. Exit code 1 if anything is wrong.
 
     \b
     Example:
       uniter-db check out.lmdb captions.db
+      uniter-db check out.lmdb --images photos/
       uniter-db check broken.lmdb --repair good.lmdb
     """
     if repaired is not None and len(databases) != 1:
         raise click.UsageError("--repair takes one database")
     if overwrite and repaired is None:
         raise click.UsageError("--overwrite is about the OUT of --repair, which was not given")
+    if repaired is not None and photographs is not None:
+        raise click.UsageError("--images compares the photographs of DB, and --repair writes a new database; run one after the other")
+    if key is not None and photographs is None:
+        raise click.UsageError("--key is about --images, which was not given")
     summary: dict[str, Any] = {}
     reports: list[CheckReport] = []
     if repaired is not None:
@@ -112,6 +125,10 @@ def check(databases: Sequence[Path], repaired: Path | None, overwrite: bool, as_
     if coverage is not None:
         summary["coverage"] = coverage
         wrong = wrong or bool(coverage.get("error")) or coverage.get("texts") != coverage.get("texts_with_image")
+    if photographs is not None:
+        compared = _compare_photographs(databases, photographs, key)
+        summary["photographs"] = asdict(compared)
+        wrong = wrong or compared.wrong
     summary["ok"] = not wrong
     if as_json:
         print_summary(summary, as_json=True, title="")
@@ -119,6 +136,19 @@ def check(databases: Sequence[Path], repaired: Path | None, overwrite: bool, as_
         _print_check(reports, summary)
     if wrong:
         sys.exit(FAILED)
+
+
+def _compare_photographs(databases: Sequence[Path], photographs: str, key: str | None) -> PhotographReport:
+    """Read the photographs of region databases again."""
+    from uniter.extract.images import list_images, read_bytes
+
+    regions = [path for path in databases if not database_kind(path).endswith("text")]
+    if not regions:
+        raise click.UsageError("--images is about region databases, and none was named")
+    listed = list_images(photographs, key=key or key_rule_of(regions))
+    items = (item for number in range(listed.units) for item in listed.unit(number))
+    found = ((item.key, item.path, functools.partial(read_bytes, item, max_pixels=sys.maxsize)) for item in items)
+    return check_photographs(regions, found, total=listed.images)
 
 
 def _coverage(databases: Sequence[Path]) -> dict[str, Any] | None:
@@ -145,9 +175,17 @@ def _print_check(reports: Sequence[CheckReport], summary: dict[str, Any]) -> Non
             click.echo(f"  ! ... and {sum(report.problems.values()) - len(report.examples):,} more")
         for note in report.notes:
             click.echo(f"  - {note}")
-    for name in ("coverage", "repaired"):
+    for name in ("coverage", "repaired", "photographs"):
         if name in summary:
-            print_summary(summary[name], as_json=False, title=name)
+            print_summary({what: value for what, value in summary[name].items() if not what.endswith("_names")}, as_json=False, title=name)
+    for what in ("changed", "unreadable"):
+        named = summary.get("photographs", {}).get(f"{what}_names", ())
+        for name in named[:SHOWN]:
+            click.echo(f"  ! {what}: {name}")
+        if len(named) > SHOWN:
+            click.echo(f"  ! ... and {len(named) - SHOWN:,} more (--json names all)")
+    if summary.get("photographs", {}).get("unknown"):
+        click.echo("  - unknown: an older version, or another program, did not note what it read")
 
 
 @main.command("convert", context_settings=HELP)

@@ -162,18 +162,26 @@ def main(
     named = {} if label_map is None else {"label_map": label_map}
     build = functools.partial(build_detector, detector_name, weights=weights, precision=precision, attributes=attributes, **named)
     device = device or (default_device(share.local_index) if ray_address is None else None)
-    summary = _extracted(listed, out, options, build, device=device, ray_address=ray_address)
+    needs_gpu = "--precision fp16" if precision == "fp16" else ""
+    summary = _extracted(listed, out, options, build, device=device, ray_address=ray_address, needs_gpu=needs_gpu)
     _say(summary, out, alone=options.shard[1] == 1, strict=strict, as_json=as_json)
 
 
 def _extracted(
-    listed: "ImageList", out: Path, options: "Options", build: Callable[..., "Detector"], *, device: str | None, ray_address: str | None
+    listed: "ImageList",
+    out: Path,
+    options: "Options",
+    build: Callable[..., "Detector"],
+    *,
+    device: str | None,
+    ray_address: str | None,
+    needs_gpu: str,
 ) -> "ExtractSummary":
     if ray_address is not None:
         from uniter.extract.run.cluster import extract_on_ray
 
         with stop_on_signals() as stop:
-            return extract_on_ray(listed, out, options, build=build, address=ray_address, stop=stop)
+            return extract_on_ray(listed, out, options, build=build, address=ray_address, needs_gpu=needs_gpu, stop=stop)
     from uniter.extract.run.extraction import extract_listed
 
     detector = build(device=device)  # an interruption while it loads ends the command at once

@@ -316,6 +316,7 @@ def evaluate(
 @data_options
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
 @click.option("--answers", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="ans2label.json, where nobody else has it.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at --out.")
 @scoring_options
 @common_options
 def predict(
@@ -325,6 +326,7 @@ def predict(
     images: tuple[str, ...],
     out: Path,
     answers: Path | None,
+    overwrite: bool,
     batch_tokens: int,
     workers: int | None,
     scores: Path | None,
@@ -358,6 +360,7 @@ def predict(
         precision=precision,
         other_detector=other_detector,
         strict=strict,
+        overwrite=overwrite,
     )
     print_from_first(summary, as_json=as_json, title=f"predictions of {start}")
 

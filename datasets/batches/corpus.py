@@ -18,7 +18,7 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.database import open_image_dbs
 from uniter.datasets.image_db.records import DEFAULT_FIELDS
-from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.image_db.regions import RegionFeatures, has_positions
 from uniter.datasets.storage.files import read_json_object
 from uniter.datasets.text_db import TextDB
 from uniter.datasets.text_db.annotations.table import may_lack_text
@@ -113,6 +113,17 @@ class Corpus:
             return self
         rows = np.stack([self.database_N[wrong_N].astype(np.int32), self.row_N[wrong_N]], axis=1)
         return replace(self.take(np.flatnonzero(~wrong_N)), omitted={**self.omitted, reason: rows})
+
+    def without_positions(self, most: int) -> tuple[int, int, int]:
+        """Of how many pictures it is not known where their regions are, of how many that were looked at, and how many there are.
+
+        Args:
+            most: so many are looked at, from all over the corpus: a record that is only looked at is read from the disk all the same.
+        """
+        rows = np.unique(self.image_rows_NK)
+        chosen = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
+        missing = sum(not has_positions(self.regions(row, fields=("norm_bb",))) for row in chosen.tolist())
+        return missing, len(chosen), len(rows)
 
     def hold_out(self, images: int, *, seed: int) -> tuple["Corpus", "Corpus"]:
         """Split by picture, so that no held-out picture was seen with another text: (the rest, the part of `images` pictures)."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.ours import Complete, Live, open_complete, open_unfinished
+from uniter.datasets.image_db.parts import refuse_misfits
 from uniter.datasets.image_db.published import VARIANT, Published, open_published, rule_of_name, variant
 from uniter.datasets.image_db.records import ALL_FIELDS, DEFAULT_FIELDS, MissingImage, decode, is_npz, plan_of, present
 from uniter.datasets.image_db.regions import RegionFeatures
@@ -387,6 +388,16 @@ def kind_of(path: Path) -> str:
     return "folder" if inner else "none"
 
 
+def children_of(path: Path, *, allow_partial: bool = False) -> list[Path]:
+    """The databases of a folder that are read as one.
+
+    Raises:
+        BadInput: they are being made, or replaced by others, together, and do not fit together at this moment.
+    """
+    refuse_misfits(path, allow_partial=allow_partial)
+    return sorted(child for child in path.iterdir() if kind_of_child(child))
+
+
 def kind_of_child(path: Path) -> bool:
     """Whether a folder is itself a database (of ours or published)."""
     # What is being made, or being taken away, beside a database is none of those that the folder holds.
@@ -408,8 +419,7 @@ def _open_parts(path: Path, allow_partial: bool, readahead: bool, selection: dic
         return [open_published(chosen, readahead, rule_of_name(chosen.name, selection))]
     if kind == "folder":
         parts: list[_Part] = []
-        for child in sorted(path.iterdir()):
-            if kind_of_child(child):
-                parts += _open_parts(child, allow_partial, readahead, selection)
+        for child in children_of(path, allow_partial=allow_partial):
+            parts += _open_parts(child, allow_partial, readahead, selection)
         return parts
     raise BadInput(f"{path} is no region database; expected a folder with data.mdb (from uniter-extract, uniter-db convert or UNITER)")

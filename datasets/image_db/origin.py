@@ -7,9 +7,12 @@ in their headers, and models in their configurations. What is older, published o
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from uniter.datasets.image_db.database import ImageDB
+from uniter.datasets.storage.files import difference_in_words
+
+_GIVEN: Final = "boxes_sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,16 @@ class RegionOrigin:
         if self.weights_sha256 and other.weights_sha256:
             return self.weights_sha256 != other.weights_sha256
         return bool(self.detector and other.detector and self.detector != other.detector)
+
+    def other_selection(self, other: "RegionOrigin") -> list[str]:
+        """How the other one's selection differs, in words; nothing where one is not known.
+
+        Which boxes were given is no difference: they come in one file for each part of a data set.
+        """
+        if not self.selection or not other.selection:
+            return []
+        mine, theirs = ({name: value for name, value in one.items() if name != _GIVEN} for one in (self.selection, other.selection))
+        return difference_in_words(mine, theirs)
 
     def __str__(self) -> str:
         weights = f"weights {self.weights_sha256[:12]}" if self.weights_sha256 else "weights unknown"

@@ -6,6 +6,7 @@ of megabytes, so rows come in small batches, and only the columns that are asked
 
 import bisect
 import itertools
+import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -322,17 +323,19 @@ class _OpenTables:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, PictureBytes] = OrderedDict()
+        self._open: OrderedDict[tuple[str, int, int, int], PictureBytes] = OrderedDict()
 
     def get(self, file: str) -> PictureBytes:
+        status = os.stat(file)  # noqa: PTH116  # a million times
+        known = (file, status.st_ino, status.st_size, status.st_mtime_ns)  # one that was written anew is another table
         with self._lock:
-            found = self._open.pop(file, None)
+            found = self._open.pop(known, None)
             if found is None:
                 column = picture_column(Path(file))
                 if column is None:
                     raise BadInput(f"{file} holds no pictures any more; was it replaced while it was read?")
                 found = PictureBytes(Path(file), column)
-            self._open[file] = found
+            self._open[known] = found
             while len(self._open) > _OPEN_TABLES:
                 self._open.popitem(last=False)
             return found

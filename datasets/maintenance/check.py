@@ -15,6 +15,7 @@ import numpy as np
 
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.database import kind_of_child
+from uniter.datasets.image_db.parts import SWAPPING, misfit_in_words, parts_under_way
 from uniter.datasets.maintenance.check_regions import examine_regions
 from uniter.datasets.maintenance.check_report import SHOWN, CheckReport
 from uniter.datasets.maintenance.check_texts import examine_text
@@ -36,6 +37,9 @@ def check_database(path: Path) -> CheckReport:
     with Progress(None, unit="records", label=f"checking {path.name}") as progress:
         if kind == "folder of regions":
             report.kind = kind
+            if (state := parts_under_way(path)) is not None:
+                words = misfit_in_words(path, state)
+                report.problem("parts", words) if state == SWAPPING else report.notes.append(words)
             for child in sorted(child for child in path.iterdir() if kind_of_child(child) and (child / "data.mdb").exists()):
                 for _ in examine_regions(child, report):
                     progress.update()

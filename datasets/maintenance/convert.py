@@ -15,6 +15,7 @@ from uniter.datasets.image_db.formats.table import CAPTIONS, FORMATS, NAMES, SPL
 from uniter.datasets.image_db.keys import key_maker
 from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.regions import RegionFeatures, has_positions
+from uniter.datasets.image_db.writing.noted_photographs import NotedPhotographs
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.maintenance.copying import Record, box_ids_of, folders_of, refuse_overlap, write_regions
 from uniter.datasets.progress import Progress
@@ -174,7 +175,7 @@ def convert(
             items = with_pixels(items, sizes, needed=FORMATS[to].needs_pixels)
         box_ids = box_ids_of(folders) if name == "lmdb" else {}
         if key is not None:
-            items = _renamed(items, key_maker(key), known.renamed if FORMATS[to].layout is not None else None)
+            items = _renamed(items, key_maker(key), known.renamed if FORMATS[to].layout is not None or name == "lmdb" else None)
             box_ids = dict(_renamed_ids(box_ids, key_maker(key)))
         watched = _not_in_vain(seen.watch(items), seen, source, name)
         if FORMATS[to].write is None:
@@ -204,7 +205,7 @@ def _renamed(items: Iterable[Item], make: Callable[[str], str], renamed: dict[st
             yield key, regions if isinstance(regions, BadInput) else error
             continue
         if renamed is not None and not isinstance(regions, BadInput):
-            renamed[called] = key
+            renamed.setdefault(called, key)  # of two that would be called so the first is taken
         yield called, regions
 
 
@@ -258,6 +259,7 @@ def _to_ours(
 ) -> ConvertReport:
     name, source, folders = origin
     handed_on = [row for folder in folders for row in read_failures(folder / "failures.jsonl")] if name == "lmdb" else []
+    photographs = NotedPhotographs(folders if name == "lmdb" else ())
     records = Encoded(items)
     given = sources.get("class_names")
     named = {"class_names": list(known.class_names), "class_names_from": f"given: {given.name}"} if given is not None else {}
@@ -273,6 +275,7 @@ def _to_ours(
         },
         failures=handed_on,
         box_ids=box_ids,
+        photographs=lambda key: photographs.of(known.renamed.pop(key, key)),
         overwrite=overwrite,
     )
     failed_before = {row["key"] for row in handed_on}

@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError, shown
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.image_db.database import kind_of, kind_of_child
+from uniter.datasets.image_db.database import children_of, kind_of
 from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.writing.noted_photographs import NOT_KNOWN, Photograph
 from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.maintenance.kinds import database_kind
@@ -77,6 +78,7 @@ def write_regions(
     header: Callable[[], Mapping[str, Any]],
     failures: Sequence[Mapping[str, Any]] = (),
     box_ids: Mapping[str, Sequence[Any]] | None = None,
+    photographs: Callable[[str], Photograph] = lambda key: NOT_KNOWN,
     overwrite: bool = False,
 ) -> Written:
     """Write records in units; the same call again goes on where a killed one stopped, or finds the database complete.
@@ -87,6 +89,7 @@ def write_regions(
         header: asked at the end for what the header says.
         failures: rows to be kept of images that are in none of the records.
         box_ids: the caller's ids of given boxes by key; those of the records written are kept.
+        photographs: what is known of the photograph of each key.
 
     Raises:
         BadInput: there is not one record, or whatever the records raise: then nothing is left of what was begun.
@@ -95,7 +98,7 @@ def write_regions(
     complete = store.is_complete()
     if not complete:
         try:
-            units = _write_units(store, records, failures, box_ids or {})
+            units = _write_units(store, records, failures, box_ids or {}, photographs)
             if not units:
                 raise BadInput(f"there is not one good record to write to {out}")
             if not store.finish(units=units, header=header()):
@@ -108,7 +111,11 @@ def write_regions(
 
 
 def _write_units(
-    store: UnitStore, records: Iterable[Record], failures: Sequence[Mapping[str, Any]], box_ids: Mapping[str, Sequence[Any]]
+    store: UnitStore,
+    records: Iterable[Record],
+    failures: Sequence[Mapping[str, Any]],
+    box_ids: Mapping[str, Sequence[Any]],
+    photographs: Callable[[str], Photograph],
 ) -> int:
     """Write all units that are not there yet, and the ids; how many there are."""
     units = 0
@@ -122,7 +129,7 @@ def _write_units(
                     if isinstance(value, BadInput):
                         writer.fail(key, key, str(value))
                     elif key not in writer.done:
-                        writer.put(key, value, regions=regions)
+                        writer.put(key, value, regions=regions, photograph=photographs(key))
                 for row in failures if units == 0 else ():
                     if row["key"] not in writer.done:
                         writer.fail(str(row["key"]), str(row.get("path", "")), str(row.get("error", "")), retry=row.get("retry"))
@@ -175,7 +182,7 @@ def folders_of(source: Path) -> list[Path]:
     """The databases that a path stands for: itself, or what a folder of databases holds."""
     if database_kind(source) != "folder of regions" or kind_of(source) == "split":
         return [source]
-    return sorted(child for child in source.iterdir() if kind_of_child(child))
+    return children_of(source)
 
 
 # ---------------------------------------------------------------------------------------------------------- texts: write some

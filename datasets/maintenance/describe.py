@@ -11,6 +11,7 @@ from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.formats.records import Selection
 from uniter.datasets.image_db.formats.table import FORMATS, read_items, recognise
+from uniter.datasets.image_db.parts import parts_under_way
 from uniter.datasets.image_db.regions import has_positions
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.maintenance.convert import provenance_of
@@ -34,7 +35,11 @@ def describe(path: Path) -> dict[str, Any]:
     if layout is not None:
         return _describe_others(path, layout)
     kind = database_kind(path)
-    told: dict[str, Any] = {"path": str(path), "kind": kind, "complete": not kind.startswith("unfinished")}
+    told: dict[str, Any] = {
+        "path": str(path),
+        "kind": kind,
+        "complete": not kind.startswith("unfinished") and parts_under_way(path) is None,
+    }
     told["bytes"] = _bytes_below(path)
     try:
         told |= _describe_text(path) if kind.endswith("text") else _describe_regions(path, kind)

@@ -7,6 +7,7 @@ from typing import Any
 from uniter.datasets.errors import BadInput, SettingsDiffer
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.writing.noted_photographs import NotedPhotographs
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.maintenance.copying import (
     Record,
@@ -76,6 +77,7 @@ def merge(sources: Sequence[Path], out: Path, *, overwrite: bool = False) -> dic
         header=lambda: header,
         failures=failed,
         box_ids=box_ids_of(folders),
+        photographs=NotedPhotographs(folders).of,
         overwrite=overwrite,
     )
     told = {"out": str(out), "kind": "regions", "sources": len(sources), "images": written.images, "equal_records_dropped": doubled}

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError
 from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.writing.noted_photographs import NotedPhotographs
 from uniter.datasets.image_db.writing.side_files import read_box_ids, read_failures
 from uniter.datasets.maintenance.check_regions import examine_regions
 from uniter.datasets.maintenance.check_report import CheckReport
@@ -42,6 +43,7 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
         return {"out": str(out), "texts": texts, "already_complete": complete}
     folders = folders_of(source)
     header, failed, box_ids = _side_files(folders, report)
+    photographs = _photographs(folders, report)
     records = _GoodRecords(folders, report)
     written = write_regions(
         out,
@@ -51,6 +53,7 @@ def repair(source: Path, out: Path, report: CheckReport, *, overwrite: bool = Fa
         header=lambda: {**header, **records.widths, "repaired_from": source.name},
         failures=failed,
         box_ids=box_ids,
+        photographs=photographs.of,
         overwrite=overwrite,
     )
     if written.already_complete:
@@ -87,6 +90,18 @@ def _side_files(folders: Sequence[Path], report: CheckReport) -> tuple[dict[str,
     header = shared_header(headers, folders)
     header.pop("repaired_from", None)
     return header, failed, box_ids
+
+
+def _photographs(folders: Sequence[Path], report: CheckReport) -> NotedPhotographs:
+    """What is known of the photographs, as far as it can be read."""
+    readable = []
+    for folder in folders:
+        try:
+            NotedPhotographs([folder])
+            readable.append(folder)
+        except BadInput as error:
+            report.notes.append(f"{error}; what its photographs were is left out")
+    return NotedPhotographs(readable)
 
 
 class _GoodRecords:

@@ -1,15 +1,19 @@
 """`uniter-db split`: one database becomes several."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from uniter.datasets.errors import BadInput, shown
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError, shown
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.database import kind_of_child
+from uniter.datasets.image_db.parts import MAKING, PARTS, SWAPPING, parts_under_way
+from uniter.datasets.image_db.writing.noted_photographs import NotedPhotographs
 from uniter.datasets.image_db.writing.side_files import read_failures
+from uniter.datasets.image_db.writing.units import REGIONS
 from uniter.datasets.maintenance.copying import (
     box_ids_of,
     folders_of,
@@ -20,9 +24,23 @@ from uniter.datasets.maintenance.copying import (
     write_texts,
 )
 from uniter.datasets.maintenance.kinds import database_kind
-from uniter.datasets.storage.claims import source_names, standing_for
+from uniter.datasets.storage.claims import (
+    NOTE,
+    SETTINGS,
+    Maker,
+    aside_of,
+    may_replace,
+    plain,
+    put_in_place,
+    refuse_foreign,
+    refuse_source_inside,
+    source_names,
+    standing_for,
+)
+from uniter.datasets.storage.files import read_json_object, remove, write_json
 from uniter.datasets.storage.streams import lines_of
 from uniter.datasets.text_db import TextDB
+from uniter.datasets.text_db.building.folder import TEXTS
 
 # ------------------------------------------------------------------------------------------------------------------ splitting
 
@@ -43,14 +61,15 @@ def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[
         texts = TextDB(source)
         parts = _parts(texts.ids, by, lambda row: _as_tuple(texts.image_key(row)))
         _refuse_other_parts(out, parts)
-        complete = True
-        for name, chosen in parts.items():
-            records = ((key, texts.raw_record(key)) for key in chosen)
-            _, there = write_texts(
-                out / name, records, [source], made_by="uniter-db split", part=f"{name} of {len(parts)}", lists=lists, overwrite=overwrite
-            )
-            complete = complete and there
-        return _told(out, "text", parts, complete)
+
+        def write_part_of_texts(place: Path, name: str, overwrite: bool) -> bool:
+            records = ((key, texts.raw_record(key)) for key in parts[name])
+            part = f"{name} of {len(parts)}"
+            return write_texts(place, records, [source], made_by=_SPLIT, part=part, lists=lists, overwrite=overwrite)[1]
+
+        ours = (source / "settings.json").exists() and (source / "vocab.txt").exists()
+        maker = TEXTS if ours else PUBLISHED_TEXTS
+        return _told(out, "text", parts, _write_together(out, parts, maker, write_part_of_texts, lists, overwrite=overwrite))
     folders = folders_of(source)
     refuse_overlap(out, [source, *folders])
     images = ImageDB(source)
@@ -58,27 +77,121 @@ def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[
     _refuse_other_parts(out, parts)
     header: dict[str, Any] = {"feature_width": images.feature_width, "label_classes": images.label_classes}
     header |= shared_header(images.headers, [source] * len(images.headers))
-    box_ids = box_ids_of(folders)
+    box_ids, photographs = box_ids_of(folders), NotedPhotographs(folders)
     failures = _parts_of_failures([row for folder in folders for row in read_failures(folder / "failures.jsonl")], by, parts)
-    complete = True
-    for name, chosen in parts.items():
-        written = write_regions(
-            out / name,
-            records_of(images, chosen),
-            settings={"made_by": "uniter-db split", "source": source.name, "part": name, "images": len(chosen)},
+
+    def write_part(place: Path, name: str, overwrite: bool) -> bool:
+        return write_regions(
+            place,
+            records_of(images, parts[name]),
+            settings={"made_by": _SPLIT, "source": source.name, "part": name, "images": len(parts[name])},
             sources={**source_names(folders), **lists},
             header=lambda: header,
             failures=failures.get(name, ()),
             box_ids=box_ids,
+            photographs=photographs.of,
             overwrite=overwrite,
-        )
-        complete = complete and written.already_complete
-    return _told(out, "regions", parts, complete)
+        ).already_complete
+
+    return _told(out, "regions", parts, _write_together(out, parts, REGIONS, write_part, lists, overwrite=overwrite))
 
 
 def _told(out: Path, kind: str, parts: Mapping[str, Sequence[str]], complete: bool) -> dict[str, Any]:
     sizes = {name: len(chosen) for name, chosen in parts.items()}
     return {"out": str(out), "kind": kind, "parts": sizes, "already_complete": complete}
+
+
+# ------------------------------------------------------------------------------------------------ all parts, or those that were there
+
+
+PUBLISHED_TEXTS: Final = Maker("published text", NOTE, TEXTS.writes)
+_MAKERS: Final = {maker.kind: maker for maker in (REGIONS, TEXTS, PUBLISHED_TEXTS)}
+
+WritePart = Callable[[Path, str, bool], bool]
+"""Writes a part (place, name, overwrite); whether it was there already, made from the same."""
+
+
+def _write_together(out: Path, parts: Iterable[str], maker: Maker, write: WritePart, lists: Mapping[str, Path], *, overwrite: bool) -> bool:
+    """Write all parts; those that are replaced are so together, once all others are whole beside them.
+
+    What a reader would get wrong: while the parts in `out` do not fit together, it says so (`image_db.parts`): readers refuse it, and the
+    next call puts it right before all else.
+
+    Returns:
+        Whether all were there already.
+    """
+    out, names = plain(out), list(parts)
+    swapped = _swap_on(out)
+    for name, source in ((name, source) for name in names for source in lists.values()):
+        refuse_source_inside(out / name, source)
+    if overwrite and swapped:  # killed with everything done, if it was this command
+        with contextlib.suppress(SettingsDiffer):
+            return _write_each(out, names, maker, write)
+    if not overwrite or not any((out / name).exists() for name in names):
+        return _write_each(out, names, maker, write)
+    for name in names:
+        _refuse_foreign(out / name, maker)
+    aside = aside_of(out)
+    for left in sorted(aside.iterdir()) if aside.is_dir() else ():  # of another splitting, which was killed
+        if standing_for(left.name) not in names:
+            _take_away(left)
+    for name in names:
+        try:
+            write(aside / name, name, False)
+        except SettingsDiffer:  # of an earlier attempt, with other contents
+            write(aside / name, name, True)
+    write_json(out / PARTS, {SWAPPING: names, "kind": maker.kind})
+    _swap_on(out)
+    return False
+
+
+def _write_each(out: Path, names: Sequence[str], maker: Maker, write: WritePart) -> bool:
+    """Write parts where they belong; until all are whole, `out` says that they are not."""
+    missing = [name for name in names if not (out / name / maker.complete).is_file()]
+    known = (out / PARTS).exists()
+    if missing and not known:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / PARTS, {MAKING: names, "kind": maker.kind})
+    try:
+        there = [write(out / name, name, False) for name in names]
+    except UniterError:
+        if not known and not any((out / name).exists() for name in missing):  # nothing came of it
+            (out / PARTS).unlink(missing_ok=True)
+        raise
+    (out / PARTS).unlink(missing_ok=True)
+    return all(there)
+
+
+def _swap_on(out: Path) -> bool:
+    """Put parts that are whole in their places, as `out` says that it was begun; whether it was."""
+    if parts_under_way(out) != SWAPPING:
+        return False
+    stated = read_json_object(out / PARTS)
+    aside, maker = aside_of(out), _MAKERS[stated["kind"]]
+    for name in stated[SWAPPING]:
+        if name == Path(name).name:
+            put_in_place(out / name, aside / name, maker)
+    (out / PARTS).unlink()
+    with contextlib.suppress(OSError):  # it holds what is not ours
+        aside.rmdir()
+    return True
+
+
+def _refuse_foreign(folder: Path, maker: Maker) -> None:
+    if maker is PUBLISHED_TEXTS:
+        may_replace(folder, {}, sources={}, overwrite=True)
+    else:
+        refuse_foreign(folder, maker)
+
+
+def _take_away(folder: Path) -> None:
+    """Remove a part that was begun beside `out`, if it is one."""
+    with contextlib.suppress(UniterError):
+        if str(read_json_object(folder / (SETTINGS if (folder / SETTINGS).is_file() else NOTE)).get("made_by")) == _SPLIT:
+            remove(folder)
+
+
+_SPLIT: Final = "uniter-db split"
 
 
 def _refuse_other_parts(out: Path, parts: Mapping[str, Any]) -> None:

@@ -197,7 +197,7 @@ def claim(
         SettingsDiffer: the folder was begun with other settings, or from other contents; the difference in words.
         BadInput: it holds something that this command did not make, or is itself one of the sources.
     """
-    out = _plain(Path(out))
+    out = plain(Path(out))
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; expected a folder to write into, or none")
     for source in (sources or {}).values():
@@ -226,6 +226,22 @@ def claim(
             )
         status = folder.stat()
         return Claim(out, folder, maker, _stamped(folder, stored, asked), (status.st_dev, status.st_ino))
+
+
+def put_in_place(out: Path, successor: Path, maker: Maker) -> None:
+    """Put a whole folder that was made under another name in the place of `out`, or of none; what is there and not ours goes along.
+
+    Safe to be killed and called again, when the successor may have taken its place already.
+    """
+    with _changing(out):
+        _recover(out, maker)
+        if successor.is_dir():
+            _swap(out, successor, maker)
+
+
+def refuse_foreign(out: Path, maker: Maker) -> None:
+    """BadInput if what lies there was not made by this maker."""
+    _begun(out, maker)
 
 
 def refuse_source_inside(out: Path, source: Path) -> None:
@@ -323,7 +339,7 @@ def _begun(folder: Path, maker: Maker) -> bool:
     return False
 
 
-def _plain(out: Path) -> Path:
+def plain(out: Path) -> Path:
     """The folder that a link, "." or ".." stands for: it is what is replaced, not the link."""
     return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
 
@@ -350,6 +366,11 @@ def standing_for(name: str) -> str:
         if name.endswith(ending):
             return name.removesuffix(ending)
     return name
+
+
+def aside_of(out: Path) -> Path:
+    """Where what is to take the place of a folder is made."""
+    return _beside(out, _ASIDE)
 
 
 def _beside(out: Path, ending: str) -> Path:

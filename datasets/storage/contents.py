@@ -20,6 +20,8 @@ Source = Path | Mapping[str, Any]
 SETTINGS: Final = "settings.json"
 MADE_FROM: Final = "made_from"  # the key of settings.json
 
+BESIDE: Final = "beside"  # the name of sources that were not named, but found beside others
+
 _PLACES: Final = ("offsets", "sizes", "data_file", "units", "failure_units")
 """Columns of an index that say where a record lies and in which order it came: no part of what a database holds."""
 
@@ -126,6 +128,8 @@ def differences_of_settings(stored: Mapping[str, Any], asked: Mapping[str, Any],
     if not isinstance(known, dict) or not isinstance(now, dict):
         return phrases
     for name in [*known, *(name for name in now if name not in known)]:
+        if name not in known and name.startswith(BESIDE):
+            continue  # older versions did not remember what they read of a source's neighbours
         if name not in now or name not in known:
             phrases.append(f"{name} was {'absent' if name not in known else 'there'}, now {'there' if name not in known else 'absent'}")
         elif not isinstance(known[name], dict) or any(known[name].get(field) != now[name].get(field) for field in _CONTENT):

@@ -136,6 +136,7 @@ def extract_on_ray(
     *,
     build: Callable[..., Detector],
     address: str = "auto",
+    needs_gpu: str = "",
     **more: Any,
 ) -> ExtractSummary:
     """`extract_listed` on a Ray cluster: an actor for each GPU or, where there are none, for each CPU.
@@ -143,12 +144,15 @@ def extract_on_ray(
     Args:
         build: makes a detector, `build(device="cuda")`; called in the actors only.
         address: of the cluster; "auto" takes the one that this machine belongs to or, if there is none, starts a local one.
+        needs_gpu: what asks for GPUs, as in the sentence "--precision fp16 needs a GPU"; empty where CPUs do, too.
         more: as for `extract_listed`.
 
     Raises:
-        UniterError: Ray is not installed, or no cluster answers; and all that `extract_images` raises.
+        UniterError: Ray is not installed, no cluster answers, or it has no GPU and needs one; and all that `extract_images` raises.
     """
-    ray = _connected(address)
+    ray = _connected(address, needs_gpu)
+    if needs_gpu and ray.cluster_resources().get("GPU", 0) < 1:  # said here, not by an actor that has loaded Detectron2 first
+        raise _without_gpu(needs_gpu, "the Ray cluster")
     resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
     machines = sum(bool(node["Alive"]) for node in ray.nodes())
     log.info("%g %ss on %d machines of the Ray cluster", ray.cluster_resources().get(resource, 0), resource, machines)
@@ -243,7 +247,11 @@ class Crew:
             raise UniterError(f"{what} took {RESTARTS + 1} workers down, lastly: {reason}") from error
 
 
-def _connected(address: str) -> Any:
+def _without_gpu(needs_gpu: str, where: str) -> UniterError:
+    return UniterError(f"{needs_gpu} needs a GPU, and {where} has none; leave it out, or use a cluster with GPUs")
+
+
+def _connected(address: str, needs_gpu: str) -> Any:
     try:
         import ray
     except ImportError:
@@ -256,6 +264,10 @@ def _connected(address: str) -> Any:
     except ConnectionError as error:
         if address != "auto":
             raise UniterError(f"no Ray cluster answers at {address!r} ({error}); is its address right?") from error
+        import torch
+
+        if needs_gpu and not torch.cuda.is_available():
+            raise _without_gpu(needs_gpu, "this machine, which belongs to no Ray cluster,") from None
         log.info("this machine belongs to no Ray cluster: a local one is started")
         ray.init(**options)
     return ray

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.errors import UniterError
 from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.progress import human_bytes
@@ -18,7 +18,7 @@ from uniter.extract.images.given_boxes import GivenBoxes
 from uniter.extract.images.items import ImageList
 from uniter.extract.run.growth import GrownImages, as_asked, described
 from uniter.extract.run.options import Options, Work
-from uniter.extract.run.photographs import note_photographs, refuse_replaced
+from uniter.extract.run.photographs import refuse_replaced
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,6 @@ def complete(store: UnitStore, listed: ImageList, detector: Detector, work: Work
         if work.given is not None:
             with contextlib.suppress(FileNotFoundError):  # another process has completed the database meanwhile, ids and all
                 write_box_ids(store.path, ids_of_given(store.path, listed, work.given))
-        with contextlib.suppress(BadInput, FileNotFoundError):  # the same
-            note_photographs(store, listed)
     if not store.finish(units=listed.units, header=run_header(detector, work)):
         return None
     return read_json_object(store.path / "header.json")

@@ -20,12 +20,15 @@ import numpy as np
 
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.image_db.writing.noted_photographs import Photograph
 from uniter.datasets.image_db.writing.units import UnitStore, UnitWriter
 from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions, checked_regions, is_out_of_memory, release_memory
+from uniter.extract.images.decoder_words import counted_decoder_words
 from uniter.extract.images.decoding import DECODING, decode_image
 from uniter.extract.images.items import CutTar, ImageItem, NeverReadable, read_bytes
 from uniter.extract.run.faults import Doubts
 from uniter.extract.run.options import Work, fitting_workers
+from uniter.extract.run.photographs import photograph_as_read
 from uniter.extract.select import keep_given, select_regions
 
 log = logging.getLogger(__name__)
@@ -89,11 +92,12 @@ Outcome = Future[Encoded] | Exception
 
 @dataclass(slots=True)
 class _Batch:
-    """Consecutive images of a unit on their way; `items` is empty at the end of the unit."""
+    """Consecutive images of a unit on their way; `items` is empty at the end of the unit. `read`: by key, what was read of each."""
 
     writer: UnitWriter
     items: list[ImageItem]
     prepared: list[Future[PreparedImage]]
+    read: dict[str, Photograph]
 
 
 # --- the work --------------------------------------------------------------------------------------------------------------------
@@ -178,11 +182,12 @@ class UnitRun:
                 if all(item.key in writer.done for item in chunk):
                     self._report(len(chunk))
                     continue
-                yield _Batch(writer, chunk, [self._reading.submit(self._prepare, item) for item in chunk])
-            yield _Batch(writer, [], [])
+                read: dict[str, Photograph] = {}
+                yield _Batch(writer, chunk, [self._reading.submit(self._prepare, item, read) for item in chunk], read)
+            yield _Batch(writer, [], [], {})
 
-    def _prepare(self, item: ImageItem) -> PreparedImage:
-        return prepare_item(item, detector=self._detector, work=self._work)
+    def _prepare(self, item: ImageItem, read: dict[str, Photograph]) -> PreparedImage:
+        return prepare_item(item, detector=self._detector, work=self._work, read=read)
 
     def _do(self, batch: _Batch) -> None:
         """Detect in a batch; it is written at once unless a failure is in doubt, and then when it no longer is."""
@@ -223,7 +228,7 @@ class UnitRun:
                 continue  # done in an earlier run; computed again because the batch is
             if error is None and isinstance(outcome, Future):
                 value, regions, sure = outcome.result()
-                batch.writer.put(item.key, value, regions=regions)
+                batch.writer.put(item.key, value, regions=regions, photograph=batch.read[item.key])
                 self._tally.extracted += 1
                 self._tally.regions += regions
                 self._tally.fillers += not sure
@@ -236,7 +241,7 @@ class UnitRun:
 
     def _detect_alone(self, item: ImageItem, prepared: PreparedImage | None) -> None:
         """All of an image up to its regions; raises what goes wrong."""
-        image = prepared if prepared is not None else self._prepare(item)
+        image = prepared if prepared is not None else self._prepare(item, {})
         boxes = _given_boxes(self._work, item, image)
         try:
             self._detector.detect([image], boxes=None if boxes is None else [boxes])
@@ -260,12 +265,15 @@ class UnitRun:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """OpenCV on one thread, since images run side by side already, and no library's words on stderr: failures.jsonl says what is wrong."""
+    """OpenCV on one thread, since images run side by side already, and no library's words on stderr: failures.jsonl says what is wrong.
+
+    What decoders say of pictures that they decode all the same is counted, and said at the end.
+    """
     threads, loudness = cv2.getNumThreads(), cv2.utils.logging.getLogLevel()
     cv2.setNumThreads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        with warnings.catch_warnings():
+        with counted_decoder_words(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             yield
     finally:
@@ -276,11 +284,17 @@ def quiet_libraries() -> Iterator[None]:
 # --- one image and one batch -----------------------------------------------------------------------------------------------------
 
 
-def prepare_item(item: ImageItem, *, detector: Detector, work: Work) -> PreparedImage:
-    """Read, decode and bring one image to the detector's size; on pinned memory for a GPU, so that copies do not wait."""
+def prepare_item(item: ImageItem, *, detector: Detector, work: Work, read: dict[str, Photograph]) -> PreparedImage:
+    """Read, decode and bring one image to the detector's size; on pinned memory for a GPU, so that copies do not wait.
+
+    What was read is noted in `read`, by the image's key.
+    """
     if work.given is not None and work.given.of(item) is None:
         raise BadInput(work.given.why_not(item))
-    image = decode_image(read_bytes(item, max_pixels=work.max_pixels), max_pixels=work.max_pixels)
+    data = read_bytes(item, max_pixels=work.max_pixels)
+    read[item.key] = photograph_as_read(item, data)
+    image = decode_image(data, max_pixels=work.max_pixels)
+    del data
     with DECODING.taking(PREPARING_BYTES * image.shape[0] * image.shape[1]):
         prepared = detector.prepare(image)
     if detector.device.startswith("cuda"):

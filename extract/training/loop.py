@@ -30,6 +30,7 @@ from uniter.datasets.progress import Progress, duration
 from uniter.datasets.runs.run_log import RunLog
 from uniter.datasets.stopping import Stopped, leave_signals, told_to_stop
 from uniter.extract.detector.protocol import is_out_of_memory
+from uniter.extract.images.decoder_words import counted_decoder_words
 from uniter.extract.training.batches import CACHE_BYTES, Batches, Item, input_bytes
 from uniter.extract.training.beginnings import local_file
 from uniter.extract.training.configs import Schedule, learning_rate_factor
@@ -124,6 +125,7 @@ def _train(network: nn.Module, plan: Plan, folder: Path, device: torch.device) -
     _say(plan, done)
     with (
         told_to_stop() as told,
+        counted_decoder_words(),
         _memory_said(plan),
         fitting_threads(network, device),
         EventStorage(done),

@@ -31,6 +31,7 @@ from uniter.model.train.fit import (
     refuse_left_out,
     regions_of_run,
     regions_to_read,
+    remarks_on,
     tokenizer_of_texts,
 )
 from uniter.model.train.scoring import Scoring, by_id, validate
@@ -43,6 +44,11 @@ class Opened:
     scoring: Scoring
     weights: Path
     answers: Sequence[str] | None
+    remarks: Sequence[str]
+
+    def remarked(self) -> dict[str, Any]:
+        """What is to be known of the regions, for the summary, if there is anything."""
+        return {"remarks": list(self.remarks)} if self.remarks else {}
 
     def measured(self) -> dict[str, Any]:
         """Loss, metrics and official figures; what was predicted on the way is not computed again."""
@@ -141,12 +147,12 @@ def evaluate_finetuned(
         if strict:
             refuse_left_out(left_out, len(run.corpus))
         if extras(run.task).pairs is None:
-            return {"examples": len(run.corpus), "left_out": left_out, **run.measured()}
+            return {"examples": len(run.corpus), "left_out": left_out, **run.remarked(), **run.measured()}
         matrix, own, keys = run.every_pair(scores)
         figures = retrieval_recalls(matrix, own)
         if len(keys) > 1000 and len(keys) % 5 == 0:
             figures |= {f"five_folds.{key}": value for key, value in fold_recalls(matrix, own).items()}
-        return {"texts": len(run.corpus), "pictures": len(keys), "left_out": left_out, **figures}
+        return {"texts": len(run.corpus), "pictures": len(keys), "left_out": left_out, **run.remarked(), **figures}
 
 
 def predict(
@@ -164,6 +170,7 @@ def predict(
     scores: Path | None = None,
     other_detector: bool = False,
     strict: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write what a model answers as the file that the task's official evaluation takes (retrieval: each side's best ten).
 
@@ -173,11 +180,13 @@ def predict(
         answers: `ans2label.json`, where neither the model nor the texts know the names of the answers.
         scores: as for `evaluate_finetuned`, and the same folder serves both.
         other_detector, strict: as for `evaluate_finetuned`.
+        overwrite: replace what is at `out`, once its successor is whole.
 
     Raises:
-        BadInput: as `evaluate_finetuned`, but labels are not needed.
+        BadInput: as `evaluate_finetuned`, but labels are not needed; or there is something at `out`.
     """
     _check_scores(name, scores)
+    _refuse_taken(out, [*text, *images, *([answers] if answers is not None else [])], start_from, overwrite=overwrite)
     if not out.absolute().parent.is_dir():
         raise BadInput(f"{out.absolute().parent} is no folder, so {out.name} cannot be written into it; make it first")
     asked = Asked(text, images, batch_tokens, workers, precision, other_detector)
@@ -196,7 +205,7 @@ def predict(
             if everyone.writes:
                 with written_aside(out) as aside:
                     write(aside, corpus, predictions, run.answers)
-        summary: dict[str, Any] = {"task": name, "out": str(out), "examples": len(corpus), "left_out": corpus.left_out}
+        summary: dict[str, Any] = {"task": name, "out": str(out), "examples": len(corpus), "left_out": corpus.left_out} | run.remarked()
         if everyone.writes:
             listed = out.with_name(f"{out.name}.left_out.json")
             if corpus.left_out:
@@ -210,6 +219,19 @@ def predict(
 def _check_scores(name: str, folder: Path | None) -> None:
     if folder is not None and extras(row_of(name)).pairs is None:
         raise BadInput(f"scores of pairs are kept for retrieval only, and {name} scores none; leave --scores out")
+
+
+def _refuse_taken(out: Path, data: Sequence[str | Path], start: str, *, overwrite: bool) -> None:
+    """BadInput where writing `out` would change a source, or somebody's file that was not said to be replaced."""
+    for source in [Path(half) for one in data for half in str(one).split(";")]:
+        if source.exists() and out.resolve().is_relative_to(source.resolve()):
+            raise BadInput(f"{out} is or lies in the source {source}, and would change it; choose another --out")
+    if not out.exists():
+        return
+    if Path(start).exists() and out.resolve().is_relative_to(Path(start).resolve()):
+        raise BadInput(f"{out} is there already, in {start}, of which it may be a part; choose another --out, or remove it yourself")
+    if not overwrite:
+        raise BadInput(f"{out} is there already; choose another --out, or --overwrite")
 
 
 def _best(scores: np.ndarray[Any, Any], texts: list[str], pictures: list[str], depth: int = 10) -> dict[str, Any]:
@@ -238,6 +260,7 @@ def opened(name: str, start_from: str, asked: Asked, everyone: Processes, *, lab
     checkpoint = load(start_from, own.model, answers=answers)
     _check_head(checkpoint, row, name)
     check_detector([corpus], checkpoint.detector, source=start_from, meant=asked.other_detector)
+    remarks = remarks_on([corpus], checkpoint.detector, source=start_from)
     check_fit(checkpoint.config, corpus, source=start_from)
     tokenizer_of_texts([corpus], start=start_from)
     if labels:
@@ -265,7 +288,7 @@ def opened(name: str, start_from: str, asked: Asked, everyone: Processes, *, lab
         precision=asked.precision or fitting_precision(everyone.device),
         workers=everyone.fitting_workers() if asked.workers is None else asked.workers,
     )
-    return Opened(task, corpus, scoring, checkpoint.weights, names)
+    return Opened(task, corpus, scoring, checkpoint.weights, names, remarks)
 
 
 def _check_head(checkpoint: Checkpoint, row: Task, name: str) -> None:

@@ -34,6 +34,7 @@ from uniter.model.train.fit import (
     refuse_left_out,
     regions_of_run,
     regions_to_read,
+    remarks_on,
     tokenizer_of_texts,
 )
 from uniter.model.train.scoring import Means, Scoring
@@ -277,6 +278,7 @@ def evaluate_run(
     if strict:
         refuse_left_out(corpus.left_out, len(corpus))
     check_detector([corpus], origin_of_start(start), source=start, meant=other_detector)
+    remarks = remarks_on([corpus], origin_of_start(start), source=start)
     pieces = _pieces(words, corpus)
     with processes(device) as everyone:
         checkpoint = load(start, UniterForPretraining)
@@ -301,7 +303,7 @@ def evaluate_run(
             precision=precision or fitting_precision(everyone.device),
             workers=everyone.fitting_workers() if workers is None else workers,
         )
-    return {"left_out": corpus.left_out, **_grouped(figures)}
+    return {"left_out": corpus.left_out, **({"remarks": remarks} if remarks else {}), **_grouped(figures)}
 
 
 def _pieces(words: Sequence[str], corpus: Corpus) -> list[int]:

@@ -15,6 +15,7 @@ from uniter.datasets.batches.corpus import Corpus, check_both_kinds, special_tok
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.database import open_image_dbs
 from uniter.datasets.image_db.origin import RegionOrigin, origins_of
+from uniter.datasets.storage.files import first_phrases
 from uniter.datasets.text_db.tokenizer import ON_BOARD, Tokenizer
 from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
 from uniter.model.checkpoints.beside import DETECTOR, tokenizer_beside, told_beside
@@ -219,6 +220,41 @@ def origin_of_start(start: str) -> RegionOrigin | None:
 def has_seen_regions(start: str) -> bool:
     """Whether a checkpoint is no plain BERT, as its configuration says."""
     return told_beside(find_weights(start)).get("model_type") != "bert"
+
+
+LOOKED_AT = 256  # pictures of a corpus, to see whether their regions have places
+
+
+def remarks_on(corpora: Iterable[Corpus], known: RegionOrigin | None, *, source: str | None) -> list[str]:
+    """What is no error and has to be known of the regions; it is logged, and stands in the result.
+
+    Another selection of the same detector is not refused: a region's numbers do not depend on which others are kept, and published sets of
+    36 and of 10 to 100 regions are used side by side. Yet a figure differs with it.
+
+    Args:
+        known: whose regions `source` learnt from, as far as it says.
+        source: a checkpoint or run, for messages; None where there is none.
+    """
+    corpora = list(corpora)
+    remarks: list[str] = []
+    found = [RegionOrigin.of_header(header) for corpus in corpora for header in corpus.images.headers]
+    for origin in found:
+        if known is None or origin is None or known.is_another(origin):
+            continue
+        if phrases := known.other_selection(origin):
+            remarks.append(f"{source} learnt from another selection of the regions of {origin}: {first_phrases(phrases)}")
+    for corpus in corpora:
+        missing, looked_at, pictures = corpus.without_positions(LOOKED_AT)
+        if missing:
+            of = f"{looked_at:,} images" if looked_at == pictures else f"{looked_at:,} images looked at (of {pictures:,})"
+            remarks.append(
+                f"corpus {corpus.name!r}: {missing:,} of {of} have no boxes, since what they were converted from does not say where "
+                "regions are; the model reads zeros for their positions"
+            )
+    remarks = list(dict.fromkeys(remarks))
+    for remark in remarks:
+        logger.warning("%s", remark)
+    return remarks
 
 
 def check_detector(

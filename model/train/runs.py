@@ -32,7 +32,7 @@ from uniter.model.tasks.compiling import compiled_head
 from uniter.model.train import state
 from uniter.model.train.adversarial import with_divergence
 from uniter.model.train.distributed import Processes, processes
-from uniter.model.train.fit import check_detector, has_seen_regions, origin_of_start, tokenizer_of_texts
+from uniter.model.train.fit import check_detector, has_seen_regions, origin_of_start, remarks_on, tokenizer_of_texts
 from uniter.model.train.loop import Learner, Recipe, train
 from uniter.model.train.optim import AdamW, parameter_groups
 from uniter.model.train.work import Data, Work
@@ -68,6 +68,12 @@ class Begun:
         if start is not None and self.earlier is None and has_seen_regions(start):
             return check_detector(corpora, origin_of_start(start), source=start, meant=meant)
         return check_detector(corpora, None, source=None, meant=meant)
+
+    def remarks(self, data: Data) -> list[str]:
+        """What is to be known of the regions, see `remarks_on`; of a run that goes on, too, as long as what it started from is there."""
+        start = self.settings.from_
+        known = None if start is None or (self.earlier is not None and not Path(start).exists()) else origin_of_start(start)
+        return remarks_on([*data.training.values(), *data.validation.values()], known, source=start)
 
     def tokenizer(self, data: Data) -> Tokenizer | None:
         """What the texts were tokenised with, once it is known that they agree with each other and with what the run starts from."""
@@ -159,6 +165,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
         The summary that the command prints.
     """
     everyone, run, model = start.everyone, start.run, work.model.to(start.everyone.device)
+    remarks = start.remarks(work.data)
     settings = _with_detector(work.settings, detector)
     _set_computing(model, settings, everyone.device)
     optimizer = AdamW(
@@ -210,7 +217,7 @@ def learn(start: Begun, work: Work, *, tokenizer: Tokenizer | None, detector: Re
             log = stack.enter_context(writing)
         recipe = _recipe(settings, accumulation, everyone.device)
         summary = train(learner, recipe, run=run, log=log, progressed=progressed, processes=everyone)
-    return {"run": str(run), **summary}
+    return {"run": str(run), **summary, **({"remarks": remarks} if remarks else {})}
 
 
 def _with_detector(settings: TrainSettings, detector: RegionOrigin | None) -> TrainSettings:

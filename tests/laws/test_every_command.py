@@ -117,7 +117,64 @@ def scores(folder: Path, out: Path, version: int, trained: Any) -> Words:
     return ("train", "evaluate", "retrieval", "--from", trained.run, *data, "--scores", out, *world.CPU)
 
 
+def build_classify(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    labels = ("cat", "dog", "cat" if version else "dog")
+    rows = "".join(f"{name}.jpg,what it shows,{label}\n" for name, label in zip("abc", labels, strict=True))
+    (folder / "labels.csv").write_text(f"image,text,label\n{rows}")
+    return ("build-db", folder / "labels.csv", out, "--task", "classify", "--tokenizer", world.vocabulary_file(folder / "vocab.txt"))
+
+
+def build_gqa(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    questions = {
+        f"{number}": {"question": "on the grass", "imageId": name, "answer": ("red", "blue")[number % 2 ^ version], "isBalanced": True}
+        for number, name in enumerate("abc")
+    }
+    (folder / "train_balanced_questions.json").write_text(json.dumps(questions))
+    words = ("--task", "gqa", "--tokenizer", world.vocabulary_file(folder / "vocab.txt"))
+    return ("build-db", folder / "train_balanced_questions.json", out, *words)
+
+
+def build_entities(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    for name in ("Sentences", "Annotations"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "train.txt").write_text("1\n")
+    (folder / "Sentences" / "1.txt").write_text(f"[/EN#101/other a {world.WORDS[1 + version]} cat] on [/EN#0/notvisual the grass] .\n")
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    size = "<size><width>20</width><height>20</height><depth>3</depth></size>"
+    words = f"<annotation><filename>1.jpg</filename>{size}<object><name>101</name>{box}</object></annotation>"
+    (folder / "Annotations" / "1.xml").write_text(words)
+    task = ("--task", "flickr30k-entities", "--tokenizer", world.vocabulary_file(folder / "vocab.txt"))
+    return ("build-db", folder / "train.txt", out, *task)
+
+
+def labelled_texts(folder: Path, trained: Any) -> Path:
+    """A table of labels of the trained run's pictures, as texts."""
+    if not (folder / "labelled.db").exists():
+        rows = "".join(f"scene_{number:06d}.jpg,a red circle,{label}\n" for number, label in enumerate(("cat", "dog", "cat"), start=1))
+        (folder / "labelled.csv").write_text(f"image,text,label\n{rows}")
+        words = ("--task", "classify", "--tokenizer", trained.texts, "--images", trained.regions[0])
+        done("build-db", folder / "labelled.csv", folder / "labelled.db", *words)
+    return folder / "labelled.db"
+
+
+def finetune_classify(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    data = ("--text", labelled_texts(folder, trained), "--images", trained.regions[0], "--seed", version)
+    small = ("--steps", 1, "--set", "tensorboard=false", "--set", "batch_tokens=200", *world.CPU)
+    return ("train", "finetune", "classify", "--from", trained.run, *data, "--out", out, *small)
+
+
+def finetune_by_recipe(folder: Path, out: Path, version: int, trained: Any) -> Words:
+    data = ("--config", "retrieval-flickr-base", "--text", trained.texts, "--images", trained.regions[0], "--seed", version)
+    small = ("--steps", 1, "--set", "tensorboard=false", "--set", "batch_tokens=200", "--set", "optimizer.warmup_steps=0", *world.CPU)
+    return ("train", "finetune", "retrieval", "--from", trained.run, *data, "--out", out, *small)
+
+
 ROWS: dict[str, Row] = {
+    "build-db classify": build_classify,
+    "build-db gqa": build_gqa,
+    "build-db flickr30k-entities": build_entities,
+    "finetune classify": finetune_classify,
+    "finetune --config": finetune_by_recipe,
     "convert": convert,
     "convert --to npz": convert_to_npz,
     "convert texts": convert_texts,
@@ -161,6 +218,8 @@ MEANINGLESS = {
     ("export", "fails"): "there is no --overwrite, and what is there is refused",
     ("pretrain", "fails"): "there is no --overwrite",
     ("finetune", "fails"): "there is no --overwrite",
+    **{(name, "fails"): "there is no --overwrite" for name in ("finetune classify", "finetune --config")},
+    **{(name, law): "as of finetune" for name in ("finetune classify", "finetune --config") for law in ("killed", "inside")},
     ("evaluate --scores", "fails"): "there is no --overwrite",
     ("convert --to npz", "killed"): "as of convert",
 }
@@ -241,6 +300,18 @@ def view_of_a_damaged_database(folder: Path, out: Path, trained: Any) -> Words:
     return ("view", folder / "in.lmdb", "--out", out)
 
 
+def build_of_damaged(name: str) -> Callable[[Path, Path, Any], Words]:
+    """A text database begun anew from a file that is cut off."""
+
+    def words(folder: Path, out: Path, trained: Any) -> Words:
+        again = ROWS[name](folder, out, 0, trained)
+        damaged = folder / "Sentences" / "1.txt" if name.endswith("entities") else Path(str(again[1]))
+        damaged.write_text("[/EN#101/other a cat" if name.endswith("entities") else "{")
+        return (*again, "--overwrite")
+
+    return words
+
+
 def conversion_of_nothing(folder: Path, out: Path, trained: Any) -> Words:
     (folder / "in.lmdb" / "data.mdb").write_bytes(b"damaged")
     return ("db", "convert", folder / "in.lmdb", out, "--to", "npz", "--overwrite")
@@ -255,6 +326,7 @@ FAILING: dict[str, Callable[[Path, Path, Any], Words]] = {
     "view": view_of_a_damaged_database,
     "convert --to npz": conversion_of_nothing,
     "convert texts": conversion_of_damaged_texts,
+    **{name: build_of_damaged(name) for name in ROWS if name.startswith("build-db ")},
 }
 
 
@@ -270,7 +342,7 @@ def test_what_fails_leaves_what_was_there(name: str, tmp_path: Path, trained: An
 
 def inside(name: str, folder: Path, trained: Any) -> tuple[Path, Words]:
     """A folder that holds the source of a command, and the command that would write to that folder."""
-    if name in ("convert --to npz", "convert texts", "build-db", "view", "export"):
+    if name in ("convert --to npz", "convert texts", "view", "export") or name.startswith("build-db"):
         (folder / "sources").mkdir()
         return folder / "sources", ROWS[name](folder / "sources", folder / "sources", 0, trained)
     if name == "extract":
@@ -281,11 +353,14 @@ def inside(name: str, folder: Path, trained: Any) -> tuple[Path, Words]:
     return copied, tuple(copied / Path(str(word)).relative_to(made) if Path(str(word)).is_relative_to(made) else word for word in words)
 
 
+WITH_OVERWRITE = {"convert --to npz", "convert texts", "extract", "detector", *(name for name in ROWS if name.startswith("build-db"))}
+
+
 @pytest.mark.parametrize("name", cells("inside"))
 def test_a_source_inside_out_is_refused(name: str, tmp_path: Path, trained: Any) -> None:
     folder, words = inside(name, tmp_path, trained)
     before = tree(folder)
-    for more in ((), ("--overwrite",)) if name in ("convert --to npz", "convert texts", "build-db", "extract", "detector") else ((),):
+    for more in ((), ("--overwrite",)) if name in WITH_OVERWRITE else ((),):
         result = run(*words, *more)
         assert not world.differences(before, tree(folder))
         refused(result)
@@ -302,3 +377,50 @@ def test_what_somebody_else_made_stays(name: str, tmp_path: Path, trained: Any) 
     assert result.exit_code in (0, 1) and "Traceback" not in result.output
     after = tree(out)
     assert {file: after.get(file) for file in before} == before
+
+
+# ------------------------------------------------------------------------------------------------------------------- predictions
+
+
+@pytest.fixture(scope="module")
+def classifying(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Words]:
+    """A folder with a run that gives labels and its texts, and the command that predicts with it, without its --out."""
+    folder = tmp_path_factory.mktemp("classifying")
+    done(*finetune_classify(folder, folder / "run", 0, trained))
+    words = ("train", "predict", "classify", "--from", folder / "run", "--text", folder / "labelled.db", "--images", trained.regions[0])
+    return folder, (*words, *world.CPU)
+
+
+def test_predictions_replace_only_what_they_are_told_to(classifying: tuple[Path, Words], tmp_path: Path) -> None:
+    """Somebody's file stays, and one of ours until the next is whole."""
+    folder, words = classifying
+    out = tmp_path / "said.csv"
+    out.write_text("somebody's work\n")
+    refused(run(*words, "--out", out), "already", "--overwrite")
+    assert out.read_text() == "somebody's work\n"
+    done(*words, "--out", out, "--overwrite")
+    said = out.read_text()
+    refused(run(*words, "--out", out), "already")
+    broken = tuple(tmp_path / "gone" if word == folder / "labelled.db" else word for word in words)
+    refused(run(*broken, "--out", out, "--overwrite"))
+    assert out.read_text() == said and [path.name for path in tmp_path.iterdir()] == ["said.csv"]
+    done(*words, "--out", out, "--overwrite")
+    assert out.read_text() == said
+
+
+@pytest.mark.parametrize("place", ["labelled.db/labels.json", "labelled.db/said.csv", "run/config.yaml"])
+def test_predictions_are_not_written_into_their_sources(place: str, classifying: tuple[Path, Words]) -> None:
+    folder, words = classifying
+    before = tree(folder)
+    for more in ((), ("--overwrite",)):
+        refused(run(*words, "--out", folder / place, *more), "choose another")
+        assert not world.differences(before, tree(folder))
+
+
+@pytest.mark.parametrize("what", ["evaluate", "predict"])
+def test_a_source_that_is_gone_is_named(what: str, classifying: tuple[Path, Words], tmp_path: Path) -> None:
+    folder, words = classifying
+    words = ("train", what, *words[2:], *(("--out", tmp_path / "said.csv") if what == "predict" else ()))
+    for gone in (folder / "run", folder / "labelled.db"):
+        refused(run(*(tmp_path / "gone" if word == gone else word for word in words)), "gone")
+    assert not any(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 Commands and files only.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -376,6 +377,27 @@ def test_regions_of_another_detector_are_refused_unless_meant(use: str, trained:
     refused(run(*words), "detector", "--other-detector")
     assert not any(tmp_path.iterdir())
     accepted(run(*words, "--other-detector"))
+
+
+@pytest.mark.parametrize("use", USES)
+def test_another_selection_of_the_same_detector_is_said_each_time(use: str, trained: Any, tuned: Path, tmp_path: Path) -> None:
+    """It is no fault, since sets of 36 and of 10 to 100 regions are used side by side; and nothing is said of the same one."""
+    regions, out = tmp_path / "regions.lmdb", tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(trained.regions[0], regions)
+    header = json.loads((regions / "header.json").read_text())
+    header["selection"]["max_boxes"] = 36
+    (regions / "header.json").write_text(json.dumps(header))
+    words = ("train", *used_with(use, regions, trained, tuned, out), *world.CPU, "--json")
+    for again in range(2):  # what is complete already says it, too
+        result = accepted(run(*words, *(("--overwrite",) if again and use == "predict" else ())))
+        assert "learnt from another selection" in result.stderr and "max_boxes was 4, now 36" in result.stderr
+        (remark,) = json.loads(result.stdout)["remarks"]
+        assert "max_boxes was 4, now 36" in remark
+    shutil.rmtree(out)
+    out.mkdir()
+    same = accepted(run("train", *used_with(use, trained.regions[0], trained, tuned, out), *world.CPU, "--json"))
+    assert "selection" not in same.stderr and "remarks" not in json.loads(same.stdout)
 
 
 def test_one_corpus_has_regions_of_one_detector(trained: Any, tmp_path: Path) -> None:

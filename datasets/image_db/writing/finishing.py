@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.ours import value_places
 from uniter.datasets.image_db.writing.absorbing import Standing, unit_folder, write_standing
+from uniter.datasets.image_db.writing.noted_photographs import note_photographs
 from uniter.datasets.image_db.writing.side_files import read_failures, write_failures
 from uniter.datasets.image_db.writing.unit_files import save_unit_index
 from uniter.datasets.storage.cards import CARD_FILE, has_foreign_readme, region_card
@@ -23,12 +24,14 @@ FORMAT_VERSION = 1
 
 
 class _Units:
-    """The indexes and failures of all units, end to end."""
+    """The indexes and failures of all units, end to end; what they know of the photographs, unit by unit."""
 
     def __init__(self, path: Path, units: int) -> None:
         found: dict[str, list[NDArray[Any]]] = defaultdict(list)
         self.keys: list[bytes] = []
         self.failed: list[dict[str, Any]] = []
+        self.photographs: list[dict[str, NDArray[Any]]] = []
+        self.counts: list[int] = []
         failure_units: list[int] = []
         for number in range(units):
             folder = unit_folder(path, number)
@@ -43,6 +46,8 @@ class _Units:
             found["region_counts"].append(columns["region_counts"])
             found["checksums"].append(columns["checksums"])
             found["units"].append(np.full(len(hashes), number, dtype=np.int32))
+            self.photographs.append({name: column for name, column in columns.items() if name.startswith("photograph_")})
+            self.counts.append(len(hashes))
             rows = read_failures(folder / "failures.jsonl")
             self.failed += rows
             failure_units += [number] * len(rows)
@@ -61,6 +66,7 @@ def put_together(path: Path, units: int, header: Mapping[str, Any]) -> None:
         environment.close()
     if stored != len(found.keys):
         raise BadInput(f"{path}/data.mdb holds {stored} records but its units {len(found.keys)}; was a file replaced? Use --overwrite")
+    note_photographs(path, found.columns["hashes"], found.photographs, found.counts)
     order = sorted(range(stored), key=found.keys.__getitem__)
     keys = [found.keys[row] for row in order]
     columns = {name: column[order] for name, column in found.columns.items()}

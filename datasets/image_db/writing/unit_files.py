@@ -4,7 +4,7 @@ import contextlib
 import logging
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,30 @@ import orjson
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.writing.noted_photographs import NOT_KNOWN, Photograph, columns_of
 from uniter.datasets.storage.index_file import INDEX, key_columns, save_arrays
 from uniter.datasets.storage.lmdb_files import FIRST_MAP_BYTES, open_writer
 from uniter.datasets.storage.lmdb_pages import PageFile, is_empty_file
 
 logger = logging.getLogger(__name__)
 
-SUMMARY = struct.Struct("<iI")  # number of regions, crc32 of the value
+_SUMMARY = struct.Struct("<iI")  # number of regions, crc32 of the value
+_PHOTOGRAPH = struct.Struct("<q32s")  # behind it, where it is known: length and SHA-256 of the photograph
+
+
+def pack_summary(regions: int, checksum: int, photograph: Photograph) -> bytes:
+    """What a unit that is being written keeps of a record."""
+    packed = _SUMMARY.pack(regions, checksum)
+    return packed + _PHOTOGRAPH.pack(photograph.length, photograph.sha256) if photograph else packed
+
+
+def unpack_summary(packed: bytes) -> tuple[int, int, Photograph]:
+    """The inverse."""
+    regions, checksum = _SUMMARY.unpack_from(packed)
+    if len(packed) == _SUMMARY.size:
+        return regions, checksum, NOT_KNOWN
+    length, sha256 = _PHOTOGRAPH.unpack_from(packed, _SUMMARY.size)
+    return regions, checksum, Photograph(length, sha256 if any(sha256) else b"")
 
 
 class Unit:
@@ -80,7 +97,9 @@ def unit_failures(folder: Path) -> list[dict[str, Any]]:
         return sorted((orjson.loads(row) for _, row in transaction.cursor(failures)), key=lambda row: str(row["key"]))
 
 
-def save_unit_index(path: Path, keys: list[bytes], counts: NDArray[Any], checksums: NDArray[Any]) -> None:
+def save_unit_index(
+    path: Path, keys: list[bytes], counts: NDArray[Any], checksums: NDArray[Any], photographs: Sequence[Photograph] = ()
+) -> None:
     order = sorted(range(len(keys)), key=keys.__getitem__)
     save_arrays(
         path,
@@ -88,6 +107,7 @@ def save_unit_index(path: Path, keys: list[bytes], counts: NDArray[Any], checksu
             **key_columns([keys[row] for row in order]),
             "region_counts": counts[order].astype(np.int32),
             "checksums": checksums[order].astype(np.uint32),
+            **columns_of([photographs[row] for row in order] if photographs else ()),
         },
     )
 

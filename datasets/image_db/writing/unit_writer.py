@@ -13,15 +13,17 @@ import numpy as np
 import orjson
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.writing.noted_photographs import NOT_KNOWN, Photograph, photographs_in
 from uniter.datasets.image_db.writing.side_files import write_failures
 from uniter.datasets.image_db.writing.unit_files import (
-    SUMMARY,
     Unit,
     drop_if_damaged,
     failure_digest,
     open_unit,
+    pack_summary,
     save_unit_index,
     tidy_partial,
+    unpack_summary,
 )
 from uniter.datasets.storage.files import sync
 from uniter.datasets.storage.index_file import INDEX, KeyList, map_arrays
@@ -47,7 +49,7 @@ class UnitWriter:
         tidy_partial(self._folder)
         drop_if_damaged(self._folder / "data.mdb")
         self._unit: Unit = stack.enter_context(open_unit(self._folder))
-        self._values: dict[bytes, tuple[bytes, int]] = {}
+        self._values: dict[bytes, tuple[bytes, int, Photograph]] = {}
         self._failures: dict[bytes, bytes] = {}
         absorbed = self._folder / f"absorbed.{INDEX}"
         self._absorbed = map_arrays(absorbed) if absorbed.exists() else None
@@ -57,8 +59,11 @@ class UnitWriter:
         if self._absorbed is not None:
             self.done |= set(KeyList(self._absorbed))
 
-    def put(self, key: str, value: bytes, *, regions: int) -> None:
+    def put(self, key: str, value: bytes, *, regions: int, photograph: Photograph = NOT_KNOWN) -> None:
         """Store a record at the next `commit`.
+
+        Args:
+            photograph: what is known of the photograph that it is of.
 
         Raises:
             BadInput: the key is empty, too long for LMDB, or was already written in this unit.
@@ -66,7 +71,7 @@ class UnitWriter:
         raw = checked_key(key)
         if key in self.done:
             raise BadInput(f"image {key!r} was already written; every image needs a key of its own (see --key)")
-        self._values[raw] = (value, regions)
+        self._values[raw] = (value, regions, photograph)
         self.done.add(key)
 
     def fail(self, key: str, path: str, error: str, *, retry: bool | None = None) -> None:
@@ -98,9 +103,9 @@ class UnitWriter:
                 try:
                     with environment.begin(write=True) as transaction:
                         for key in sorted(self._values):
-                            value, regions = self._values[key]
+                            value, regions, photograph = self._values[key]
                             transaction.put(key, value, db=self._unit.records)
-                            transaction.put(key, SUMMARY.pack(regions, zlib.crc32(value)), db=self._unit.summaries)
+                            transaction.put(key, pack_summary(regions, zlib.crc32(value), photograph), db=self._unit.summaries)
                         for digest in sorted(self._failures):
                             transaction.put(digest, self._failures[digest], db=self._unit.failures)
                     break
@@ -117,16 +122,18 @@ class UnitWriter:
                 keys, summaries = [], []
                 for key, packed in transaction.cursor(self._unit.summaries):
                     keys.append(key)
-                    summaries.append(SUMMARY.unpack(packed))
+                    summaries.append(unpack_summary(packed))
                 rows = [orjson.loads(row) for _, row in transaction.cursor(self._unit.failures)]
-            counts = np.array([count for count, _ in summaries], dtype=np.int32)
-            checksums = np.array([checksum for _, checksum in summaries], dtype=np.uint32)
+            counts = np.array([count for count, _, _ in summaries], dtype=np.int32)
+            checksums = np.array([checksum for _, checksum, _ in summaries], dtype=np.uint32)
+            photographs = [photograph for _, _, photograph in summaries]
             if self._absorbed is not None:
                 earlier = KeyList(self._absorbed)
                 keys += [earlier.raw(row) for row in range(len(earlier))]
                 counts = np.concatenate([counts, self._absorbed["region_counts"]])
                 checksums = np.concatenate([checksums, self._absorbed["checksums"]])
-            save_unit_index(self._folder / INDEX, keys, counts, checksums)
+                photographs += photographs_in(self._absorbed, len(earlier))
+            save_unit_index(self._folder / INDEX, keys, counts, checksums, photographs)
             if rows:
                 write_failures(self._folder / "failures.jsonl", sorted(rows, key=lambda row: str(row["key"])))
             self._unit.environment.close()

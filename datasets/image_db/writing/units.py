@@ -10,7 +10,7 @@ common writer, and the final file is a function of the records alone, however of
     OUT/data.mdb         LMDB format version 1, key -> record
     OUT/index.safetensors, OUT/failures.jsonl, OUT/box_ids.jsonl where boxes were given with ids
     OUT/listing/         headers of tars, where it was extracted from some
-    OUT/photographs.safetensors   sizes of the photographs, where they were extracted here
+    OUT/photographs.safetensors   length and SHA-256 of the photographs, where they are known
     OUT/README.md        the dataset card
     OUT/header.json      last: complete
 """
@@ -38,6 +38,7 @@ from uniter.datasets.image_db.writing.absorbing import (
     write_standing,
 )
 from uniter.datasets.image_db.writing.finishing import put_together, take_apart
+from uniter.datasets.image_db.writing.noted_photographs import PHOTOGRAPHS
 from uniter.datasets.image_db.writing.side_files import BOX_IDS, read_failures
 from uniter.datasets.image_db.writing.unit_files import failure_digest, open_unit, tidy_partial, unit_failures, unit_names
 from uniter.datasets.image_db.writing.unit_writer import UnitWriter
@@ -48,14 +49,13 @@ from uniter.datasets.storage.index_file import INDEX, KEY_COLUMNS, KeyList, map_
 from uniter.datasets.storage.lmdb_files import full_disk_said
 from uniter.datasets.storage.locks import file_lock
 
-__all__ = ["ADDED", "LISTING", "PHOTOGRAPHS", "REGIONS", "UnitStore", "UnitWriter"]
+__all__ = ["ADDED", "LISTING", "REGIONS", "UnitStore", "UnitWriter"]
 
 _OLD_MARK = "overwriting"  # a file of older versions, which cleared the folder first: they were killed meanwhile
 
 
 ADDED = "added.json"  # while a database grows: what is to be added
 LISTING = "listing"  # a folder: what the headers of tars say, see extraction
-PHOTOGRAPHS = "photographs.safetensors"  # how long they were: written and compared by extraction
 REGIONS = Maker(
     "regions",
     "header.json",

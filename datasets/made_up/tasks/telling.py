@@ -40,10 +40,15 @@ def whole_phrase(thing: Thing) -> str:
     return thing.phrase(with_size=True)
 
 
+def absent_phrases(world: World, things: Sequence[Thing]) -> list[str]:
+    """All coloured shapes that the picture does not show; few in a small world."""
+    shown = {thing.phrase() for thing in things}
+    return [f"{colour} {shape}" for colour in world.colours for shape in world.shapes if f"{colour} {shape}" not in shown]
+
+
 def absent_phrase(world: World, things: Sequence[Thing], rng: random.Random) -> str:
     """A coloured shape that the picture does not show: half the time its shape or its colour is there, on another thing."""
-    shown = {thing.phrase() for thing in things}
-    every = [f"{colour} {shape}" for colour in world.colours for shape in world.shapes if f"{colour} {shape}" not in shown]
+    every = absent_phrases(world, things)
     near = [phrase for phrase in every if any(phrase.endswith(f" {t.shape}") or phrase.startswith(f"{t.colour} ") for t in things)]
     pool = near if near and rng.random() < 0.5 else every
     return rng.choice(pool) if pool else "invisible thing"

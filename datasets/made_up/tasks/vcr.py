@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uniter.datasets.made_up.scenes import Scene, Thing
-from uniter.datasets.made_up.tasks.telling import OPPOSITE, Parts, absent_phrase, chance, told_apart, write_lines
+from uniter.datasets.made_up.tasks.telling import OPPOSITE, Parts, absent_phrase, absent_phrases, chance, told_apart, write_lines
 from uniter.datasets.made_up.world import World
 
 
@@ -84,10 +84,11 @@ def _multiple_choice(world: World, scene: Scene, rng: random.Random) -> tuple[_T
     subject, other = things[relation.subject], things[relation.object]
     question: _Tokens = ["What", "is", *relation.name.split(), "the", *other.phrase().split(), [relation.object], "?"]
     wrong_phrases: list[str] = []
-    while len(wrong_phrases) < 3:
+    while len(wrong_phrases) < min(3, len(absent_phrases(world, things))):
         phrase = absent_phrase(world, things, rng)
-        if phrase not in wrong_phrases or phrase == "invisible thing":
+        if phrase not in wrong_phrases:
             wrong_phrases.append(phrase)
+    wrong_phrases += ["invisible thing"] * (3 - len(wrong_phrases))
 
     def answer(phrase: str) -> _Tokens:
         return ["The", *phrase.split(), [relation.subject], "."]

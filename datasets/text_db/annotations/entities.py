@@ -66,6 +66,11 @@ def read_entities(path: Path, *, split: str | None, join: Sequence[Path], counts
         raise BadInput(f"{path} lists no photograph; expected train.txt, val.txt or test.txt of Flickr30k Entities")
 
 
+def folders_beside(path: Path, join: Sequence[Path]) -> Sequence[Path]:
+    """The folders beside a list that are read where none is named."""
+    return () if join else [path.parent / name for name in ("Annotations", "Sentences") if (path.parent / name).is_dir()]
+
+
 def _folder(path: Path, join: Sequence[Path]) -> Path:
     """Where Annotations/ and Sentences/ lie."""
     if len(join) > 1:

@@ -40,6 +40,7 @@ class Annotations:
     Attributes:
         read: the examples of a file.
         companions: what may be given as `join`, in words.
+        beside: what is read of a file's neighbours without being named, from the file and `join`.
         published_keys: templates (as of `key_maker`) of the keys that UNITER's published region databases have for these images.
         side_files: of the finished text database.
         lengths: what side files of lengths are written, from the finished record.
@@ -52,6 +53,7 @@ class Annotations:
     read: Read
     companions: str
     published_keys: tuple[str, ...]
+    beside: Callable[[Path, Sequence[Path]], Sequence[Path]] = lambda path, join: ()
     side_files: SideFiles = lambda paths, *, split, join: {}
     lengths: Mapping[str, Length] | None = None
     added_words: Sequence[str] = field(default=())
@@ -128,6 +130,7 @@ ANNOTATIONS: dict[str, Annotations] = {
     "flickr30k-entities": Annotations(
         read=entities.read_entities,
         companions="the folder that holds Annotations/ and Sentences/, where it is not that of the list",
+        beside=entities.folders_beside,
         published_keys=("flickr30k_{id:012d}.npz", "flickr30k_{stem}.npz"),
     ),
     "classify": Annotations(

@@ -264,3 +264,11 @@ def test_tasks_about_other_pictures_are_refused_or_made_anew(tmp_path: Path) -> 
     assert {name: content for name, content in made.items() if name != "settings.json"} == {
         name: content for name, content in fresh.items() if name != "settings.json"
     }
+
+
+def test_a_world_of_few_phrases_ends(tmp_path: Path) -> None:
+    """Where a picture shows all but one coloured shape, there are no three wrong phrases to be found."""
+    result = CliRunner().invoke(
+        main, [str(tmp_path / "w"), "--images", "4", "--held-out", "1", "--shapes", "circle,square", "--colours", "red,blue", "--tasks"]
+    )
+    assert result.exit_code == 0, result.output

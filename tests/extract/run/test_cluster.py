@@ -6,14 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from uniter.datasets.errors import UniterError
+from uniter.extract.images.decoding import decode_image
+from uniter.extract.images.items import read_bytes
 from uniter.extract.images.listing import list_images
 from uniter.extract.run.options import Options
+from uniter.extract.run.photographs import photograph_as_read
 
 ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'uniter-toolkit[ray]'")
 
@@ -98,6 +101,91 @@ def test_what_an_actor_says_reaches_the_user(cluster: Any, make_photos: Photos, 
         extract_on_ray(listed, tmp_path / "stopped", Options(), build=fake.build_fake, stop=stop)
     summary = extract_on_ray(listed, tmp_path / "stopped", Options(), build=fake.build_fake)
     assert summary.complete and summary.images == 6
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_half_precision_needs_gpus_in_the_cluster(
+    gpus: int, make_photos: Photos, fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before an actor is hired where there are none; where there are, it starts, on a GPU."""
+    from uniter.extract.run import cluster
+
+    hired: list[str] = []
+
+    class StandIn:
+        """A cluster that runs what it is told here and now."""
+
+        cluster_resources = available_resources = staticmethod(lambda: {"CPU": 4, "GPU": gpus})
+        nodes = staticmethod(lambda: [{"Alive": True}])
+        get = put = staticmethod(lambda value: value)
+        wait = staticmethod(lambda futures, **_: (futures[:1], futures[1:]))
+        kill = staticmethod(lambda _: None)
+        get_runtime_context = staticmethod(lambda: SimpleNamespace(was_current_actor_reconstructed=False))
+        exceptions = SimpleNamespace(RayTaskError=ZeroDivisionError, RayError=ZeroDivisionError)
+
+        @staticmethod
+        def remote(**wanted: Any) -> Any:
+            hired.append(next(iter(wanted)))
+
+            class Actor:
+                def __init__(self, worker: Any) -> None:
+                    self.describe = SimpleNamespace(remote=worker.describe)
+                    self.run = SimpleNamespace(remote=lambda *unit: Report(worker.run(*unit)))
+
+            return lambda kind: SimpleNamespace(remote=lambda *arguments: Actor(kind(*arguments)))
+
+    class Report:
+        """A report that can be a key, as a future can."""
+
+        def __init__(self, told: Any) -> None:
+            self.finished, self.tally, self.restarted = told.finished, told.tally, told.restarted
+
+    monkeypatch.setattr(cluster, "_connected", lambda *_: StandIn)
+    monkeypatch.setattr(ray, "get_runtime_context", StandIn.get_runtime_context)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(gpus))
+    monkeypatch.setattr("uniter.extract.run.units.prepare_item", _on_no_real_gpu)
+    listed, devices = list_images(make_photos(3)), list[str]()
+
+    def build(device: str) -> Any:
+        devices.append(device)
+        return fake.FakeDetector(device=device)
+
+    def extract() -> Any:
+        return cluster.extract_on_ray(listed, tmp_path / "out", Options(batch_size=2, workers=1), build=build, needs_gpu="--precision fp16")
+
+    if gpus:
+        assert extract().complete and hired == ["num_gpus"] and set(devices) == {"cuda"}
+    else:
+        with pytest.raises(UniterError, match=r"--precision fp16 needs a GPU, and the Ray cluster has none"):
+            extract()
+        assert not hired and not (tmp_path / "out").exists()
+
+
+def test_half_precision_is_refused_before_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    from uniter.extract.run import cluster
+
+    started: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> None:
+        started.append(options)
+        if "address" in options:
+            raise ConnectionError("no cluster")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UniterError, match=r"--precision fp16 needs a GPU, and this machine, which belongs to no Ray cluster, has none"):
+        cluster.extract_on_ray([], "out", Options(), build=print, needs_gpu="--precision fp16")  # type: ignore[arg-type]
+    assert len(started) == 1
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert cluster._connected("auto", "--precision fp16") is ray and len(started) == 3
+
+
+def _on_no_real_gpu(item: Any, *, detector: Any, work: Any, read: Any) -> Any:
+    """As `prepare_item`, without pinned memory, which this machine need not have."""
+    data = read_bytes(item)
+    read[item.key] = photograph_as_read(item, data)
+    return detector.prepare(decode_image(data))
 
 
 def test_relative_paths_hold_on_the_workers(

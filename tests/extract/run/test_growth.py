@@ -157,9 +157,9 @@ def test_killed_when_only_the_end_is_left(
     (photos / "photo0001.jpg").rename(tmp_path / "1.jpg")
     extract_images(photos, tmp_path / "out", **arguments)
     (tmp_path / "1.jpg").rename(photos / "photo0001.jpg")
-    last = "note_photographs" if kept else "write_box_ids"
+    last = "datasets.image_db.writing.finishing.write_failures" if kept else "extract.run.store.write_box_ids"
     with monkeypatch.context() as patch:
-        patch.setattr(f"uniter.extract.run.store.{last}", lambda *_: 1 / 0)
+        patch.setattr(f"uniter.{last}", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             extract_images(photos, tmp_path / "out", **arguments)
     summary = extract_images(photos, tmp_path / "out", **arguments)

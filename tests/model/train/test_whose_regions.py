@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -14,6 +16,8 @@ from uniter.datasets.batches.corpus import open_corpus
 from uniter.datasets.errors import BadInput, SettingsDiffer
 from uniter.datasets.image_db.database import ImageDB
 from uniter.datasets.image_db.origin import RegionOrigin, origins_of
+from uniter.datasets.image_db.records import encode_record
+from uniter.datasets.maintenance.copying import write_regions
 from uniter.model import load
 from uniter.model.checkpoints.export import export_run
 from uniter.model.evaluation.pretrained import evaluate_run
@@ -79,6 +83,38 @@ def test_another_detector_must_be_meant(small: Make, databases: tuple[Path, Path
     both = [{**mine[0], "images": [*mine[0]["images"], *others[0]["images"]]}]
     with pytest.raises(BadInput, match="the region databases are of several detectors"):
         pretrain(small(**SHORT, corpora=both), tmp_path / "both")
+
+
+def test_given_boxes_and_what_is_unknown_are_no_other_selection() -> None:
+    plain = RegionOrigin("a", ONE, {"rule": "r", "max_boxes": 36})
+    assert plain.other_selection(RegionOrigin("a", ONE, {"rule": "r", "max_boxes": 100})) == ["max_boxes was 36, now 100"]
+    assert not plain.other_selection(RegionOrigin("a", ONE)) and not RegionOrigin("a", ONE).other_selection(plain)
+    given = [RegionOrigin("a", ONE, {"rule": "given", "boxes_sha256": digest}) for digest in (ONE, OTHER)]
+    assert not given[0].other_selection(given[1]) and plain.other_selection(given[0])
+
+
+@pytest.mark.parametrize("most", [256, 10])
+def test_regions_without_places_are_said(
+    most: int, small: Make, databases: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was converted from layouts that keep no boxes has zeros for positions."""
+    monkeypatch.setattr(fit, "LOOKED_AT", most)
+    texts, images = databases
+    whole, bare = ImageDB(images), tmp_path / "bare.lmdb"
+    records = []
+    for number, (key, regions) in enumerate(whole.items()):
+        place = regions.norm_bb if number % 2 else np.zeros_like(regions.norm_bb)
+        records.append((key, encode_record(replace(regions, norm_bb=place, boxes=None), key=key), len(regions)))
+    header = {"feature_width": whole.feature_width, "label_classes": whole.label_classes}
+    write_regions(bare, records, settings={}, sources={}, header=lambda: header)
+    corpora = [{"name": "toy", "text": [str(texts)], "images": [str(bare)]}]
+    (remark, *_) = pretrain(small(**SHORT, corpora=corpora), tmp_path / "run")["remarks"]
+    assert "have no boxes" in remark and "reads zeros for their positions" in remark
+    assert (f"{most} images looked at (of " in remark) is (most == 10)
+    again = evaluate_run(str(tmp_path / "run"), text=[str(texts)], images=[str(bare)], candidates=4, device="cpu")
+    assert len(again["remarks"]) == 1
+    other = evaluate_run(str(tmp_path / "run"), text=[str(texts)], images=[str(images)], candidates=4, device="cpu")
+    assert "remarks" not in other
 
 
 def test_what_is_older_is_accepted_and_stamped(small: Make, databases: tuple[Path, Path], tmp_path: Path) -> None:
