@@ -153,7 +153,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     rates = {way: pairs / statistics.median(times) for way, times in taken.items()}
     found: dict[str, Any] = {
         "pairs": pairs, "pairs_a_second": rates,
-        "batches_pairs_a_second": {way: pairs / statistics.median(times) for way, times in made.items()}, 
+        "batches_pairs_a_second": {way: pairs / statistics.median(times) for way, times in made.items()},
         "pictures_read": reads, "ratio": rates["once"] / rates["a pair"],
         "largest_difference": float(np.abs(scores["once"] - scores["a pair"]).max()),
         "memory_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -161,9 +161,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     if chosen.json:
         print(json.dumps(found))
         return found
-    print(
-        f"UNITER-{chosen.model}, {chosen.texts} texts with {len(pictures)} pictures, {device}, {chosen.precision}, PyTorch {torch.__version__}"
-    )
+    asked = f"{chosen.texts} texts with {len(pictures)} pictures, {device}, {chosen.precision}"
+    print(f"UNITER-{chosen.model}, {asked}, PyTorch {torch.__version__}")
     for way in WAYS:
         batches = found["batches_pairs_a_second"][way]
         print(f"{way:8} {rates[way]:10.1f} pairs/s, batches {batches:10.1f} pairs/s, {reads[way]:>8,} pictures read")
