@@ -2,14 +2,16 @@
 
 Weights, gradients and AdamW's two moments are counted; what a forward pass keeps for the backward pass is measured, on the CPU,
 by counting every distinct tensor that autograd saves (parameters left out) for batches of COCO-like lengths. Attention saves no
-probabilities in either case (CPU and CUDA use flash kernels without dropout, which is why it is set to 0 here). The same numbers
-hold on a GPU but for the workspace of its libraries, for which RESERVE is set aside.
+probabilities in either case (CPU and CUDA use flash kernels without dropout, which is why it is set to 0 here). Models of two and three
+layers are measured: further ones keep what the third does. With `recompute` a layer keeps its input, and one at a time all the rest. The
+same numbers hold on a GPU but for the workspace of its libraries, for which RESERVE is set aside.
 
     python benchmarks/memory.py
 """
 
 import argparse
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from uniter.datasets.batches.collate import PackedBatch, hidden_places
 from uniter.model import UniterConfig, UniterForPretraining
 from uniter.model.losses import masked_words
-from uniter.model.uniter import set_dropout
+from uniter.model.uniter import PRESETS, set_dropout
 
 GIB = 2**30
 RESERVE = 1.5 * GIB  # CUDA context, library workspaces, fragmentation
@@ -64,40 +66,74 @@ def saved_bytes(model: UniterForPretraining, batch: PackedBatch, *, bf16: bool) 
     return sum(storages.values())
 
 
-def per_pair(name: str, *, bf16: bool) -> tuple[int, float, float]:
-    """(parameters, bytes kept per pair, bytes kept whatever the number of pairs), by two batch sizes."""
-    model = UniterForPretraining(UniterConfig.preset(name)).train()
-    set_dropout(model, 0.0)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+@dataclass(frozen=True)
+class Kept:
+    """What stays for the backward pass.
+
+    Attributes:
+        parameters: of the model. constant: bytes, whatever the number of pairs (weights in half precision).
+        pair: bytes a pair, where everything is kept.
+        recomputed: bytes a pair, where only the input of each layer is, and what one layer keeps while it is computed again.
+    """
+
+    parameters: int
+    constant: float
+    pair: float
+    recomputed: float
+
+
+def kept_by(name: str, *, bf16: bool) -> Kept:
+    """By two numbers of pairs and of layers: a layer in the middle keeps what another does."""
+    rows, layers = WORDS + REGIONS, PRESETS[name]["num_hidden_layers"]
     small, large = 4, 12
-    at_small, at_large = (saved_bytes(model, batch_of(pairs, model.config), bf16=bf16) for pairs in (small, large))
-    slope = (at_large - at_small) / (large - small)
-    # Hidden dropout keeps one byte a value, three times a layer, besides.
-    config: Any = model.config
-    slope += (WORDS + REGIONS) * config.hidden_size * (2 * config.num_hidden_layers + 1)
-    return parameters, slope, max(at_small - small * slope, 0.0)
+    slopes, constants, recomputed = [], [], []
+    for few in (2, 3):
+        model = UniterForPretraining(UniterConfig.preset(name, num_hidden_layers=few)).train()
+        set_dropout(model, 0.0)
+        at_small, at_large = (saved_bytes(model, batch_of(pairs, model.config), bf16=bf16) for pairs in (small, large))
+        slopes.append((at_large - at_small) / (large - small))
+        constants.append(at_small - small * slopes[-1])
+        model.uniter.encoder.recompute = True  # what checkpointing keeps it keeps by itself, so that only the rest is counted here
+        at_small, at_large = (saved_bytes(model, batch_of(pairs, model.config), bf16=bf16) for pairs in (small, large))
+        recomputed.append((at_large - at_small) / (large - small))
+    # Hidden dropout keeps one byte a value, twice a layer and once for the embeddings, besides.
+    width = PRESETS[name]["hidden_size"]
+    masks, embedding_masks = 2 * rows * width, rows * width
+    a_layer = slopes[1] - slopes[0] + masks
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in UniterForPretraining(UniterConfig.preset(name)).parameters())
+    return Kept(
+        parameters=parameters,
+        constant=max(constants[0] + (layers - 2) * (constants[1] - constants[0]), 0.0),
+        pair=slopes[0] + 2 * masks + (layers - 2) * a_layer + embedding_masks,
+        # The inputs of layers are float32 on a GPU, where norms compute in it.
+        recomputed=recomputed[0] + embedding_masks + layers * rows * width * 4 + a_layer,
+    )
+
+
+def rows_of_table() -> Iterator[tuple[str, str, Kept, float]]:
+    """(model, how it computes, what is kept, bytes kept a pair)."""
+    for name in ("base", "large"):
+        for precision in ("fp32", "bf16"):
+            kept = kept_by(name, bf16=precision == "bf16")
+            yield name, precision, kept, kept.pair
+            yield name, f"{precision}, recompute", kept, kept.recomputed
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"Pairs of {WORDS} word pieces and {REGIONS} regions; the published update holds {PUBLISHED_PAIRS_PER_UPDATE:,} pairs.\n")
-    print("| model | precision | weights, gradients, moments | kept per pair | " + " | ".join(f"{card} GB card" for card in CARDS) + " |")
+    print("| model | precision | weights, gradients, moments | per pair | " + " | ".join(f"{card} GB" for card in CARDS) + " |")
     print("|---|---|---|---|" + "---|" * len(CARDS))
-    for name in ("base", "large"):
-        for bf16 in (False, True):
-            parameters, slope, constant = per_pair(name, bf16=bf16)
-            fixed = parameters * BYTES_PER_PARAMETER
-            cells = []
-            for card in CARDS:
-                pairs = int((card * GIB - RESERVE - fixed - constant) / slope)
-                if pairs < 1:
-                    cells.append("does not fit")
-                else:
-                    accumulation = -(-PUBLISHED_PAIRS_PER_UPDATE // pairs)
-                    cells.append(f"{pairs:,} pairs, {pairs * (WORDS + REGIONS):,} tokens, x{accumulation}")
-            precision = "bf16" if bf16 else "fp32"
-            print(f"| {name} | {precision} | {fixed / GIB:.1f} GiB | {slope / 2**20:.1f} MiB | " + " | ".join(cells) + " |")
-    print("\n(x: micro-batches accumulated to one update of the published number of pairs)")
+    for name, how, kept, slope in rows_of_table():
+        fixed = kept.parameters * BYTES_PER_PARAMETER
+        cells = []
+        for card in CARDS:
+            pairs = int((card * GIB - RESERVE - fixed - kept.constant) / slope)
+            accumulation = -(-PUBLISHED_PAIRS_PER_UPDATE // pairs) if pairs > 0 else 0
+            cells.append(f"{pairs:,} pairs, x{accumulation}" if pairs > 0 else "does not fit")
+        print(f"| {name} | {how} | {fixed / GIB:.1f} GiB | {slope / 2**20:.1f} MiB | " + " | ".join(cells) + " |", flush=True)
+    print(f"\n(x: micro-batches accumulated to one update of the published number of pairs; tokens are {WORDS + REGIONS} times the pairs)")
 
 
 if __name__ == "__main__":

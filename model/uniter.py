@@ -343,19 +343,31 @@ class UniterModel(nn.Module):
                 f"a text of {longest} word pieces does not fit the model's {config.max_position_embeddings} positions; "
                 "leave longer texts out (max_text_length)"
             )
-        if len(batch.features_RD) and batch.features_RD.shape[1] != config.image_feature_size:
-            raise BadInput(
-                f"region features are {batch.features_RD.shape[1]} wide, but the model expects {config.image_feature_size}; "
-                "use the detector that the model was trained with"
-            )
         parts: list[Tensor] = []
         if len(batch.input_ids_T):
             parts.append(self.embeddings(batch.input_ids_T, batch.text_positions_T, batch.text_types_T, batch.word_shifts_TH))
-        if len(batch.features_RD):
-            types_RH = self.embeddings.token_type_embeddings(batch.region_types_R)
-            shown = (batch.features_RD, batch.positions_R7, types_RH, batch.masked_regions_R, batch.region_shifts_RD)
-            parts.append(self.img_embeddings(*shown))
+        if batch.embedded_regions_RH is not None:
+            parts.append(batch.embedded_regions_RH)
+        elif len(batch.features_RD):
+            parts.append(self.embed_regions(batch))
         return torch.cat(parts).index_select(0, layout.source_rows_N)
+
+    def embed_regions(self, batch: PackedBatch) -> Tensor:
+        """The regions as they enter the first layer: (R, H), in the batch's order. No text has a part in it.
+
+        Raises:
+            BadInput: the features are of another width.
+        """
+        width = self.config.image_feature_size
+        if batch.features_RD.shape[1] != width:
+            raise BadInput(
+                f"region features are {batch.features_RD.shape[1]} wide, but the model expects {width}; "
+                "use the detector that the model was trained with"
+            )
+        types_RH = self.embeddings.token_type_embeddings(batch.region_types_R)
+        shown = (batch.features_RD, batch.positions_R7, types_RH, batch.masked_regions_R, batch.region_shifts_RD)
+        embedded_RH: Tensor = self.img_embeddings(*shown)
+        return embedded_RH
 
     def forward(self, batch: PackedBatch) -> Encoded:
         """Encode a packed batch; text alone (no regions) and regions alone (no text) work too.

@@ -37,6 +37,8 @@ class PackedBatch:
         masked_regions_R: (R,) bool, True where the features were zeroed; None where the task masks no regions.
         word_shifts_TH, region_shifts_RD: (T, H) and (R, D) float32 that are added to the words' embeddings and to the regions'
             features, masked ones too; None where nothing is. Adversarial training makes them, on the model's device.
+        embedded_regions_RH: (R, H), the regions as they enter the first layer, on the model's device, where they are known already (many
+            texts about the same pictures); then the batch has no features, and counts alone say whose they are.
         targets: what the task's losses read, by name; of what is hidden also `places` (S,) int64, where it stands among the text tokens
             or among the regions, so that nobody has to look for it.
         example_ids: the ids of the examples, for messages and for predictions.
@@ -55,6 +57,7 @@ class PackedBatch:
     masked_regions_R: Tensor | None = None
     word_shifts_TH: Tensor | None = None
     region_shifts_RD: Tensor | None = None
+    embedded_regions_RH: Tensor | None = None
     targets: dict[str, Tensor] = field(default_factory=dict)
     example_ids: list[str] = field(default_factory=list)
     layout: Layout = None  # type: ignore[assignment]  # made from the lengths where it is not given

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from uniter.datasets.batches.example import REGION_FIELDS, Example, Masking, Rows, Sample
+from uniter.datasets.batches.example import REGION_FIELDS, Example, Masking, Rows, Sample, TokenSequence
 from uniter.datasets.batches.masking import NOT_PREDICTED, mask_regions, mask_words
 from uniter.datasets.errors import BadInput
 
@@ -54,3 +54,8 @@ def matched_pair(example: Example, rng: random.Random, masking: Masking) -> Samp
     """ITM: nothing hidden; the picture may be another one. Targets: `matched` (1,) int64, 1 where it is the text's own."""
     shown = example.read()
     return Sample(shown.id, [shown.sequence(shown.words(), shown.regions())], {"matched": np.array([int(example.matched)], dtype=np.int64)})
+
+
+def picture_alone(example: Example, rng: random.Random, masking: Masking) -> Sample:
+    """The regions of an example's pictures without its text; no targets."""
+    return Sample(example.id, [TokenSequence([], *example.read().regions())])

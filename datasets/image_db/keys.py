@@ -43,12 +43,19 @@ class NameParts(NamedTuple):
     def of_file(cls, relative: str, *, root: str) -> "NameParts":
         """The parts of a path with `/`, relative to a folder of the name `root`."""
         folders, _, name = relative.rpartition("/")
-        dot = name.rfind(".")
-        stem = name[:dot] if dot > 0 else name
+        stem = stem_of(name)
         return cls(name, stem, folders.rpartition("/")[2] or root, f"{folders}/{stem}" if folders else stem)
 
 
+def stem_of(relative: str) -> str:
+    """The stem of a path with `/`: what `NameParts.of_file` gives, without the rest."""
+    name = relative.rpartition("/")[2]
+    dot = name.rfind(".")
+    return name[:dot] if dot > 0 else name
+
+
 KeyRule = Callable[[NameParts], str]
+STEM: KeyRule = attrgetter("stem")
 
 
 def key_rule(rule: str) -> KeyRule:
@@ -77,7 +84,7 @@ def key_rule(rule: str) -> KeyRule:
         pieces.append((literal, field, specification or ""))
 
     if template in _RULES.values():  # a million times
-        return attrgetter(template[1:-1])
+        return STEM if template == "{stem}" else attrgetter(template[1:-1])
 
     def make(parts: NameParts) -> str:
         key = ""

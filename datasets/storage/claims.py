@@ -119,7 +119,7 @@ class Claim:
 
     def published(self) -> bool:
         """Whether the successor that was written to has taken its place, by this process or another one."""
-        return self.folder != self.out and _identity(self.out) == self.identity
+        return self.folder is not self.out and self.folder != self.out and _identity(self.out) == self.identity
 
     @contextlib.contextmanager
     def alone(self, doing: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, overload
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
@@ -77,33 +78,37 @@ def map_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[A
     return _arrays(path, start, size, whole, needed)
 
 
-def load_arrays(path: Path, *, needed: Iterable[str] = ()) -> dict[str, NDArray[Any]]:
+def load_arrays(path: Path | str, *, needed: Iterable[str] = ()) -> dict[str, NDArray[Any]]:
     """`map_arrays` of a small file, read instead of mapped: what a loop over many of them wants."""
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read()
     except FileNotFoundError:
         raise _missing(path) from None
     return _arrays(path, content, len(content), np.frombuffer(content, dtype=np.uint8), needed)
 
 
-def _missing(path: Path) -> BadInput:
+def _missing(path: Path | str) -> BadInput:
     return BadInput(f"index file {path} is missing; write a whole database with `uniter-db check --repair OUT`")
 
 
-def _arrays(path: Path, start: bytes, size: int, whole: NDArray[np.uint8], needed: Iterable[str]) -> dict[str, NDArray[Any]]:
+def _damaged(path: Path | str) -> BadInput:
+    return BadInput(f"index file {path} is damaged or no index; remove it and run `uniter-db check --repair OUT` on the database")
+
+
+def _arrays(path: Path | str, start: bytes, size: int, whole: NDArray[np.uint8], needed: Iterable[str]) -> dict[str, NDArray[Any]]:
     """The arrays that the beginning of a file of `size` bytes names, as views of the whole."""
-    damaged = BadInput(f"index file {path} is damaged or no index; remove it and run `uniter-db check --repair OUT` on the database")
     length = int.from_bytes(start[:8], "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-        raise damaged
+        raise _damaged(path)
     text = start[8 : 8 + length]
     try:
-        header = json.loads(text)
+        header = orjson.loads(text)
         entries = {
             name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"
         }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise damaged from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise _damaged(path) from None
     data_start = 8 + length
     arrays: dict[str, NDArray[Any]] = {}
     for name, (code, shape, offsets) in entries.items():
@@ -115,14 +120,14 @@ def _arrays(path: Path, start: bytes, size: int, whole: NDArray[np.uint8], neede
             and len(offsets) == 2
             and all(type(number) is int and 0 <= number < 1 << 56 for number in [*shape, *offsets])
         ):
-            raise damaged
+            raise _damaged(path)
         dtype = np.dtype(_CODES[code])
         count = 1
         for extent in shape:
             count *= extent
         begin, end = offsets
         if end - begin != count * dtype.itemsize or data_start + end > size:
-            raise damaged
+            raise _damaged(path)
         arrays[name] = (
             np.ndarray(tuple(shape), dtype=dtype, buffer=whole, offset=data_start + begin) if count else np.zeros(tuple(shape), dtype=dtype)
         )

@@ -90,7 +90,7 @@ def _is_page_size(number: int) -> bool:
     return _SMALLEST_PAGE <= number <= _LARGEST_PAGE and number & (number - 1) == 0
 
 
-def check_data_file(data: Path) -> None:
+def check_data_file(data: Path | str) -> None:
     """Look at the two meta pages of a `data.mdb` without LMDB: right format, sane, and the file as long as they say.
 
     Raises:
@@ -101,7 +101,7 @@ def check_data_file(data: Path) -> None:
             head = file.read(_LARGEST_PAGE + 160)  # both meta pages
             size = os.fstat(file.fileno()).st_size  # after the header was read: the file may be growing
     except FileNotFoundError:
-        raise BadInput(f"{data.parent} holds no data.mdb; is it a database?") from None
+        raise BadInput(f"{Path(data).parent} holds no data.mdb; is it a database?") from None
     if len(head) < 2 * _SMALLEST_PAGE:
         raise BadInput(f"{data} has {size} bytes, less than an empty LMDB; was it cut off?")
     page_size = struct.unpack_from("<I", head, 16 + 24)[0]

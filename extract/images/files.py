@@ -7,7 +7,7 @@ from itertools import chain, islice, repeat
 
 import numpy as np
 
-from uniter.datasets.image_db.keys import KeyRule, NameParts
+from uniter.datasets.image_db.keys import STEM, KeyRule, NameParts, stem_of
 from uniter.datasets.storage.packed import Packed
 from uniter.extract.images.items import ImageItem, digests_of, image_item, lengths_and_keys, refuse_equal_keys, text_of
 
@@ -42,13 +42,17 @@ class FoundFiles:
     named: Packed | None = None
     given: Packed | None = None
 
-    def entries(self, begin: int, end: int) -> Iterator[tuple[str, NameParts, str | None]]:
-        """File, name and given key of some rows."""
+    def entries(self, begin: int, end: int, rule: KeyRule) -> Iterator[tuple[str, str]]:
+        """Key and file of some rows."""
         files = list(map(text, self.files[begin:end]))
         named = map(text, self.named[begin:end]) if self.named is not None else files
         given = self.given[begin:end] if self.given is not None else repeat(b"")
         for file, name, key in zip(files, named, given, strict=False):
-            yield self.prefix + file, NameParts.of_file(name, root=self.root), text(key[1:]) if key else None
+            if key:
+                made = text(key[1:])
+            else:  # the usual rule needs no more than the stem
+                made = stem_of(name) if rule is STEM else rule(NameParts.of_file(name, root=self.root))
+            yield text_of(made), self.prefix + file
 
 
 class FileImages:
@@ -95,6 +99,5 @@ class FileImages:
             if start >= end:
                 break
             low, high = max(begin, start) - start, min(end, stop) - start
-            parts += [self._found[place].entries(at, min(high, at + _AT_ONCE)) for at in range(low, high, _AT_ONCE)]
-        for file, name, given in chain.from_iterable(parts):
-            yield text_of(given if given is not None else self._rule(name)), file
+            parts += [self._found[place].entries(at, min(high, at + _AT_ONCE), self._rule) for at in range(low, high, _AT_ONCE)]
+        return chain.from_iterable(parts)

@@ -87,11 +87,12 @@ def image_item(key: str, path: str, file: str, offset: int = 0, size: int = -1, 
 
 def text_of(name: str) -> str:
     """A file name as text: bytes that are not UTF-8 become `\\udcXX`, visibly."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def digests_of(keys: Sequence[str]) -> NDArray[np.uint64]:
-    packed = b"".join([hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys])
+    blake2b = hashlib.blake2b  # a million times
+    packed = b"".join([blake2b(key, digest_size=8).digest() for key in map(str.encode, keys)])
     return np.frombuffer(packed, dtype=np.uint64)
 
 

@@ -1,5 +1,6 @@
 """The figures and the predictions of a fine-tuned model."""
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from uniter.datasets.batches.corpus import Corpus, open_corpus
-from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Part
-from uniter.datasets.batches.pretraining import matched_pair
 from uniter.datasets.devices import fitting_precision
 from uniter.datasets.errors import BadInput
 from uniter.datasets.storage.files import write_bytes, write_json, written_aside
 from uniter.model.checkpoints.load import Checkpoint, load
 from uniter.model.evaluation import pair_scores
+from uniter.model.evaluation.known_pictures import blocks_of, know, score_pairs
 from uniter.model.metrics import fold_recalls, retrieval_recalls
 from uniter.model.tasks.predictions import answer_table
 from uniter.model.tasks.table import DOWNSTREAM, row_of
@@ -74,21 +74,23 @@ class Opened:
             folder: where scores are kept, so that the same command goes on where it was stopped.
         """
         pictures, own = pair_scores.pictures_of(self.corpus)
+        pairs = extras(self.task).pairs
+        assert pairs is not None
 
-        def score(first: int, end: int) -> pair_scores.Scores:
-            scores = np.zeros((end - first, len(pictures)), dtype=np.float32)
-            part = Part(f"pairs {first}", self.corpus.take(np.repeat(np.arange(first, end), len(pictures))), matched_pair)
-            shown = np.tile(pictures, end - first)[:, None]
-            pairs, pairing = extras(self.task).pairs, Pairing(shown, np.ones(len(shown), dtype=np.bool_))
-            assert pairs is not None
-            for made, _, outputs in self.scoring.scored(part, pairs, pairing=pairing):
-                text, picture = np.divmod(made.plan.examples, len(pictures))
-                scores[text, picture] = outputs["scores"].float().squeeze(1).cpu().numpy()
-            return scores
+        def of_block(begin: int, end: int) -> pair_scores.Score:
+            known = functools.cache(functools.partial(know, self.scoring, self.corpus, pictures[begin:end]))  # not before it is asked for
 
+            def score(first: int, last: int) -> pair_scores.Scores:
+                scores = np.zeros((last - first, end - begin), dtype=np.float32)
+                scores[:, known().places_P] = score_pairs(self.scoring, pairs, self.corpus, range(first, last), known())
+                return scores
+
+            return score
+
+        counts = np.asarray(self.corpus.images.region_counts)[pictures]
         scores = pair_scores.in_slices(
-            len(self.corpus), len(pictures), score, processes=self.scoring.processes, folder=folder,
-            sources=pair_scores.sources_of(self.corpus),
+            len(self.corpus), blocks_of(counts, self.scoring), of_block,
+            processes=self.scoring.processes, folder=folder, sources=pair_scores.sources_of(self.corpus),
             settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=self.scoring.precision),
         )  # fmt: skip
         return scores, own, [self.corpus.images.keys_list[row] for row in pictures.tolist()]

@@ -1,13 +1,14 @@
 """The scores of all texts with all pictures: kept slice by slice, so that whatever stops the command, it goes on where it was.
 
 A folder holds settings.json (what is scored with what) and `scores_FIRST.npy`, float32 (texts of the slice, pictures), each of
-which appears by rename. Only the first process reads and writes; the others are told.
+which appears by rename. Where there are more pictures than can be held, slices are of a block of them each, and say which
+(`scores_FIRST_PICTURE.npy`). Only the first process reads and writes; the others are told.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from uniter.model.train.distributed import Processes
 logger = logging.getLogger(__name__)
 
 Scores = NDArray[np.float32]
+Score = Callable[[int, int], Scores]
 
 
 SLICE_PAIRS = 200_000
@@ -47,8 +49,8 @@ def pictures_of(corpus: Corpus) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
 
 def in_slices(
     texts: int,
-    pictures: int,
-    score: Callable[[int, int], Scores],
+    blocks: Sequence[tuple[int, int]],
+    of_block: Callable[[int, int], Score],
     *,
     processes: Processes,
     folder: Path | None = None,
@@ -58,7 +60,9 @@ def in_slices(
     """All scores (texts, pictures), on every process.
 
     Args:
-        score: (first, end) -> this process's share of the scores of these texts, (end - first, pictures); 0 where another process's.
+        blocks: the pictures, in runs of (first, end), that are scored one after the other.
+        of_block: such a run -> (first, end) -> this process's share of the scores of these texts with the pictures of the run, 0 where
+            another process's.
         folder: where slices are kept and found again; None keeps nothing.
         settings: what the scores depend on; asked for only where there is a folder.
         sources: the databases whose contents they depend on, by the names under which the folder remembers them.
@@ -66,22 +70,26 @@ def in_slices(
     Raises:
         SettingsDiffer: the folder holds scores of something else, or of other contents.
     """
-    step = max(1, SLICE_PAIRS // pictures)
+    pictures = blocks[-1][1]
+    step = max(1, SLICE_PAIRS // max(end - begin for begin, end in blocks))
     if folder is not None and processes.writes:
-        claim(folder, {**settings(), "texts_of_a_slice": step}, maker=SCORES, sources=sources)
+        said = {} if len(blocks) == 1 else {"pictures_of_slices": [end - begin for begin, end in blocks]}
+        claim(folder, {**settings(), "texts_of_a_slice": step, **said}, maker=SCORES, sources=sources)
     everything = np.empty((texts, pictures), dtype=np.float32)
-    for first in range(0, texts, step):
-        end = min(first + step, texts)
-        path = None if folder is None or not processes.writes else folder / f"scores_{first:08d}.npy"
-        kept: list[Scores] = processes.gather(_kept(path, (end - first, pictures)))[0]
-        if kept:
-            everything[first:end] = kept[0]
-            logger.info("%s of %s texts were scored already: %s", f"{end:,}", f"{texts:,}", path)
-            continue
-        everything[first:end] = np.stack(processes.gather(score(first, end))).sum(axis=0, dtype=np.float32)
-        if path is not None:
-            _keep(path, everything[first:end])
-        logger.info("scored %s of %s texts with %s pictures", f"{end:,}", f"{texts:,}", f"{pictures:,}")
+    for begin, end in blocks:
+        score, name = of_block(begin, end), "" if len(blocks) == 1 else f"_{begin:08d}"
+        for first in range(0, texts, step):
+            last = min(first + step, texts)
+            path = None if folder is None or not processes.writes else folder / f"scores_{first:08d}{name}.npy"
+            kept: list[Scores] = processes.gather(_kept(path, (last - first, end - begin)))[0]
+            if kept:
+                everything[first:last, begin:end] = kept[0]
+                logger.info("%s of %s texts were scored already: %s", f"{last:,}", f"{texts:,}", path)
+                continue
+            everything[first:last, begin:end] = np.stack(processes.gather(score(first, last))).sum(axis=0, dtype=np.float32)
+            if path is not None:
+                _keep(path, everything[first:last, begin:end])
+            logger.info("scored %s of %s texts with %s of %s pictures", f"{last:,}", f"{texts:,}", f"{end:,}", f"{pictures:,}")
     return everything
 
 

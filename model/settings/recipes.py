@@ -16,14 +16,17 @@ from uniter.model.tasks.table import row_of
 from uniter.model.tasks.task import PAIR, SEQUENCE, extras
 from uniter.model.uniter import PRESETS
 
-BYTES_A_WEIGHT = 16  # float32 weight, gradient and two moments
+BYTES_A_WEIGHT = 18  # float32 weight, gradient and two moments, and what it is rounded to for an update
 
 
 RESERVE = 1.5 * 2**30  # CUDA context, library workspaces
 
 
-# Of bf16 computation, kept for the backward pass of a token (benchmarks/memory.py: 20.9 and 56.2 MiB a pair).
-KEPT = {"base": 20.9 * 2**20 / SEQUENCE, "large": 56.2 * 2**20 / SEQUENCE}
+# Of bf16 computation, kept for the backward pass of a token (benchmarks/memory.py, a pair): everything, or with `recompute` what is left.
+KEPT = {"base": 18.1 * 2**20 / SEQUENCE, "large": 48.6 * 2**20 / SEQUENCE}
+
+
+KEPT_RECOMPUTED = {"base": 4.5 * 2**20 / SEQUENCE, "large": 8.5 * 2**20 / SEQUENCE}
 
 
 WEIGHTS = {"base": 110e6, "large": 336e6}  # with embeddings and pooler, without heads
@@ -80,7 +83,7 @@ def _costed(name: str, settings: TrainSettings) -> Recipe:
         clean = settings.adversarial.weight > 0
         passes, kept = settings.adversarial.steps * (1 + settings.adversarial.alternate) + clean, 1 + clean
     operations = (6 * passes * taken.tokens + 2 * taken.scored) * encoder_weights(size) * examples * settings.steps
-    memory = WEIGHTS[size] * BYTES_A_WEIGHT + RESERVE + KEPT[size] * in_a_batch * taken.tokens * kept
+    memory = memory_of(size, in_a_batch * taken.tokens * kept, recompute=settings.recompute)
     data = dict.fromkeys(_name(path) for corpus in settings.corpora for path in _paths(corpus))
     return Recipe(
         name=name,
@@ -91,9 +94,20 @@ def _costed(name: str, settings: TrainSettings) -> Recipe:
         examples=examples,
         data=tuple(data),
         start=_name(settings.from_),
-        memory=memory / 2**30,
+        memory=memory,
         hours=operations / H100_OPERATIONS / 3600,
     )
+
+
+def memory_of(size: str, tokens: int, *, recompute: bool) -> float:
+    """GiB of a GPU that training with micro-batches of so many tokens takes in bf16, by arithmetic.
+
+    Args:
+        size: base or large.
+        recompute: only the input of each layer is kept.
+    """
+    kept = KEPT_RECOMPUTED if recompute else KEPT
+    return (WEIGHTS[size] * BYTES_A_WEIGHT + RESERVE + kept[size] * tokens) / 2**30
 
 
 def encoder_weights(size: str) -> int:

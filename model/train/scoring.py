@@ -63,11 +63,16 @@ class Scoring:
             part, self.masking, budget=self.budget, seed=seed, by_example=self.by_example, pairing=pairing,
             rank=rank, world=world, workers=self.workers, pin_memory=device.type == "cuda",
         )  # fmt: skip
+        yield from self.put_through(batches, head)
+
+    @torch.no_grad()
+    def put_through(self, batches: Iterator[MicroBatch], head: Head) -> Iterator[tuple[MicroBatch, PackedBatch, Outputs]]:
+        """What `scored` gives, of batches on the host that are made already."""
         was_training = self.model.training
         self.model.eval()
         try:
-            for made in on_device(batches, device):
-                with computing_in(self.precision, device):
+            for made in on_device(batches, self.processes.device):
+                with computing_in(self.precision, self.processes.device):
                     outputs = head(self.model, made.batch)
                 yield made, made.batch, outputs
         finally:

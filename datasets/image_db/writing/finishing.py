@@ -34,8 +34,8 @@ class _Units:
         self.counts: list[int] = []
         failure_units: list[int] = []
         for number in range(units):
-            folder = unit_folder(path, number)
-            columns = load_arrays(folder / INDEX, needed=(*KEY_COLUMNS, "region_counts", "checksums"))
+            folder = str(unit_folder(path, number))
+            columns = load_arrays(f"{folder}/{INDEX}", needed=(*KEY_COLUMNS, "region_counts", "checksums"))
             text, begin = columns["key_bytes"].tobytes(), 0
             for end in columns["key_ends"].tolist():
                 self.keys.append(text[begin:end])
@@ -48,7 +48,7 @@ class _Units:
             found["units"].append(np.full(len(hashes), number, dtype=np.int32))
             self.photographs.append({name: column for name, column in columns.items() if name.startswith("photograph_")})
             self.counts.append(len(hashes))
-            rows = read_failures(folder / "failures.jsonl")
+            rows = read_failures(f"{folder}/failures.jsonl")
             self.failed += rows
             failure_units += [number] * len(rows)
         kinds = {"hashes": np.uint64, "region_counts": np.int32, "checksums": np.uint32, "units": np.int32}

@@ -17,6 +17,7 @@ common writer, and the final file is a function of the records alone, however of
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -96,6 +97,7 @@ class UnitStore:
         self.claim = claim(path, settings, maker=REGIONS, sources=sources, overwrite=overwrite, may_differ=may_differ)
         self.settings: Mapping[str, Any] = self.claim.settings
         self._first = self._awaited = 0  # of the group that is to be moved next, as far as this process knows, and whom it waits for
+        self._moved = 0  # how far this process moved the work last: it deleted what was moved itself
         self._recover()
         if not self.is_complete():
             self.units_folder.mkdir(exist_ok=True)
@@ -313,6 +315,7 @@ class UnitStore:
                 end = group_end(standing.units)
                 numbers = range(standing.units, end if units is None else min(end, units))
                 standing = move(self.path, standing, numbers)
+                self._moved = standing.units
             if units is not None and standing.again:
                 move(self.path, standing, standing.again)
 
@@ -325,16 +328,16 @@ class UnitStore:
                 return
             with full_disk_said(self.path):
                 standing = read_standing(self.path)
-                yield standing if standing.swept == standing.units else sweep(self.path, standing)
+                yield standing if standing.units in (standing.swept, self._moved) else sweep(self.path, standing)
 
     def _group_is_finished(self, first: int | None = None) -> bool:
         """Whether the units from `first` to the end of its group are all there; the one that was found missing last is looked for first."""
         self._first = self._first if first is None else first
-        numbers = range(self._first, group_end(self._first))
-        if self._awaited in numbers and not self._folder(self._awaited).is_dir():
+        numbers, folder = range(self._first, group_end(self._first)), str(self.units_folder)
+        if self._awaited in numbers and not os.path.isdir(f"{folder}/{self._awaited:05d}"):  # noqa: PTH112
             return False
         for number in reversed(numbers):
-            if not self._folder(number).is_dir():
+            if not os.path.isdir(f"{folder}/{number:05d}"):  # noqa: PTH112
                 self._awaited = number
                 return False
         return True

@@ -18,13 +18,15 @@ from uniter.datasets.batches.corpus import open_corpus
 from uniter.datasets.batches.example import Example, Masking
 from uniter.datasets.batches.pretraining import matched_pair
 from uniter.datasets.errors import BadInput, SettingsDiffer
+from uniter.datasets.image_db import ImageDB
 from uniter.model import UniterConfig
 from uniter.model.checkpoints.load import load_downstream
 from uniter.model.checkpoints.write import save_checkpoint
-from uniter.model.evaluation import pair_scores
+from uniter.model.evaluation import finetuned, known_pictures, pair_scores
 from uniter.model.evaluation.finetuned import evaluate_finetuned, predict
 from uniter.model.heads.downstream import UniterForRetrieval
 from uniter.model.train.distributed import Processes
+from uniter.model.train.scoring import Scoring
 
 PICTURES = 14
 
@@ -100,6 +102,42 @@ def test_it_goes_on_where_it_was_stopped(
     assert len(json.loads((tmp_path / "ranks.json").read_text())["texts_of_image"]) == PICTURES
 
 
+def test_each_picture_is_read_once(model: Path, world: tuple[Path, Path], small_slices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, rows = ImageDB.read_arrays, []
+    monkeypatch.setattr(ImageDB, "read_arrays", lambda database, row, fields: (rows.append(row), read(database, row, fields))[1])
+    evaluated(model, world)
+    assert sorted(rows) == list(range(PICTURES))
+
+
+def test_more_pictures_than_can_be_held_are_scored_in_blocks(
+    model: Path, world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluated(model, world, scores=tmp_path / "whole")
+    of_picture = 6 * 32 * 4  # regions, hidden units, bytes
+    monkeypatch.setattr(known_pictures, "STORE_BYTES", 5 * of_picture + 1)
+    monkeypatch.setattr(pair_scores, "SLICE_PAIRS", 5 * 20)
+    assert evaluated(model, world, scores=tmp_path / "blocks") == whole
+    found = {path.name: np.load(path) for path in (tmp_path / "blocks").glob("scores_*.npy")}
+    assert {name: scores.shape for name, scores in found.items()} == {
+        f"scores_{text:08d}_{picture:08d}.npy": (texts, pictures)
+        for text, texts in ((0, 20), (20, 8))
+        for picture, pictures in ((0, 5), (5, 5), (10, 4))
+    }
+    together = np.block([[found[f"scores_{text:08d}_{picture:08d}.npy"] for picture in (0, 5, 10)] for text in (0, 20)])
+    assert np.allclose(together, kept(tmp_path / "whole"), atol=1e-6)
+    # What is there is not scored again, and a folder of whole slices is not taken for one of blocks.
+    monkeypatch.setattr(finetuned, "know", lambda *_: pytest.fail("all scores are there"))
+    assert evaluated(model, world, scores=tmp_path / "blocks") == whole
+    with pytest.raises(SettingsDiffer, match="pictures_of_slices"):
+        evaluated(model, world, scores=tmp_path / "whole")
+
+
+def test_runs_of_pictures_fit_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_pictures, "STORE_BYTES", 100 * 32 * 4)
+    scoring = Scoring(UniterForRetrieval(UniterConfig.preset("tiny", hidden_size=32)), Processes(0, 1, torch.device("cpu")), 100, 0)
+    assert known_pictures.blocks_of(np.array([60, 40, 1, 99, 300, 5]), scoring) == [(0, 2), (2, 4), (4, 5), (5, 6)]
+
+
 def test_scores_of_something_else_are_refused(model: Path, world: tuple[Path, Path], tmp_path: Path) -> None:
     evaluated(model, world, scores=tmp_path)
     with pytest.raises(SettingsDiffer, match='precision was "fp32", now "bf16"'):
@@ -121,7 +159,10 @@ def test_shares_of_several_processes_are_added() -> None:
         def gather(self, value: Any) -> list[Any]:
             return [value, value if isinstance(value, list) else 10 * value]
 
-    made = pair_scores.in_slices(3, 2, lambda first, end: np.ones((end - first, 2), np.float32), processes=Two(0, 2, torch.device("cpu")))
+    def of_block(begin: int, end: int) -> pair_scores.Score:
+        return lambda first, last: np.ones((last - first, end - begin), np.float32)
+
+    made = pair_scores.in_slices(3, [(0, 2)], of_block, processes=Two(0, 2, torch.device("cpu")))
     assert made.tolist() == [[11, 11]] * 3
 
 

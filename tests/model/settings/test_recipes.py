@@ -8,7 +8,7 @@ import pytest
 from uniter.datasets.errors import BadInput
 from uniter.model.settings.files import load_config, shipped_configs
 from uniter.model.settings.gather import gather_settings
-from uniter.model.settings.recipes import recipes
+from uniter.model.settings.recipes import memory_of, recipes
 from uniter.model.settings.settings import TrainSettings
 from uniter.model.tasks.table import DOWNSTREAM
 from uniter.model.train.runs import _share
@@ -165,6 +165,15 @@ def test_what_they_take_is_the_documented_arithmetic() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith("small-gpu-")])
+def test_settings_for_small_gpus_fit_them(name: str) -> None:
+    card, _, size = name.removeprefix("small-gpu-").partition("gb-")
+    settings = gather_settings(name, text=["a.db"], images=["a.lmdb"])
+    assert settings.batch_tokens and settings.precision == "bf16"
+    taken = memory_of(size or "base", settings.batch_tokens, recompute=settings.recompute)
+    assert 0.7 * int(card.removesuffix("gb")) < taken < 0.95 * int(card.removesuffix("gb"))
+
+
 @pytest.mark.parametrize(("world", "share"), [(1, 20), (2, 10), (4, 5), (5, 4), (20, 1)])
 def test_other_numbers_of_processes_share_an_update(world: int, share: int) -> None:
     assert _share(5, 4, world) == share
@@ -179,5 +188,8 @@ def test_processes_that_cannot_share_are_told() -> None:
 def test_the_page_of_reproduction_names_every_recipe() -> None:
     page = (Path(__file__).parents[3] / "docs" / "reproducing.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in ALL)
+    assert all(
+        f"| {recipe.memory:.0f} GiB |" in line for recipe in recipes() for line in page.splitlines() if f"| `{recipe.name}` | `" in line
+    )
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     assert len(cells) > 60 and all(all(row) for row in cells), "no cell is empty"

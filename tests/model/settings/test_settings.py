@@ -85,14 +85,19 @@ def test_shipped_settings_are_valid_and_named() -> None:
 
 @pytest.mark.parametrize(
     ("name", "examples"),
-    [("small-gpu-8gb", 3840), ("small-gpu-12gb", 3840), ("small-gpu-24gb", 3840), ("pretrain-in-domain-base", 16 * 80)],
+    [
+        *((f"small-gpu-{card}gb", 3840) for card in (8, 12, 24)),
+        *((f"small-gpu-{card}gb-large", 16 * 4 * 48) for card in (8, 12, 24)),
+        ("pretrain-in-domain-base", 16 * 80),
+    ],
 )
 def test_shipped_settings_have_the_published_number_of_examples_in_an_update(name: str, examples: int) -> None:
-    """48 (in-domain 16) micro-batches of about 80 examples of about 55 tokens."""
+    """48 (in-domain 16) micro-batches of about 80 examples of about 55 tokens; of the large model 64 of 48."""
     settings = gather_settings(name, text=["a.db"], images=["a.lmdb"])
     assert settings.batch_tokens and settings.accumulation
     assert settings.batch_tokens * settings.accumulation == examples * 55
-    assert (settings.from_, settings.optimizer.learning_rate, settings.optimizer.clip) == ("bert-base-cased", 5e-5, 5.0)
+    start = "bert-large-cased" if name.endswith("-large") else "bert-base-cased"
+    assert (settings.from_, settings.optimizer.learning_rate, settings.optimizer.clip) == (start, 5e-5, 5.0)
     alone = gather_settings(name, text=["a.db"], images=["a.lmdb"], assignments=["from=null"], options={"model.size": "base"})
     assert alone.from_ is None
 
