@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch, hidden_places
-from uniter.model import UniterConfig, UniterForPretraining
+from uniter.model.heads.pretraining import UniterForPretraining
 from uniter.model.losses import masked_words
-from uniter.model.uniter import set_dropout
+from uniter.model.uniter import UniterConfig, set_dropout
 
 GIB = 2**30
 RESERVE = 1.5 * GIB  # CUDA context, library workspaces, fragmentation

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.masking import NOT_PREDICTED
-from uniter.model import UniterConfig, UniterForPretraining, losses
-from uniter.model.heads.pretraining import Outputs
+from uniter.model import losses
+from uniter.model.heads.pretraining import Outputs, UniterForPretraining
 from uniter.model.train.optim import AdamW, clear_gradients, clip_gradients, parameter_groups
 from uniter.model.transport import transport_distances
-from uniter.model.uniter import PRESETS
+from uniter.model.uniter import PRESETS, UniterConfig
 
 BUCKET, NEIGHBOURS = 8192, 128
 MASKED = 0.15
