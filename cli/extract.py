@@ -83,8 +83,9 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--batch-size", type=click.IntRange(1), help="Images that run together.  [default: fitted to the machine]")
 @click.option("--workers", type=click.IntRange(1), help="Threads that read and decode.  [default: fitted to the machine]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...  [default: cuda where there is one]")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
-              help="fp32 reproduces the reference; the others are faster.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True,
+              help="fp32 reproduces the reference; bf16 and fp16 run the RoI head alone in half precision; tf32 multiplies in TF32 "
+                   "throughout, which moves proposals. tf32 and fp16 need a GPU.")  # fmt: skip
 @click.option("--max-pixels", type=click.IntRange(1), default=178_956_970, show_default=True,
               help="Images that claim more pixels are refused as decompression bombs.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Begin anew; what OUT holds stays until that is whole.")

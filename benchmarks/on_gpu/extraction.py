@@ -15,6 +15,8 @@ from on_gpu.rows import Place, Row, attempted, seconds_each, waits_of
 from torch import nn
 from torch.nn import functional as F
 
+from uniter.datasets.devices import float32_products
+
 ARITHMETIC = 420.0  # images a second of butd on an H100, at the rate its products were measured with
 OPENED = ("cv2", "ijson", "lmdb", "msgpack", "orjson", "PIL", "tqdm", "safetensors")
 AIM = "120, then 200"
@@ -146,17 +148,11 @@ def _bare_seconds(place: Place, precision: str, batch: int) -> float:
     images = torch.randn(batch, 3, height, width, device=place.device).to(memory_format=torch.channels_last)
     corners = torch.rand(count, 2, 2, device=place.device).sort(dim=1).values.reshape(count, 4)
     boxes = [corners * torch.tensor([width, height, width, height], device=place.device)] * batch
-    allowed = precision == "tf32"
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    try:
-        with (
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed),
-            torch.autocast(place.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
-        ):
-            return seconds_each(lambda: network(images, boxes), place, most=0.1 if place.small else 2.0, least_times=1)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with (
+        float32_products(tf32=precision == "tf32"),
+        torch.autocast(place.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        return seconds_each(lambda: network(images, boxes), place, most=0.1 if place.small else 2.0, least_times=1)
 
 
 def _bare(place: Place, precision: str) -> Iterator[Row]:

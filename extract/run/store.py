@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from uniter.datasets.devices import kind_of
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
@@ -106,6 +107,7 @@ def run_header(detector: Detector, work: Work) -> dict[str, Any]:
         "box_kind": "given" if work.given is not None else settings.get("box_kind", "proposal"),
         "selection": work.selection(),
         "batch_size": work.batch_size,
+        "device": kind_of(detector.device),
         "software": f"uniter-toolkit {importlib.metadata.version('uniter-toolkit')}",
         "class_names": list(detector.class_names),
         "attribute_names": list(detector.attribute_names),
