@@ -71,20 +71,11 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
     switches: list[tuple[Any, Any, str]] = [(torch.backends.cuda.matmul, cuda, "tf32" if tf32 else "ieee")]
     switches += [(cuda.conv, cuda, "tf32" if tf32 else "ieee"), (mkldnn.conv, mkldnn, "ieee"), (mkldnn.matmul, mkldnn, "ieee")]
     # What a switch says may come from the one above it: then it goes back to following that one.
-    earlier = [
-        (switch, "none" if switch.fp32_precision == above.fp32_precision else switch.fp32_precision) for switch, above, _ in switches
-    ]
+    said = [(switch, switch.fp32_precision, above.fp32_precision) for switch, above, _ in switches]
     for switch, _, wanted in switches:
         switch.fp32_precision = wanted
     try:
         yield
     finally:
-        for switch, value in earlier:
-            switch.fp32_precision = value
-
-
-def kind_of(device: str) -> str:
-    """What computes there, for the record: a card's name, or "cpu"."""
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return torch.cuda.get_device_name(torch.device(device))
-    return device.partition(":")[0]
+        for switch, own, followed in said:
+            switch.fp32_precision = "none" if own == followed else own

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from uniter.datasets.devices import kind_of
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_ids
 from uniter.datasets.image_db.writing.units import UnitStore
@@ -112,6 +111,16 @@ def run_header(detector: Detector, work: Work) -> dict[str, Any]:
         "class_names": list(detector.class_names),
         "attribute_names": list(detector.attribute_names),
     }
+
+
+def kind_of(device: str) -> str:
+    """What computes there, for the record: a card's name, or "cpu"."""
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name(torch.device(device))
+    return device.partition(":")[0]
 
 
 def ids_of_given(out: Path, listed: ImageList, given: GivenBoxes) -> dict[str, list[Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from uniter.datasets.devices import float32_products, kind_of, usable_device
+from uniter.datasets.devices import float32_products, usable_device
 from uniter.datasets.errors import BadInput
 
 
@@ -88,10 +88,3 @@ def test_switches_that_followed_another_still_do(as_before: None) -> None:
         pass
     torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
     assert switches()[0] == "ieee"
-
-
-def test_the_kind_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (kind_of("cpu"), kind_of("cuda:1") if not torch.cuda.is_available() else "cuda") == ("cpu", "cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a card at {device}")
-    assert kind_of("cuda:1") == "a card at cuda:1"
