@@ -6,6 +6,8 @@ probabilities in either case (CPU and CUDA use flash kernels without dropout, wh
 hold on a GPU but for the workspace of its libraries, for which RESERVE is set aside.
 
     python benchmarks/memory.py
+
+Counted on the CPU, for any card: takes no --device; `benchmarks/gpu.py` measures the peak on a real one.
 """
 
 import argparse

@@ -16,7 +16,6 @@ import train as examples  # benchmarks/train.py: the padded model
 from on_gpu.place import ROOT
 from on_gpu.rows import Place, Row, attempted
 from on_gpu.steps import batch_of, build
-from torch import Tensor
 
 from uniter.datasets.batches.filling import Room, fill, only_real
 from uniter.model import losses
@@ -98,17 +97,9 @@ def _padded(place: Place) -> Iterator[Row]:
     """The padded model of benchmarks/train.py has the same parameters."""
     model = build(place).eval()
     batch, pairs = batch_of(place, "mlm", 150 if place.small else 4096, model.config)
-    rectangle = examples.padded(batch)
-    moved = examples.PaddedBatch(
-        **{
-            name: value.to(place.device) if isinstance(value, Tensor) else value
-            for name, value in vars(rectangle).items()
-            if name != "targets"
-        },
-        targets={name: value.to(place.device) for name, value in rectangle.targets.items()},
-    )
+    moved = examples.padded(batch).to(place.device)
     words = batch.targets["words"]
-    with torch.no_grad(), place.device:
+    with torch.no_grad():
         got = model.masked_words(batch.to(place.device))["scores"]
         expected = examples.PaddedUniter(model).masked_words(moved)["scores"]
     assert len(got) == int((words != -1).sum())
