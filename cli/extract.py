@@ -84,12 +84,8 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--batch-size", type=click.IntRange(1), help="Images that run together.  [default: fitted to the machine]")
 @click.option("--workers", type=click.IntRange(1), help="Threads that read and decode.  [default: fitted to the machine]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...  [default: cuda where there is one]")
-@click.option(
-    "--devices",
-    "device_names",
-    metavar="LIST",
-    help="all, or cuda:0,cuda:1 ...: a process for each; they share the units, and take over those of one that dies.",
-)
+@click.option("--devices", "device_names", metavar="LIST",
+              help="all, or cuda:0,cuda:1 ...: a process for each; they share the units, and take over those of one that dies.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True,
               help="fp32 reproduces the reference; bf16 and fp16 run the RoI head alone in half precision; tf32 multiplies in TF32 "
                    "throughout, which moves proposals. tf32 and fp16 need a GPU.")  # fmt: skip
@@ -147,7 +143,7 @@ def main(
     from uniter.extract.install import require_detectron2
     from uniter.extract.run.options import Options
     from uniter.extract.run.processes import devices_of
-    from uniter.extract.run.shares import Share, local_index, share_from_environment
+    from uniter.extract.run.shares import Share, local_index, processes_here, share_from_environment
 
     if list_detectors or fetched is not None:
         return _about_detectors(context, fetched, as_json=as_json)
@@ -158,8 +154,10 @@ def main(
     share = share_from_environment(os.environ) if shard is None else Share(*shard, local_index(os.environ))
     if share.source and ray_address is None:
         log.info("share %d of %d (from %s; --shard 0/1 does everything here)", share.index, share.count, share.source)
-    if device_names is not None and share.count > 1:
-        raise click.UsageError(f"--devices has a process for each device already; leave it out, or start one process ({share.source})")
+    if device_names is not None and (processes := processes_here(os.environ)) > 1:
+        raise click.UsageError(
+            f"--devices starts a process for each device, and {processes} run here ({share.source}); leave one of the two out"
+        )
     devices = None if device_names is None else devices_of(device_names)
     options = Options(
         given=GivenBoxes(boxes) if boxes is not None else None, shard=(0, 1) if ray_address else (share.index, share.count),

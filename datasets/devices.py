@@ -67,7 +67,8 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
         return
-    cuda, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    cuda: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
     switches: list[tuple[Any, Any, str]] = [(torch.backends.cuda.matmul, cuda, "tf32" if tf32 else "ieee")]
     switches += [(cuda.conv, cuda, "tf32" if tf32 else "ieee"), (mkldnn.conv, mkldnn, "ieee"), (mkldnn.matmul, mkldnn, "ieee")]
     # What a switch says may come from the one above it: then it goes back to following that one.
