@@ -85,7 +85,7 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--workers", type=click.IntRange(1), help="Threads that read and decode.  [default: fitted to the machine]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...  [default: cuda where there is one]")
 @click.option("--devices", "device_names", metavar="LIST",
-              help="all, or cuda:0,cuda:1 ...: a process for each; they share the units, and take over those of one that dies.")  # fmt: skip
+              help="all, or cuda:0,cuda:1 ...: a process for each; units are shared, and those of one that dies taken over.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True,
               help="fp32 reproduces the reference; bf16 and fp16 run the RoI head alone in half precision; tf32 multiplies in TF32 "
                    "throughout, which moves proposals. tf32 and fp16 need a GPU.")  # fmt: skip

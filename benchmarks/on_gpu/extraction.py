@@ -120,11 +120,15 @@ class BareR101(nn.Module):
         self.classes = nn.Linear(2048 // narrow, 1601)
 
     def forward(self, images: torch.Tensor, boxes: list[torch.Tensor]) -> torch.Tensor:
-        from torchvision.ops import roi_pool
-
         maps = self.body(F.max_pool2d(F.relu(self.stem(images)), 3, 2, 0, ceil_mode=True))
         self.rpn(maps)
-        pooled = roi_pool(maps.float(), boxes, 14, 1 / 16).to(maps.dtype).contiguous(memory_format=torch.channels_last)
+        if importlib.util.find_spec("torchvision") is None:  # some cells of each map, as many as there are boxes
+            pooled = F.interpolate(maps, (14, 14)).repeat_interleave(len(boxes[0]), dim=0)
+        else:
+            from torchvision.ops import roi_pool
+
+            pooled = roi_pool(maps.float(), boxes, 14, 1 / 16).to(maps.dtype)
+        pooled = pooled.contiguous(memory_format=torch.channels_last)
         found: torch.Tensor = self.classes(self.head(pooled).mean(dim=(2, 3))).softmax(dim=1)
         return found
 

@@ -23,7 +23,7 @@ from torchvision.ops import RoIPool, batched_nms
 from uniter.datasets.devices import float32_products
 from uniter.extract.detector.cpu import keep_freed_memory, max_pooled
 from uniter.extract.detector.extents import PaddingGuard, Size, pad_together, supports_padding
-from uniter.extract.detector.fixed_size import Candidates, clip, detectron2_candidates, first_standing
+from uniter.extract.detector.fixed_size import Candidates, FixedBoxes, clip, detectron2_candidates, first_standing
 from uniter.extract.detector.lite import UniterSecondLookROIHeads
 
 FeatureMaps = dict[str, Tensor]
@@ -170,22 +170,25 @@ class RegionNetwork:
         # A copy out of pageable memory would wait for the network.
         factors = torch.tensor([scale * 2 for scale in scales], pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
         levels = self.feature_maps(inputs)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
         # All proposals first, whose number the host has to know: the heads then run on a GPU one after the other without waiting.
-        found = []
-        for index, (maps, answers) in enumerate(levels):
-            size = (images[index].shape[0], images[index].shape[1])
-            kept = settled = None
-            if boxes is None and fixed:
-                in_network, kept, settled = self.fixed_proposals(maps, answers, size, scales[index][0])
-                in_image = in_network / factors[index]
-            elif boxes is None:
-                in_network, _ = self.proposals(maps, answers, size, scales[index][0])
-                if self.looks_twice:
-                    in_network = self.regressed(maps, in_network, size)
-                in_image = in_network / factors[index]
-            else:
-                in_network, in_image = boxes[index] * factors[index], boxes[index]
-            found.append(Places(in_network, in_image, factors[index], size, boxes is not None, kept, settled))
+        if boxes is None and fixed:
+            proposed = self.fixed_proposals(levels, sizes, [scale[0] for scale in scales])
+            found = [
+                Places(one.boxes, one.boxes / factor, factor, size, False, one.kept, one.settled)
+                for one, factor, size in zip(proposed, factors, sizes, strict=True)
+            ]
+        else:
+            found = []
+            for index, (maps, answers) in enumerate(levels):
+                if boxes is None:
+                    in_network, _ = self.proposals(maps, answers, sizes[index], scales[index][0])
+                    if self.looks_twice:
+                        in_network = self.regressed(maps, in_network, sizes[index])
+                    in_image = in_network / factors[index]
+                else:
+                    in_network, in_image = boxes[index] * factors[index], boxes[index]
+                found.append(Places(in_network, in_image, factors[index], sizes[index], boxes is not None))
         return [self.described(maps, places, attributes=attributes) for (maps, _), places in zip(levels, found, strict=True)]
 
     def described(self, maps: FeatureMaps, places: Places, *, attributes: bool) -> Found:
@@ -242,31 +245,36 @@ class RegionNetwork:
         found = self.rpn.predict_proposals(anchors, logits, deltas, [size], **arguments)[0]
         return found.proposal_boxes.tensor, found.objectness_logits
 
-    def fixed_proposals(self, maps: FeatureMaps, answers: FeatureMaps, size: Size, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """As `proposals`, regressed where the detector looks twice, without a wait.
+    def fixed_proposals(
+        self, levels: Sequence[tuple[FeatureMaps, FeatureMaps]], sizes: Sequence[Size], scales: Sequence[float]
+    ) -> list[FixedBoxes]:
+        """As `proposals` of all images of a batch, regressed where the detector looks twice, without a wait; boxes in network pixels."""
+        candidates = []
+        for (maps, answers), size, scale in zip(levels, sizes, scales, strict=True):
+            anchors = self._anchors_of([maps[name] for name in self.rpn.in_features])
+            logits, deltas = ([level[0] for level in part] for part in in_the_anchors_order(answers, len(anchors)))
+            if hasattr(self.rpn, "candidates"):
+                candidates.append(self.rpn.candidates(anchors, logits, deltas, size, scale))
+            else:
+                candidates.append(detectron2_candidates(self.rpn, anchors, logits, deltas, size))
+        proposed = first_standing(candidates)
+        if not self.looks_twice:
+            return proposed
+        moved = []
+        for (maps, _), size, first in zip(levels, sizes, proposed, strict=True):
+            boxes, best, classes = self.moved(maps, first.boxes, size)
+            there = torch.arange(len(boxes), device=self.device) < first.kept
+            moved.append(Candidates(boxes, best, there, boxes, classes, len(boxes), len(boxes), SECOND_LOOK_NMS))
+        return [again._replace(settled=first.settled & again.settled) for first, again in zip(proposed, first_standing(moved), strict=True)]
 
-        Returns:
-            Boxes (K, 4), how many of them are no fillers, and whether they settled; see `FixedBoxes`.
-        """
-        levels = [maps[name] for name in self.rpn.in_features]
-        shapes = tuple((map_.shape[2], map_.shape[3]) for map_ in levels)
+    def _anchors_of(self, maps: list[Tensor]) -> list[Any]:
+        """Detectron2's anchors of these levels, kept for maps of the same sizes."""
+        shapes = tuple((map_.shape[2], map_.shape[3]) for map_ in maps)
         if shapes not in self._anchors:
             if len(self._anchors) >= ANCHORS_KEPT:
                 self._anchors.clear()
-            self._anchors[shapes] = self.rpn.anchor_generator(levels)
-        anchors = self._anchors[shapes]
-        logits, deltas = ([level[0] for level in part] for part in in_the_anchors_order(answers, len(anchors)))
-        if hasattr(self.rpn, "candidates"):
-            candidates = self.rpn.candidates(anchors, logits, deltas, size, scale)
-        else:
-            candidates = detectron2_candidates(self.rpn, anchors, logits, deltas, size)
-        proposed = first_standing(candidates)
-        if not self.looks_twice:
-            return proposed.boxes, proposed.kept, proposed.settled
-        there = torch.arange(len(proposed.boxes), device=self.device) < proposed.kept
-        boxes, best, classes = self.moved(maps, proposed.boxes, size)
-        again = first_standing(Candidates(boxes, best, there, boxes, classes, len(boxes), len(boxes), SECOND_LOOK_NMS))
-        return again.boxes, again.kept, proposed.settled & again.settled
+            self._anchors[shapes] = self.rpn.anchor_generator(maps)
+        return self._anchors[shapes]
 
     def regressed(self, maps: FeatureMaps, boxes: Tensor, size: Size) -> Tensor:
         """Where a first look moves boxes to, each for its best class; of those that then lie on each other in a class, the best.

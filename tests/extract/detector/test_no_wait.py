@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import nms
 
 from uniter.extract.detector.detectron import Detectron2Detector
-from uniter.extract.detector.fixed_size import Candidates, first_standing, overlapping_pairs, settled_standing
+from uniter.extract.detector.fixed_size import Candidates, first_standing
 from uniter.extract.detector.network import RegionNetwork
 from uniter.extract.detector.preparation import CaffePreparation, ShortestEdgePreparation
 from uniter.extract.detector.recipes import Recipe, find_recipe
@@ -150,11 +150,11 @@ def test_suppression_of_one_size_is_torchvisions(seed: int, threshold: float) ->
     order = scores.argsort(descending=True, stable=True)
     expected = order[nms(boxes[order], scores[order], threshold)][:30]
     usable = torch.ones(150, dtype=torch.bool)
-    found = first_standing(Candidates(boxes, scores, usable, boxes, None, 150, 30, threshold))
+    found = first_standing([Candidates(boxes, scores, usable, boxes, None, 150, 30, threshold)])[0]
     assert bool(found.settled) and found.rows[: int(found.kept)].tolist() == expected.tolist()
     assert torch.equal(found.boxes[int(found.kept) :], boxes[expected[:1]].expand(30 - int(found.kept), 4))
     groups = torch.arange(150) % 3
-    found = first_standing(Candidates(boxes, scores, usable, boxes, groups, 150, 150, threshold))
+    found = first_standing([Candidates(boxes, scores, usable, boxes, groups, 150, 150, threshold)])[0]
     alone = [torch.nonzero(groups == number).squeeze(1) for number in range(3)]
     kept = torch.cat([rows[nms(boxes[rows], scores[rows] - 1e-6 * rows, threshold)] for rows in alone])
     assert sorted(found.rows[: int(found.kept)].tolist()) == sorted(kept.tolist())
@@ -167,19 +167,37 @@ def test_unusable_boxes_are_not_there() -> None:
     kept = torch.nonzero(usable).squeeze(1)
     order = kept[scores[kept].argsort(descending=True, stable=True)]
     expected = order[nms(boxes[order], scores[order], 0.5)]
-    found = first_standing(Candidates(boxes, scores, usable, boxes, None, 40, 40, 0.5))
+    found = first_standing([Candidates(boxes, scores, usable, boxes, None, 40, 40, 0.5)])[0]
     assert found.rows[: int(found.kept)].tolist() == expected.tolist()
-    nothing = first_standing(Candidates(boxes, scores, torch.zeros_like(usable), boxes, None, 40, 40, 0.5))
+    nothing = first_standing([Candidates(boxes, scores, torch.zeros_like(usable), boxes, None, 40, 40, 0.5)])[0]
     assert int(nothing.kept) == 0
 
 
+def chain() -> Candidates:
+    """Thirty boxes of which each overlaps the next."""
+    boxes = torch.stack([torch.tensor([3.0 * n, 0.0, 3.0 * n + 10, 10.0]) for n in range(30)])
+    return Candidates(boxes, -torch.arange(30.0), torch.ones(30, dtype=torch.bool), boxes, None, 30, 30, 0.5)
+
+
 def test_a_chain_longer_than_the_rounds_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = torch.stack([torch.tensor([3.0 * n, 0.0, 3.0 * n + 10, 10.0]) for n in range(30)])
-    overruled, there = overlapping_pairs(chain, 0.5).tril(diagonal=-1), torch.ones(30, dtype=torch.bool)
-    standing, settled = settled_standing(overruled, there)
-    assert bool(settled) and standing.tolist() == [number % 2 == 0 for number in range(30)]
-    monkeypatch.setattr("uniter.extract.detector.fixed_size.ROUNDS", 10)
-    assert not bool(settled_standing(overruled, there)[1])
+    (found,) = first_standing([chain()])
+    assert bool(found.settled) and found.rows[: int(found.kept)].tolist() == list(range(0, 30, 2))
+    boxes, scores = crowd(20, 0)
+    short = Candidates(boxes, scores, torch.ones(20, dtype=torch.bool), boxes, None, 20, 20, 0.5)
+    monkeypatch.setattr("uniter.extract.detector.fixed_size.ROUNDS", 12)
+    assert [bool(one.settled) for one in first_standing([chain(), short])] == [False, True]
+
+
+def test_blocks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of unlike numbers of boxes together, and blocks of which some are not full."""
+    images = []
+    for count in (37, 150, 1):
+        boxes, scores = crowd(count, count)
+        images.append(Candidates(boxes, scores, torch.arange(count) % 7 != 3, boxes, torch.arange(count) % 2, 120, 60, 0.4))
+    expected = [first_standing([image])[0] for image in images]
+    monkeypatch.setattr("uniter.extract.detector.fixed_size.BLOCK", 16)
+    for got, wanted in zip(first_standing(images), expected, strict=True):
+        assert bool(got.settled) and int(got.kept) == int(wanted.kept) and torch.equal(got.rows, wanted.rows)
 
 
 def test_vinvls_choice_of_classes_still_waits() -> None:
