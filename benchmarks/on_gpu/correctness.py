@@ -16,6 +16,7 @@ import train as examples  # benchmarks/train.py: the padded model
 from on_gpu.place import ROOT
 from on_gpu.rows import Place, Row, attempted
 from on_gpu.steps import batch_of, build
+from torch import Tensor
 
 from uniter.datasets.batches.filling import Room, fill, only_real
 from uniter.model import losses
@@ -107,28 +108,35 @@ def _padded(place: Place) -> Iterator[Row]:
 
 
 def _gradients(place: Place) -> Iterator[Row]:
-    """A small batch of every task, forward and backward, on this device and on the CPU."""
+    """A small batch of every task, forward and backward, on this device by both kernels of attention, and on the CPU."""
     if not place.on_gpu:
         return
-    for kernel in ("auto", "efficient"):
+    cpu, config = torch.device("cpu"), UniterConfig.preset("tiny", image_feature_size=64, label_classes=9, vocab_size=100)
+    for kernel, dtype, most in (("efficient", None, 1e-3), ("flash", torch.bfloat16, 5e-2)):
         worst, largest = "", 0.0
-        for task, row in PRETRAINING.items():
+        for task in PRETRAINING:
             if task == "mrfr":  # made like masked classes but for its targets
                 continue
-            gradients = []
-            for device in ("cpu", place.device):
-                torch.manual_seed(0)
-                model = UniterForPretraining(UniterConfig.preset("tiny", image_feature_size=64, label_classes=9, vocab_size=100))
-                set_dropout(model.to(device).train(), 0.0)
-                model.uniter.attention_kernel = kernel if device != "cpu" else "auto"
-                name = "mrc-kl" if task == "mrc" else task
-                batch = examples.make_batch(name, np.array([7, 3, 9]), np.array([5, 8, 2]), model.config, seed=0).to(device)
-                losses.of(row.losses(row.head(model, batch), batch.targets), weights=row.weights, reduction=row.reduction).number.backward()
-                gradients.append({name: value.grad.cpu() for name, value in model.named_parameters() if value.grad is not None})
-            for name, expected in gradients[0].items():
-                if (found := difference(gradients[1][name] * 100, expected * 100)) > largest:
-                    worst, largest = f"{task} {name}", found
-        yield judged(f"gradients against the CPU's, attention {kernel} ({worst})", largest, 1e-2)
+            expected = _gradients_of(task, config, cpu, "auto", None)
+            least = 0.01 * max(float(gradient.norm()) for gradient in expected.values())  # a key's bias has none but rounding's
+            for name, got in _gradients_of(task, config, place.device, kernel, dtype).items():
+                apart = float((got - expected[name]).norm()) / (float(expected[name].norm()) + least)
+                worst, largest = (f"{task} {name}", apart) if apart > largest else (worst, largest)
+        yield judged(f"gradients against the CPU's, attention {kernel}, {dtype or 'fp32'} ({worst})", largest, most)
+
+
+def _gradients_of(task: str, config: UniterConfig, device: torch.device, kernel: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model, row = UniterForPretraining(config), PRETRAINING[task]
+    set_dropout(model.to(device).train(), 0.0)
+    model.uniter.attention_kernel = kernel
+    kind = "mrc-kl" if task == "mrc" else task
+    batch = examples.make_batch(kind, np.array([7, 3, 9]), np.array([5, 8, 2]), config, seed=0).to(device)
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        terms = row.losses(row.head(model, batch), batch.targets)
+        number = losses.of(terms, weights=row.weights, reduction=row.reduction).number
+    number.backward()
+    return {name: value.grad.cpu() for name, value in model.named_parameters() if value.grad is not None}
 
 
 def _compiled(place: Place) -> Iterator[Row]:
