@@ -14,5 +14,5 @@ def test_neither_device_nor_version_nor_batch_size_keep_databases_apart() -> Non
     paths = [Path("one"), Path("two")]
     ours = [{**HEADER, "device": "cpu", "software": "1", "batch_size": 2}, {**HEADER, "device": "a card", "software": "2", "images": 5}]
     assert "device" not in shared_header(ours, paths)
-    with pytest.raises(SettingsDiffer, match='two was made otherwise than one .*weights_sha256 was "ab", now "cd"'):
+    with pytest.raises(SettingsDiffer, match=r'two was made otherwise than one .*weights_sha256 was "ab", now "cd"'):
         shared_header([ours[0], {**ours[1], "weights_sha256": "cd"}], paths)
