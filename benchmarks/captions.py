@@ -5,6 +5,8 @@ process and all its children together, looked at twenty times a second; pages of
 
 python benchmarks/captions.py                                                            # 300,000 captions, a minute
 python benchmarks/captions.py --captions 3000000 --opened 10000000 --folder /tmp/big     # keeps its files (6 GB) for the next time
+
+About the host alone: takes no --device.
 """
 
 import argparse

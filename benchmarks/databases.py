@@ -10,6 +10,8 @@ Rates are per second of processor time, so that what else the machine does count
 The first has an easier life than any reader can have: where the bytes lie is worked out beforehand, no text is unpacked, no mask drawn.
 
 python benchmarks/databases.py                      # 1,500 records (0.75 GB in a temporary folder), a minute
+
+About the host alone: takes no --device.
 """
 
 import argparse

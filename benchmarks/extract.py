@@ -259,7 +259,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precision", action="append", choices=["fp32", "bf16", "fp16"], help="repeatable; fp32 where none is named")
+    parser.add_argument(
+        "--precision", action="append", choices=["fp32", "tf32", "bf16", "fp16"], help="repeatable; fp32 where none is named"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--json", type=Path)

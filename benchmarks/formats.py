@@ -5,6 +5,8 @@ both. Processor time is given too, since the clock of a shared machine tells of 
 
 python benchmarks/formats.py                        # 300 images with 36 regions, some 90 MB a layout
 python benchmarks/formats.py --images 5000 m2 scan  # only these
+
+About the host alone: takes no --device.
 """
 
 import argparse

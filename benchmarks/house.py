@@ -5,6 +5,8 @@
 
 Lines of code are counted without blank lines, comments and docstrings. A folder's `__init__` is a door that hands on names, so its
 imports are no arrows; everywhere else an import inside a function counts like any other.
+
+About the host alone: takes no --device.
 """
 
 import argparse

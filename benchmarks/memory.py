@@ -7,6 +7,8 @@ layers are measured: further ones keep what the third does. With `recompute` a l
 same numbers hold on a GPU but for the workspace of its libraries, for which RESERVE is set aside.
 
     python benchmarks/memory.py
+
+Counted on the CPU, for any card: takes no --device; `benchmarks/gpu.py` measures the peak on a real one.
 """
 
 import argparse
@@ -17,9 +19,9 @@ import torch
 from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch, hidden_places
-from uniter.model import UniterConfig, UniterForPretraining
+from uniter.model.heads.pretraining import UniterForPretraining
 from uniter.model.losses import masked_words
-from uniter.model.uniter import PRESETS, set_dropout
+from uniter.model.uniter import PRESETS, UniterConfig, set_dropout
 
 GIB = 2**30
 RESERVE = 1.5 * GIB  # CUDA context, library workspaces, fragmentation

@@ -12,6 +12,8 @@ Sizes are run in turn, each in a process of its own, and the fastest of the roun
 python benchmarks/scale.py --units 500,2000 --json                      # half a minute
 python benchmarks/scale.py --units 33000 --processes 16 --kill          # and one of them killed on the way
 python benchmarks/scale.py --units 33000 --ray                          # on a local Ray cluster
+
+About the host alone: takes no --device.
 """
 
 import argparse

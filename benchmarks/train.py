@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from uniter.datasets.batches.collate import PackedBatch
 from uniter.datasets.batches.masking import NOT_PREDICTED
-from uniter.model import UniterConfig, UniterForPretraining, losses
-from uniter.model.heads.pretraining import Outputs
+from uniter.model import losses
+from uniter.model.heads.pretraining import Outputs, UniterForPretraining
 from uniter.model.train.optim import AdamW, clear_gradients, clip_gradients, parameter_groups
 from uniter.model.transport import transport_distances
-from uniter.model.uniter import PRESETS
+from uniter.model.uniter import PRESETS, UniterConfig
 
 BUCKET, NEIGHBOURS = 8192, 128
 MASKED = 0.15
@@ -46,6 +46,11 @@ class PaddedBatch:
     attended: Tensor  # (B, L) bool, True where there is something
     text_lengths: Tensor  # (B,)
     targets: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> "PaddedBatch":
+        """The same on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, targets={name: value.to(device) for name, value in self.targets.items()})
 
 
 def draw_lengths(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -138,10 +143,10 @@ class PaddedUniter:
 
     def encode(self, batch: PaddedBatch) -> Tensor:
         """(B, L, H)."""
-        body = self.model.uniter
-        positions = torch.arange(batch.input_ids.shape[1]).unsqueeze(0)
+        body, device = self.model.uniter, batch.input_ids.device
+        positions = torch.arange(batch.input_ids.shape[1], device=device).unsqueeze(0)
         text = body.embeddings(batch.input_ids, positions, torch.zeros_like(batch.input_ids))
-        types = body.embeddings.token_type_embeddings(torch.ones(batch.features.shape[:2], dtype=torch.long))
+        types = body.embeddings.token_type_embeddings(torch.ones(batch.features.shape[:2], dtype=torch.long, device=device))
         image, features = body.img_embeddings, batch.features
         if batch.masked is not None:
             features = features + image.mask_embedding(batch.masked.long())
@@ -183,8 +188,9 @@ class PaddedUniter:
         index = torch.where(batch.attended, batch.gather_index, 0).unsqueeze(2).expand_as(hidden)
         spread = spread.scatter_add(1, index, hidden * batch.attended.unsqueeze(2))
         counts = batch.attended.sum(1) - batch.text_lengths
-        text_padding = torch.arange(width) >= batch.text_lengths[:, None]
-        region_padding = torch.arange(batch.features.shape[1]) >= counts[:, None]
+        device = hidden.device
+        text_padding = torch.arange(width, device=device) >= batch.text_lengths[:, None]
+        region_padding = torch.arange(batch.features.shape[1], device=device) >= counts[:, None]
         distances, _ = transport_distances(spread[:, :width], spread[:, width:], text_padding, region_padding)
         return {"scores": scores, "distances": distances}
 
@@ -214,6 +220,8 @@ def update_seconds(
     clip_gradients(parameters, 5.0)
     optimizer.step()
     clear_gradients(optimizer, "none")
+    if value.is_cuda:
+        torch.cuda.synchronize(value.device)
     return clock() - started
 
 
@@ -223,6 +231,7 @@ def main(words_given: Sequence[str] | None = None) -> None:
     parser.add_argument("--examples", type=int, default=24, help="examples of a batch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--tasks", nargs="+", default=list(HEADS), choices=list(HEADS))
     parser.add_argument("--batches", nargs="+", default=["sorted", "mixed"], choices=["sorted", "mixed"])
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a quick look")
@@ -234,22 +243,24 @@ def main(words_given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     config = UniterConfig.preset(arguments.model, **({"num_hidden_layers": arguments.layers} if arguments.layers else {}))
-    model = UniterForPretraining(config).train()
+    device = torch.device(arguments.device)
+    model = UniterForPretraining(config).to(device).train()
     opponent, parameters = PaddedUniter(model), list(model.parameters())
     optimizer = AdamW(parameter_groups(model, weight_decay=0.01), lr=1e-6)
     rng = np.random.default_rng(0)
     words, boxes = draw_lengths(BUCKET, rng)
-    bf16 = not arguments.no_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = not arguments.no_bf16 and (device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     print(
         f"UNITER-{arguments.model}, {config.num_hidden_layers} layers, {arguments.examples} examples a batch, {arguments.threads} threads, "
-        f"{arguments.clock} time, median of {arguments.repeats}, PyTorch {torch.__version__}"
+        f"{device}, {arguments.clock} time, median of {arguments.repeats}, PyTorch {torch.__version__}"
     )
     print(f"{'batches':8} {'task':14} {'padding':>8} {'padded s':>9} {'packed s':>9} {'ratio':>6} {'bf16 s':>7} {'on top':>7}")
     for kind in arguments.batches:
         for task in arguments.tasks:
             chosen = choose(kind, arguments.examples, words, boxes, rng)
             batch = make_batch(task, words[chosen], boxes[chosen], config, seed=0)
-            rectangle = padded(batch)
+            rectangle = padded(batch).to(device)
+            batch = batch.to(device)
             packed_head, padded_head, terms_of = HEADS[task]
             weights = {"transport": 0.1}
 
@@ -272,7 +283,7 @@ def main(words_given: Sequence[str] | None = None) -> None:
                 "packed": (packed_loss, nullcontext),
             }
             if bf16:
-                contenders["bf16"] = (packed_loss, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+                contenders["bf16"] = (packed_loss, lambda: torch.autocast(device.type, dtype=torch.bfloat16))
             seconds: dict[str, list[float]] = {name: [] for name in contenders}
             for repeat in range(arguments.repeats + 1):
                 for name, (loss, context) in contenders.items():

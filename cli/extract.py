@@ -34,6 +34,7 @@ Examples:
   uniter-extract train2014/ coco.lmdb --key 'coco_train2014_{id:012d}.npz'
   uniter-extract photos/ coarse.lmdb --detector COCO-Detection/faster_rcnn_R_101_C4_3x
   uniter-extract photos/ boxes.lmdb --boxes instances.json
+  uniter-extract photos/ out.lmdb --devices all
   torchrun --nproc-per-node 8 --no-python uniter-extract photos/ out.lmdb
 
 Exit codes: 0 done; 1 failed or stopped (the same command continues); 2 wrong usage; 3 done, but images failed and --strict was given.
@@ -83,8 +84,11 @@ def _install(context: click.Context, _parameter: click.Parameter, wanted: bool) 
 @click.option("--batch-size", type=click.IntRange(1), help="Images that run together.  [default: fitted to the machine]")
 @click.option("--workers", type=click.IntRange(1), help="Threads that read and decode.  [default: fitted to the machine]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...  [default: cuda where there is one]")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
-              help="fp32 reproduces the reference; the others are faster.")  # fmt: skip
+@click.option("--devices", "device_names", metavar="LIST",
+              help="all, or cuda:0,cuda:1 ...: a process for each; units are shared, and those of one that dies taken over.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True,
+              help="fp32 reproduces the reference; bf16 and fp16 run the RoI head alone in half precision; tf32 multiplies in TF32 "
+                   "throughout, which moves proposals. tf32 and fp16 need a GPU.")  # fmt: skip
 @click.option("--max-pixels", type=click.IntRange(1), default=178_956_970, show_default=True,
               help="Images that claim more pixels are refused as decompression bombs.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Begin anew; what OUT holds stays until that is whole.")
@@ -113,6 +117,7 @@ def main(
     boxes: Path | None,
     attributes: bool,
     device: str | None,
+    device_names: str | None,
     precision: str,
     strict: bool,
     shard: tuple[int, int] | None,
@@ -137,7 +142,8 @@ def main(
     from uniter.extract.images.listing import list_images
     from uniter.extract.install import require_detectron2
     from uniter.extract.run.options import Options
-    from uniter.extract.run.shares import Share, local_index, share_from_environment
+    from uniter.extract.run.processes import devices_of
+    from uniter.extract.run.shares import Share, local_index, processes_here, share_from_environment
 
     if list_detectors or fetched is not None:
         return _about_detectors(context, fetched, as_json=as_json)
@@ -148,6 +154,11 @@ def main(
     share = share_from_environment(os.environ) if shard is None else Share(*shard, local_index(os.environ))
     if share.source and ray_address is None:
         log.info("share %d of %d (from %s; --shard 0/1 does everything here)", share.index, share.count, share.source)
+    if device_names is not None and (processes := processes_here(os.environ)) > 1:
+        raise click.UsageError(
+            f"--devices starts a process for each device, and {processes} run here ({share.source}); leave one of the two out"
+        )
+    devices = None if device_names is None else devices_of(device_names)
     options = Options(
         given=GivenBoxes(boxes) if boxes is not None else None, shard=(0, 1) if ray_address else (share.index, share.count),
         check_space=not ignore_disk_space, show_progress=True, **chosen,
@@ -161,27 +172,28 @@ def main(
         log.warning("WARNING: random weights. These regions, classes and confidences mean NOTHING; they are for trying things out only.")
     named = {} if label_map is None else {"label_map": label_map}
     build = functools.partial(build_detector, detector_name, weights=weights, precision=precision, attributes=attributes, **named)
-    device = device or (default_device(share.local_index) if ray_address is None else None)
+    if ray_address is None and devices is None:
+        device = device or default_device(share.local_index)
+        _say_idle_gpus(device, share.count)
     needs_gpu = "--precision fp16" if precision == "fp16" else ""
-    summary = _extracted(listed, out, options, build, device=device, ray_address=ray_address, needs_gpu=needs_gpu)
+    summary = _extracted(listed, out, options, build, device=device, devices=devices, ray_address=ray_address, needs_gpu=needs_gpu)
     _say(summary, out, alone=options.shard[1] == 1, strict=strict, as_json=as_json)
 
 
 def _extracted(
-    listed: "ImageList",
-    out: Path,
-    options: "Options",
-    build: Callable[..., "Detector"],
-    *,
-    device: str | None,
-    ray_address: str | None,
-    needs_gpu: str,
-) -> "ExtractSummary":
+    listed: "ImageList", out: Path, options: "Options", build: Callable[..., "Detector"], *,
+    device: str | None, devices: list[str] | None, ray_address: str | None, needs_gpu: str,
+) -> "ExtractSummary":  # fmt: skip
     if ray_address is not None:
         from uniter.extract.run.cluster import extract_on_ray
 
         with stop_on_signals() as stop:
             return extract_on_ray(listed, out, options, build=build, address=ray_address, needs_gpu=needs_gpu, stop=stop)
+    if devices is not None:
+        from uniter.extract.run.processes import extract_on_devices
+
+        with stop_on_signals() as stop:
+            return extract_on_devices(listed, out, options, build=build, devices=devices, stop=stop)
     from uniter.extract.run.extraction import extract_listed
 
     detector = build(device=device)  # an interruption while it loads ends the command at once
@@ -211,8 +223,10 @@ def _refuse_useless(context: click.Context) -> None:
     low, high = context.params["min_boxes"], context.params["max_boxes"]
     if low is not None and high is not None and low > high:
         raise click.UsageError(f"--min-boxes {low} is above --max-boxes {high}")
-    if "ray_address" in given and given & {"shard", "device"}:
-        raise click.UsageError("--ray divides the work and chooses the devices itself; leave --shard and --device out")
+    if "ray_address" in given and given & {"shard", "device", "device_names"}:
+        raise click.UsageError("--ray divides the work and chooses the devices itself; leave --shard, --device and --devices out")
+    if "device_names" in given and "device" in given:
+        raise click.UsageError("--devices names all devices; leave --device out")
     for name in ("min_boxes", "max_boxes", "conf_threshold"):
         if "boxes" in given and name in given:
             raise click.UsageError(f"--{name.replace('_', '-')} says which detected regions stay; given --boxes all stay, so leave it out")
@@ -236,6 +250,14 @@ def _say(summary: "ExtractSummary", out: Path, *, alone: bool, strict: bool, as_
         sys.exit(FAILED)
     if summary.failures and strict:
         sys.exit(SKIPPED_UNDER_STRICT)
+
+
+def _say_idle_gpus(device: str, processes: int) -> None:
+    """Say that a machine has more GPUs than are used."""
+    import torch
+
+    if device.startswith("cuda") and processes == 1 and (count := torch.cuda.device_count()) > 1:
+        log.info("this machine has %d GPUs, and one is used: %s; --devices all uses all of them", count, device)
 
 
 def default_device(local_index: int = 0) -> str:

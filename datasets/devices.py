@@ -1,4 +1,8 @@
-"""Where to compute: the one check of what users give as `--device`."""
+"""Where to compute, and how exactly: the one check of what users give as `--device`, and PyTorch's switches for products of float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -46,3 +50,33 @@ def usable_device(name: str | None, *, local_index: int = 0) -> torch.device:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"device {name!r} cannot be used here ({reason[:200]}); expected cpu, cuda or cuda:N") from error
     return device
+
+
+@contextmanager
+def float32_products(*, tf32: bool = False) -> Iterator[None]:
+    """Multiply float32 in float32, whatever the program around has allowed, or on a GPU in TF32; its switches are as before afterwards.
+
+    PyTorch since 2.9 has a switch for each library and kind of product, and those of earlier versions raise where both kinds were used. So
+    only the new ones are touched where they are.
+    """
+    if not hasattr(torch._C, "_set_fp32_precision_setter"):
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        return
+    cuda: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    switches: list[tuple[Any, Any, str]] = [(torch.backends.cuda.matmul, cuda, "tf32" if tf32 else "ieee")]
+    switches += [(cuda.conv, cuda, "tf32" if tf32 else "ieee"), (mkldnn.conv, mkldnn, "ieee"), (mkldnn.matmul, mkldnn, "ieee")]
+    # What a switch says may come from the one above it: then it goes back to following that one.
+    said = [(switch, switch.fp32_precision, above.fp32_precision) for switch, above, _ in switches]
+    for switch, _, wanted in switches:
+        switch.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        for switch, own, followed in said:
+            switch.fp32_precision = "none" if own == followed else own

@@ -175,7 +175,8 @@ def box_ids_of(folders: Iterable[Path]) -> dict[str, list[Any]]:
 
 
 def provenance(header: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in header.items() if name not in (*_COUNTS, "software", "batch_size", "units_of")}
+    """What must be the same of databases that are put together: neither by which version, nor on which device they were made."""
+    return {name: value for name, value in header.items() if name not in (*_COUNTS, "software", "batch_size", "device", "units_of")}
 
 
 def folders_of(source: Path) -> list[Path]:

@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
+from uniter.extract.detector.extents import Size
+from uniter.extract.detector.fixed_size import Candidates
+
 SMALLEST_PROPOSAL = 16
 
 
@@ -77,6 +80,13 @@ class UniterCaffeRPN(RPN):  # type: ignore[misc]
             results.append(Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=logits))
         return results
 
+    def candidates(self, anchors: list[Any], logits: list[Tensor], deltas: list[Tensor], size: Size, scale: float) -> Candidates:
+        """What `predict_proposals` suppresses, of one image, for tensors of one size."""
+        boxes, scores = caffe_decoded(torch.cat([level.tensor for level in anchors]), torch.cat(deltas), size), torch.cat(logits)
+        usable = caffe_usable(boxes, scores, SMALLEST_PROPOSAL * scale)
+        before, after = self.pre_nms_topk[False], self.post_nms_topk[False]
+        return Candidates(boxes, scores, usable, inclusive(boxes), None, before, after, self.nms_thresh)
+
 
 def caffe_proposals(
     anchors: Tensor,
@@ -102,12 +112,23 @@ def caffe_proposals(
     Returns:
         Boxes (P, 4) and their logits (P,), by decreasing logit.
     """
+    boxes = caffe_decoded(anchors, deltas, image_size)
+    large = caffe_usable(boxes, logits, smallest)
+    boxes, logits = boxes[large], logits[large]
+    order = logits.argsort(descending=True, stable=True)[:before_nms]
+    boxes, logits = boxes[order], logits[order]
+    kept = first_kept(inclusive(boxes), logits, threshold=nms_threshold, most=after_nms)
+    return boxes[kept], logits[kept]
+
+
+def caffe_decoded(anchors: Tensor, deltas: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Anchors (A, 4) moved by deltas (A, 4) and cut at the centres of the border's pixels, (A, 4)."""
     height, width = image_size
     anchor_width, anchor_height = anchors[:, 2] - anchors[:, 0] + 1, anchors[:, 3] - anchors[:, 1] + 1
     centre_x = deltas[:, 0] * anchor_width + (anchors[:, 0] + 0.5 * anchor_width)
     centre_y = deltas[:, 1] * anchor_height + (anchors[:, 1] + 0.5 * anchor_height)
     half_width, half_height = 0.5 * (deltas[:, 2].exp() * anchor_width), 0.5 * (deltas[:, 3].exp() * anchor_height)
-    boxes = torch.stack(
+    return torch.stack(
         [
             (centre_x - half_width).clamp(0, width - 1),
             (centre_y - half_height).clamp(0, height - 1),
@@ -116,16 +137,18 @@ def caffe_proposals(
         ],
         dim=1,
     )
+
+
+def caffe_usable(boxes: Tensor, logits: Tensor, smallest: float) -> Tensor:
+    """(A,) bool: finite and large enough, or no smaller than all."""
     large = (boxes[:, 2] - boxes[:, 0] + 1 >= smallest) & (boxes[:, 3] - boxes[:, 1] + 1 >= smallest)
     large |= ~large.any()
-    large &= boxes.isfinite().all(dim=1) & logits.isfinite()
-    boxes, logits = boxes[large], logits[large]
-    order = logits.argsort(descending=True, stable=True)[:before_nms]
-    boxes, logits = boxes[order], logits[order]
-    # Moving the far corner by one pixel makes torchvision's areas the inclusive ones.
-    inclusive = torch.cat([boxes[:, :2], boxes[:, 2:] + 1], dim=1)
-    kept = first_kept(inclusive, logits, threshold=nms_threshold, most=after_nms)
-    return boxes[kept], logits[kept]
+    return large & boxes.isfinite().all(dim=1) & logits.isfinite()
+
+
+def inclusive(boxes: Tensor) -> Tensor:
+    """Boxes (N, 4) whose far corner is moved by one pixel, which makes torchvision's areas the inclusive ones."""
+    return torch.cat([boxes[:, :2], boxes[:, 2:] + 1], dim=1)
 
 
 def first_kept(boxes: Tensor, scores: Tensor, *, threshold: float, most: int) -> Tensor:

@@ -3,6 +3,7 @@
 Detectron2 is imported when a detector is built, not with this module.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 class Detectron2Detector:
@@ -33,7 +34,8 @@ class Detectron2Detector:
             `uniter-train detector`, or a recipe of one's own.
         weights: a file, a URL, a hub id or `random:SEED`; None takes the detector's own or its known sources, in order.
         device: "cpu", "cuda", "cuda:1" ...
-        precision: "fp32" reproduces the reference; "bf16" and "fp16" (GPU only) run the RoI head in half precision.
+        precision: "fp32" reproduces the reference; "bf16" and "fp16" (GPU only) run the RoI head alone in half precision; "tf32" (GPU only)
+            multiplies everywhere in TF32, which moves proposals.
         attributes: also give the attribute distribution.
         label_map: names of classes and attributes, for `vinvl`; None takes the one beside the weights, or numbers.
 
@@ -112,7 +114,9 @@ class Detectron2Detector:
         with self.network.exact():
             given = None if boxes is None else [self._moved(_checked_boxes(rows)) for rows in boxes]
             scales = [image.scale for image in images]
-            return _to_host(self.network.regions(inputs, scales, given, attributes=bool(self.attribute_names)))
+            regions = functools.partial(self.network.regions, inputs, scales, given, attributes=bool(self.attribute_names))
+            found = _to_host(regions(fixed=self.network.fixed and given is None))
+            return found if found is not None else _arrived(_to_host(regions(fixed=False)))
 
     def _moved(self, boxes: NDArray[np.float32]) -> torch.Tensor:
         return _pinned(boxes, self.network.device).to(self.network.device, non_blocking=True)
@@ -125,6 +129,8 @@ def _checked_device(name: str, precision: str) -> torch.device:
     device = usable_device(name)
     if device.type not in ("cpu", "cuda"):
         raise UniterError(f"device {name!r}: detectors run on cpu and cuda only")
+    if precision == "tf32" and device.type == "cpu":
+        raise UniterError("precision tf32 is a way of GPUs to multiply; on a CPU use fp32, or bf16 where the processor has it")
     if precision == "fp16" and device.type == "cpu":
         raise UniterError("precision fp16 needs a GPU; on a CPU use fp32, or bf16 where the processor has it")
     if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -144,12 +150,26 @@ def _pinned(pixels: NDArray[Any], device: torch.device) -> torch.Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _to_host(results: "Sequence[Found]") -> list[RawRegions]:
-    """All results in host memory; from a GPU by asynchronous copies into pinned memory and one wait."""
+def _to_host(results: "Sequence[Found]") -> list[RawRegions] | None:
+    """All results in host memory, without fillers; from a GPU by asynchronous copies into pinned memory and one wait.
+
+    None where the suppression of an image did not settle.
+    """
     copies = [[None if tensor is None else _begin_copy(tensor) for tensor in found] for found in results]
     if results[0].boxes.is_cuda:
         torch.cuda.current_stream(results[0].boxes.device).synchronize()
-    return [RawRegions(*(None if tensor is None else tensor.numpy() for tensor in found)) for found in copies]  # type: ignore[arg-type]
+    raw = []
+    for *tensors, kept, settled in copies:
+        if settled is not None and not settled:
+            return None
+        rows = slice(None if kept is None else int(kept))
+        raw.append(RawRegions(*(None if tensor is None else tensor[rows].numpy() for tensor in tensors)))  # type: ignore[arg-type]
+    return raw
+
+
+def _arrived(found: list[RawRegions] | None) -> list[RawRegions]:
+    assert found is not None  # what was not of one size always settles
+    return found
 
 
 def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:

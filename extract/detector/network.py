@@ -14,12 +14,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.modeling.poolers import assign_boxes_to_levels
+from detectron2.modeling.proposal_generator.rpn import RPN
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torchvision.ops import RoIPool, batched_nms
 
+from uniter.datasets.devices import float32_products
 from uniter.extract.detector.cpu import keep_freed_memory, max_pooled
 from uniter.extract.detector.extents import PaddingGuard, Size, pad_together, supports_padding
+from uniter.extract.detector.fixed_size import Candidates, FixedBoxes, clip, detectron2_candidates, first_standing
 from uniter.extract.detector.lite import UniterSecondLookROIHeads
 
 FeatureMaps = dict[str, Tensor]
@@ -31,6 +35,10 @@ ROIS_AT_ONCE = {"cpu": 20, "cuda": 512}
 """RoIs that go through the head together: on a CPU few enough for its caches, on a GPU enough to fill it."""
 
 
+ANCHORS_KEPT = 64
+"""Sizes of maps whose anchors are kept: on a GPU making them takes as many small kernels as a stage of the backbone."""
+
+
 SECOND_LOOK_NMS = 0.5
 """Regressed boxes of one class with a higher intersection over union are one region: it is looked at again once, and kept once."""
 
@@ -39,7 +47,7 @@ PROPOSAL, REGRESSED = "proposal", "regressed"
 """Which boxes features are pooled from: as they were proposed, or, by detectors that look twice, regressed; goes into the header."""
 
 
-HEAD_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEAD_TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Found(NamedTuple):
@@ -50,6 +58,7 @@ class Found(NamedTuple):
         features: (P, D).
         classes, attributes: distributions, (P, C + 1) and (P, A + 1), background and "no attribute" first.
         confidence: (P,), where the detector has a rule of its own by which regions stay.
+        kept: () int64, the rows behind so many are fillers; None: there are none. settled: () bool; if not true, all is void.
     """
 
     boxes: Tensor
@@ -57,6 +66,8 @@ class Found(NamedTuple):
     classes: Tensor
     attributes: Tensor | None = None
     confidence: Tensor | None = None
+    kept: Tensor | None = None
+    settled: Tensor | None = None
 
 
 class Places(NamedTuple):
@@ -67,6 +78,7 @@ class Places(NamedTuple):
         factors: (4,), network pixels per image pixel.
         size: (height, width) of the network's input, without padding.
         given: they are the caller's, not proposals.
+        kept, settled: see `Found`.
     """
 
     in_network: Tensor
@@ -74,13 +86,15 @@ class Places(NamedTuple):
     factors: Tensor
     size: Size
     given: bool
+    kept: Tensor | None = None
+    settled: Tensor | None = None
 
 
 class RegionNetwork:
     """One Faster R-CNN (C4, DC5 or FPN heads), its BatchNorm folded, weights in channels-last order.
 
     Not safe for several threads at once. With `bf16` or `fp16` only the RoI head runs in that precision: it is most of the work of a C4
-    detector and keeps the features' cosine above .9999, while half-precision feature maps move the proposals.
+    detector and keeps the features' cosine above .9999, while half-precision feature maps move the proposals, as those of `tf32` do.
     """
 
     def __init__(self, model: Any, *, device: str = "cpu", precision: str = "fp32") -> None:
@@ -111,18 +125,20 @@ class RegionNetwork:
         self._takes_scales = "scales" in inspect.signature(self.rpn.predict_proposals).parameters
         self._guard = PaddingGuard(self.backbone, self.rpn.rpn_head)
         self.mixes_sizes = supports_padding(self.backbone, self.rpn.rpn_head)
+        # Where numbers are at hand, fillers would be computed for nothing.
+        self.fixed = self.device.type != "cpu" and self.can_be_fixed
+        self._anchors: dict[tuple[Size, ...], list[Any]] = {}
+
+    @property
+    def can_be_fixed(self) -> bool:
+        """Whether its proposals can be had in tensors of one size (fixed_size.py); VinVL's choice of classes asks for numbers."""
+        return type(self).described is RegionNetwork.described and (hasattr(self.rpn, "candidates") or type(self.rpn) is RPN)
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """No gradients; on a GPU no TF32 in `fp32`, which reproduces the reference."""
-        reduced = self.precision != "fp32"
-        matmul = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = reduced
-        try:
-            with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=reduced):
-                yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = matmul
+        """No gradients; products of float32 in float32, whatever the program around has set, or in TF32 where that is the precision."""
+        with torch.inference_mode(), float32_products(tf32=self.precision == "tf32"):
+            yield
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """(h, w, 3) pixels to a (3, h, w) float32 network input; float pixels were normalised when they were prepared."""
@@ -130,7 +146,13 @@ class RegionNetwork:
         return moved if moved.is_floating_point() else (moved.float() - self._mean) / self._deviation
 
     def regions(
-        self, images: Sequence[Tensor], scales: Sequence[tuple[float, float]], boxes: Sequence[Tensor] | None, *, attributes: bool
+        self,
+        images: Sequence[Tensor],
+        scales: Sequence[tuple[float, float]],
+        boxes: Sequence[Tensor] | None,
+        *,
+        attributes: bool,
+        fixed: bool = False,
     ) -> list[Found]:
         """What the network says of each image of a batch: feature maps, proposals, their features and scores. Within `exact`.
 
@@ -139,6 +161,7 @@ class RegionNetwork:
             scales: network pixels per image pixel along x and y.
             boxes: (P, 4) pixels of each upright image, on this device, instead of proposals.
             attributes: also the distribution over attributes.
+            fixed: in tensors of one size, so that nothing here waits for the device; see `Found.kept` and `Found.settled`.
 
         Returns:
             What it found in each image, on this device.
@@ -147,24 +170,32 @@ class RegionNetwork:
         # A copy out of pageable memory would wait for the network.
         factors = torch.tensor([scale * 2 for scale in scales], pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
         levels = self.feature_maps(inputs)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
         # All proposals first, whose number the host has to know: the heads then run on a GPU one after the other without waiting.
-        found = []
-        for index, (maps, answers) in enumerate(levels):
-            size = (images[index].shape[0], images[index].shape[1])
-            if boxes is None:
-                in_network, _ = self.proposals(maps, answers, size, scales[index][0])
-                if self.looks_twice:
-                    in_network = self.regressed(maps, in_network, size)
-                in_image = in_network / factors[index]
-            else:
-                in_network, in_image = boxes[index] * factors[index], boxes[index]
-            found.append(Places(in_network, in_image, factors[index], size, boxes is not None))
+        if boxes is None and fixed:
+            proposed = self.fixed_proposals(levels, sizes, [scale[0] for scale in scales])
+            found = [
+                Places(one.boxes, one.boxes / factor, factor, size, False, one.kept, one.settled)
+                for one, factor, size in zip(proposed, factors, sizes, strict=True)
+            ]
+        else:
+            found = []
+            for index, (maps, answers) in enumerate(levels):
+                if boxes is None:
+                    in_network, _ = self.proposals(maps, answers, sizes[index], scales[index][0])
+                    if self.looks_twice:
+                        in_network = self.regressed(maps, in_network, sizes[index])
+                    in_image = in_network / factors[index]
+                else:
+                    in_network, in_image = boxes[index] * factors[index], boxes[index]
+                found.append(Places(in_network, in_image, factors[index], sizes[index], boxes is not None))
         return [self.described(maps, places, attributes=attributes) for (maps, _), places in zip(levels, found, strict=True)]
 
     def described(self, maps: FeatureMaps, places: Places, *, attributes: bool) -> Found:
         """Features and scores of the boxes of the image that the maps are of; `attributes`: also the distribution over attributes."""
         features = self.region_features(maps, places.in_network)
-        return Found(places.in_image, features, *self.scores(features, attributes=attributes))
+        classes, found = self.scores(features, attributes=attributes)
+        return Found(places.in_image, features, classes, found, kept=places.kept, settled=places.settled)
 
     def feature_maps(self, images: Sequence[Tensor]) -> list[tuple[FeatureMaps, FeatureMaps]]:
         """What the backbone and the RPN head see in each image.
@@ -209,13 +240,41 @@ class RegionNetwork:
             Boxes (P, 4) in network pixels and their logits (P,), best first.
         """
         anchors = self.rpn.anchor_generator([maps[name] for name in self.rpn.in_features])
-        levels = range(len(anchors))
-        # (1, A, H, W) -> (1, H * W * A) and (1, 4A, H, W) -> (1, H * W * A, 4): the anchors' order.
-        logits = [answers[f"logits{level}"].permute(0, 2, 3, 1).flatten(1) for level in levels]
-        deltas = [answers[f"deltas{level}"].permute(0, 2, 3, 1).reshape(1, -1, 4) for level in levels]
+        logits, deltas = in_the_anchors_order(answers, len(anchors))
         arguments: dict[str, Any] = {"scales": [scale]} if self._takes_scales else {}
         found = self.rpn.predict_proposals(anchors, logits, deltas, [size], **arguments)[0]
         return found.proposal_boxes.tensor, found.objectness_logits
+
+    def fixed_proposals(
+        self, levels: Sequence[tuple[FeatureMaps, FeatureMaps]], sizes: Sequence[Size], scales: Sequence[float]
+    ) -> list[FixedBoxes]:
+        """As `proposals` of all images of a batch, regressed where the detector looks twice, without a wait; boxes in network pixels."""
+        candidates = []
+        for (maps, answers), size, scale in zip(levels, sizes, scales, strict=True):
+            anchors = self._anchors_of([maps[name] for name in self.rpn.in_features])
+            logits, deltas = ([level[0] for level in part] for part in in_the_anchors_order(answers, len(anchors)))
+            if hasattr(self.rpn, "candidates"):
+                candidates.append(self.rpn.candidates(anchors, logits, deltas, size, scale))
+            else:
+                candidates.append(detectron2_candidates(self.rpn, anchors, logits, deltas, size))
+        proposed = first_standing(candidates)
+        if not self.looks_twice:
+            return proposed
+        moved = []
+        for (maps, _), size, first in zip(levels, sizes, proposed, strict=True):
+            boxes, best, classes = self.moved(maps, first.boxes, size)
+            there = torch.arange(len(boxes), device=self.device) < first.kept
+            moved.append(Candidates(boxes, best, there, boxes, classes, len(boxes), len(boxes), SECOND_LOOK_NMS))
+        return [again._replace(settled=first.settled & again.settled) for first, again in zip(proposed, first_standing(moved), strict=True)]
+
+    def _anchors_of(self, maps: list[Tensor]) -> list[Any]:
+        """Detectron2's anchors of these levels, kept for maps of the same sizes."""
+        shapes = tuple((map_.shape[2], map_.shape[3]) for map_ in maps)
+        if shapes not in self._anchors:
+            if len(self._anchors) >= ANCHORS_KEPT:
+                self._anchors.clear()
+            self._anchors[shapes] = self.rpn.anchor_generator(maps)
+        return self._anchors[shapes]
 
     def regressed(self, maps: FeatureMaps, boxes: Tensor, size: Size) -> Tensor:
         """Where a first look moves boxes to, each for its best class; of those that then lie on each other in a class, the best.
@@ -228,16 +287,20 @@ class RegionNetwork:
         Returns:
             At most P boxes inside the image, in network pixels, best first.
         """
+        found, best, classes = self.moved(maps, boxes, size)
+        return found[batched_nms(found, best, classes, SECOND_LOOK_NMS)]
+
+    def moved(self, maps: FeatureMaps, boxes: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (P, 4) where the best class of each moves it, and the probability (P,) and number (P,) of that class."""
         features = self.region_features(maps, boxes)
         best, classes = self.class_logits(features).softmax(dim=1)[:, :-1].max(dim=1)
         deltas = self.predictor.bbox_pred(features).view(len(boxes), -1, 4)
         for_class = classes if deltas.shape[1] > 1 else torch.zeros_like(classes)
         chosen = deltas[torch.arange(len(boxes), device=boxes.device), for_class]
-        moved = Boxes(self.predictor.box2box_transform.apply_deltas(chosen, boxes))
-        moved.clip(size)
+        moved = clip(self.predictor.box2box_transform.apply_deltas(chosen, boxes), size)
         # A box that was moved out of the image stays where it was proposed.
-        found = torch.where(moved.nonempty(threshold=1.0)[:, None], moved.tensor, boxes)
-        return found[batched_nms(found, best, classes, SECOND_LOOK_NMS)]
+        there = ((moved[:, 2:] - moved[:, :2]) > 1.0).all(dim=1, keepdim=True)
+        return torch.where(there, moved, boxes), best, classes
 
     def pooled(self, maps: FeatureMaps, boxes: Tensor) -> Tensor:
         """What the pooler cuts out for each box, (P, C, h, w); boxes (P, 4) in network pixels."""
@@ -250,8 +313,13 @@ class RegionNetwork:
         def pool(part: Tensor) -> Tensor:
             pooled: Tensor
             with torch.inference_mode():
-                if len(poolers) == 1:  # Detectron2's way to the one pooler waits for the GPU twice
-                    pooled = poolers[0](levels[0], torch.cat([part.new_zeros((len(part), 1)), part], dim=1))
+                if len(poolers) == 1 or self.fixed:  # Detectron2's way to the one pooler waits for the GPU twice, to several once for each
+                    rows = torch.cat([part.new_zeros((len(part), 1)), part], dim=1)
+                    pooled = poolers[0](levels[0], rows)
+                    own = self._levels_of(part) if len(poolers) > 1 else None
+                    for number in range(1, len(poolers)):
+                        assert own is not None
+                        pooled = torch.where((own == number)[:, None, None, None], poolers[number](levels[number], rows), pooled)
                 else:
                     pooled = self.pooler(levels, [Boxes(part)])
             return pooled
@@ -262,12 +330,20 @@ class RegionNetwork:
             return pool(boxes)
         return torch.cat(list(self._cores.map(pool, torch.split(boxes, share))))
 
+    def _levels_of(self, boxes: Tensor) -> Tensor:
+        """(P,) int64: the number of the level that each box (P, 4) is pooled from."""
+        pooler = self.pooler
+        levels: Tensor = assign_boxes_to_levels(
+            [Boxes(boxes)], pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
+        )
+        return levels
+
     def region_features(self, maps: FeatureMaps, boxes: Tensor) -> Tensor:
         """What the box predictor sees of each box, (P, D) float32; boxes (P, 4) in network pixels."""
         parts = [torch.zeros((0, self.feature_width), device=self.device)]
         if self._max_pooler is not None:  # rounding keeps the order: the maximum of rounded values is the rounded maximum
             maps = {name: map_.to(self.head_type) for name, map_ in maps.items()}
-        for chunk in torch.split(boxes, ROIS_AT_ONCE[self.device.type]) if len(boxes) else ():
+        for chunk in torch.split(boxes, ROIS_AT_ONCE.get(self.device.type, ROIS_AT_ONCE["cuda"])) if len(boxes) else ():
             pooled = self.pooled(maps, chunk).to(self.head_type)
             if self.is_c4:
                 parts.append(self.head(pooled.contiguous(memory_format=torch.channels_last)).float().mean(dim=(2, 3)))
@@ -293,6 +369,13 @@ class RegionNetwork:
         """
         logits = self.class_logits(features)
         return probabilities(logits), probabilities(self.attribute_logits(features, logits.argmax(dim=1))) if attributes else None
+
+
+def in_the_anchors_order(answers: FeatureMaps, levels: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The RPN's answers of each level, logits (1, H * W * A) of (1, A, H, W), and deltas (1, H * W * A, 4) of (1, 4A, H, W)."""
+    logits = [answers[f"logits{level}"].permute(0, 2, 3, 1).flatten(1) for level in range(levels)]
+    deltas = [answers[f"deltas{level}"].permute(0, 2, 3, 1).reshape(1, -1, 4) for level in range(levels)]
+    return logits, deltas
 
 
 def probabilities(logits: Tensor) -> Tensor:

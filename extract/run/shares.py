@@ -22,6 +22,12 @@ def local_index(environment: Mapping[str, str]) -> int:
     return _number(environment, "LOCAL_RANK") or _number(environment, "SLURM_LOCALID") or 0
 
 
+def processes_here(environment: Mapping[str, str]) -> int:
+    """How many processes torchrun or `srun` started on each machine; 1 where neither did."""
+    nodes, tasks = _number(environment, "SLURM_STEP_NUM_NODES", 1) or 1, _number(environment, "SLURM_STEP_NUM_TASKS", 1) or 1
+    return max(_number(environment, "LOCAL_WORLD_SIZE", 1) or 1, -(-tasks // nodes))
+
+
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int | None:
     text = environment.get(name, "")
     return int(text) if text.lstrip("-").isdigit() else default

@@ -104,10 +104,21 @@ def run_header(detector: Detector, work: Work) -> dict[str, Any]:
         "box_kind": "given" if work.given is not None else settings.get("box_kind", "proposal"),
         "selection": work.selection(),
         "batch_size": work.batch_size,
+        "device": kind_of(detector.device),
         "software": f"uniter-toolkit {importlib.metadata.version('uniter-toolkit')}",
         "class_names": list(detector.class_names),
         "attribute_names": list(detector.attribute_names),
     }
+
+
+def kind_of(device: str) -> str:
+    """What computes there, for the record: a card's name, or "cpu"."""
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name(torch.device(device))
+    return device.partition(":")[0]
 
 
 def ids_of_given(out: Path, listed: ImageList, given: GivenBoxes) -> dict[str, list[Any]]:

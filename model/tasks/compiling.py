@@ -17,7 +17,9 @@ def compiled_head(task: Task, *, backend: str = "inductor") -> Head:
     Raises:
         torch._dynamo.exc.Unsupported: when it is called, if a part of it cannot be compiled.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    config: Any = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name until PyTorch 2.6
+    setattr(config, limit, max(getattr(config, limit), MOST_GRAPHS))
     compiled: Head = torch.compile(task.head, fullgraph=True, dynamic=False, backend=backend)
 
     def head(model: Any, batch: PackedBatch) -> Outputs:

@@ -155,7 +155,9 @@ def test_shards(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.Monk
         (["photos", "out", "--key", "{stm}"], 1, "did you mean 'stem'"),
         (["photos", "out", "--boxes", "nowhere.json"], 1, "No such file"),
         (["photos", "out", "--shard", "0/2", "--overwrite"], 1, "run them with one process"),
-        (["photos", "out", "--ray", "--device", "cpu"], 2, "leave --shard and --device out"),
+        (["photos", "out", "--ray", "--device", "cpu"], 2, "leave --shard, --device and --devices out"),
+        (["photos", "out", "--devices", "cpu,cpu", "--device", "cpu"], 2, "--devices names all devices; leave --device out"),
+        (["photos", "out", "--devices", "cpu,gpu"], 1, "'gpu': no such device; expected cpu, cuda or cuda:N"),
         (["photos", "photos/COCO_000000000000.jpg"], 1, "is a file; expected a folder"),
     ],
 )
@@ -168,6 +170,38 @@ def test_errors_are_one_line(
     assert said in result.stderr and "Traceback" not in result.output
     if code == 1:
         assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_several_devices(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def on_devices(listed: Any, out: Path, options: Any, *, build: Any, devices: list[str], stop: Any) -> Any:
+        from uniter.extract.run.extraction import extract_listed
+
+        asked.append((options.shard, devices))
+        return extract_listed(listed, out, options, detector=build(device="cpu"), stop=stop)
+
+    monkeypatch.setattr("uniter.extract.run.processes.extract_on_devices", on_devices)
+    assert run(photos, tmp_path / "out", "--devices", "cpu,cpu").exit_code == 0
+    assert run(photos, tmp_path / "share", "--devices", "cpu,cpu", "--shard", "0/2").exit_code == 0
+    assert asked == [((0, 1), ["cpu", "cpu"]), ((0, 2), ["cpu", "cpu"])]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    result = run(photos, tmp_path / "other", "--devices", "cpu,cpu")
+    assert result.exit_code == 2 and "2 run here (torchrun's RANK and WORLD_SIZE); leave one of the two out" in " ".join(
+        result.stderr.split()
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # a process on each of four machines
+    assert run(photos, tmp_path / "other", "--devices", "cpu,cpu").exit_code == 0
+    assert asked[-1] == ((0, 4), ["cpu", "cpu"])
+
+
+def test_where_one_of_several_gpus_is_used_it_is_said(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    result = run(photos, tmp_path / "out")
+    assert "this machine has 4 GPUs, and one is used: cuda:0; --devices all uses all of them" in result.stderr
+    assert run.built["device"] == "cuda:0"  # type: ignore[attr-defined]
 
 
 def test_other_settings_are_refused(run: Run, photos: Path, tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 Its features depend on the whole batch: a run that does not keep its batches together writes other bytes and is found out.
 """
 
+import contextlib
 import json
+import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -70,6 +73,31 @@ class FakeDetector:
 def build_fake(device: str = "cpu", seconds: float = 0.0) -> FakeDetector:
     """What a Ray actor calls to have its own."""
     return FakeDetector(device=device, seconds=seconds)
+
+
+def build_slow(device: str = "cpu") -> FakeDetector:
+    """So slow that no process can do everything before another is there."""
+    return FakeDetector(device=device, seconds=0.02)
+
+
+class DyingDetector(FakeDetector):
+    """The process is killed in its third batch, unless the folder `mark` says that one was already."""
+
+    mark: Path
+
+    def detect(self, images: Sequence[PreparedImage], *, boxes: Sequence[NDArray[np.floating]] | None = None) -> list[RawRegions]:
+        if len(self.batches) == 2:
+            with contextlib.suppress(FileExistsError):
+                self.mark.mkdir()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().detect(images, boxes=boxes)
+
+
+def build_dying(device: str = "cpu", mark: str = "") -> DyingDetector:
+    """Of all processes with the same mark, one dies; without one, all."""
+    detector = DyingDetector(device=device, seconds=0.02)
+    detector.mark = Path(mark) if mark else Path(tempfile.mkdtemp()) / "mark"
+    return detector
 
 
 def build_with(device: str = "cpu", weights: str = "") -> FakeDetector:

@@ -66,7 +66,7 @@ def test_every_image_is_in_the_database_or_in_failures(make_photos: Photos, fake
     header = database.header
     assert header is not None
     assert (header["feature_width"], header["label_classes"], header["class_names"][1], header["box_kind"]) == (8, 6, "dog", "proposal")
-    assert header["software"].startswith("uniter-toolkit ") and header["weights_sha256"] == "0" * 64
+    assert header["device"] == "cpu" and header["software"].startswith("uniter-toolkit ") and header["weights_sha256"] == "0" * 64
     assert (header["selection"]["min_boxes"], header["selection"]["max_boxes"]) == (3, 7)
 
 
