@@ -14,6 +14,7 @@ import click
 
 from uniter.cli.common import common_options, print_summary
 from uniter.datasets.errors import BadInput
+from uniter.datasets.progress import Progress
 
 if TYPE_CHECKING:
     from uniter.model.understanding.asking import Understanding
@@ -219,9 +220,11 @@ def _draw(asked: "Understanding", results: Sequence["Seen"], out: Path, *, sever
 
     if several:
         out.mkdir(parents=True, exist_ok=True)
-    for number, result in enumerate(results):
-        page = asked.picture(result)
-        Image.fromarray(page[:, :, ::-1]).save(out / f"{number:03d}.jpg" if several else out)
+    with Progress(len(results), unit="pictures", label="drawing", brief=True) as progress:
+        for number, result in enumerate(results):
+            page = asked.picture(result)
+            Image.fromarray(page[:, :, ::-1]).save(out / f"{number:03d}.jpg" if several else out)
+            progress.update()
 
 
 def _report(question: str, results: Sequence["Seen"], out: Path | None, *, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uniter.datasets.batches.corpus import Corpus, open_corpus
 from uniter.datasets.batches.masking import Pairing
@@ -48,7 +49,8 @@ class Opened:
         """Loss, metrics and official figures; what was predicted on the way is not computed again."""
         row = extras(self.task)
         part = Part("evaluation", self.corpus, self.task.sample, lengths=self.task.lengths)
-        figures: dict[str, Any] = validate(self.scoring, self.task, part, official=True)
+        with self.scoring.shown(len(self.corpus), unit="examples", label="evaluating") as scoring:
+            figures: dict[str, Any] = validate(scoring, self.task, part, official=True)
         if row.figures is not None and row.predicted is not None:
             figures |= row.figures(self.corpus, self.predictions())
         return figures
@@ -57,8 +59,9 @@ class Opened:
         """What the model says of every example, in corpus order."""
         row, found = extras(self.task), dict[int, Any]()
         part = Part("predictions", self.corpus, row.predicted or self.task.sample, lengths=row.predicted_lengths or self.task.lengths)
-        for made, _, outputs in self.scoring.scored(part, self.task.head):
-            found |= dict(zip(made.plan.examples.tolist(), row.answer(outputs), strict=True))
+        with self.scoring.shown(len(self.corpus), unit="examples", label="predicting") as scoring:
+            for made, _, outputs in scoring.scored(part, self.task.head):
+                found |= dict(zip(made.plan.examples.tolist(), row.answer(outputs), strict=True))
         return by_id(self.corpus, found, self.scoring.processes)
 
     def every_pair(self, folder: Path | None = None) -> tuple[pair_scores.Scores, np.ndarray[Any, np.dtype[np.int64]], list[str]]:
@@ -68,24 +71,28 @@ class Opened:
             folder: where scores are kept, so that the same command goes on where it was stopped.
         """
         pictures, own = pair_scores.pictures_of(self.corpus)
+        with self.scoring.shown(len(self.corpus) * len(pictures), unit="pairs", label="scoring") as scoring:
+            scores = self._pairs(scoring, pictures, folder)
+        return scores, own, [self.corpus.images.keys_list[row] for row in pictures.tolist()]
 
+    def _pairs(self, scoring: Scoring, pictures: NDArray[np.int32], folder: Path | None) -> pair_scores.Scores:
         def score(first: int, end: int) -> pair_scores.Scores:
             scores = np.zeros((end - first, len(pictures)), dtype=np.float32)
             part = Part(f"pairs {first}", self.corpus.take(np.repeat(np.arange(first, end), len(pictures))), matched_pair)
             shown = np.tile(pictures, end - first)[:, None]
             pairs, pairing = extras(self.task).pairs, Pairing(shown, np.ones(len(shown), dtype=np.bool_))
             assert pairs is not None
-            for made, _, outputs in self.scoring.scored(part, pairs, pairing=pairing):
+            for made, _, outputs in scoring.scored(part, pairs, pairing=pairing):
                 text, picture = np.divmod(made.plan.examples, len(pictures))
                 scores[text, picture] = outputs["scores"].float().squeeze(1).cpu().numpy()
             return scores
 
-        scores = pair_scores.in_slices(
-            len(self.corpus), len(pictures), score, processes=self.scoring.processes, folder=folder,
+        return pair_scores.in_slices(
+            len(self.corpus), len(pictures), score, processes=scoring.processes, folder=folder,
             sources=pair_scores.sources_of(self.corpus),
-            settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=self.scoring.precision),
+            settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=scoring.precision),
+            progress=scoring.progress,
         )  # fmt: skip
-        return scores, own, [self.corpus.images.keys_list[row] for row in pictures.tolist()]
 
 
 @dataclass(frozen=True, slots=True)

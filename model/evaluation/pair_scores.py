@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.batches.corpus import Corpus
+from uniter.datasets.progress import Progress
 from uniter.datasets.storage.claims import Maker, claim, source_names
 from uniter.datasets.storage.files import opened_aside, sha256_of
 from uniter.model.train.distributed import Processes
@@ -54,6 +55,7 @@ def in_slices(
     folder: Path | None = None,
     settings: Callable[[], dict[str, Any]] = dict,
     sources: Mapping[str, Path] | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """All scores (texts, pictures), on every process.
 
@@ -62,6 +64,7 @@ def in_slices(
         folder: where slices are kept and found again; None keeps nothing.
         settings: what the scores depend on; asked for only where there is a folder.
         sources: the databases whose contents they depend on, by the names under which the folder remembers them.
+        progress: told of the pairs whose scores were kept; `score` tells it of its own.
 
     Raises:
         SettingsDiffer: the folder holds scores of something else, or of other contents.
@@ -70,18 +73,22 @@ def in_slices(
     if folder is not None and processes.writes:
         claim(folder, {**settings(), "texts_of_a_slice": step}, maker=SCORES, sources=sources)
     everything = np.empty((texts, pictures), dtype=np.float32)
+    found = 0
     for first in range(0, texts, step):
         end = min(first + step, texts)
         path = None if folder is None or not processes.writes else folder / f"scores_{first:08d}.npy"
         kept: list[Scores] = processes.gather(_kept(path, (end - first, pictures)))[0]
         if kept:
             everything[first:end] = kept[0]
-            logger.info("%s of %s texts were scored already: %s", f"{end:,}", f"{texts:,}", path)
+            found += (end - first) * processes.writes
+            if progress is not None:
+                progress.found(kept[0].size)
             continue
         everything[first:end] = np.stack(processes.gather(score(first, end))).sum(axis=0, dtype=np.float32)
         if path is not None:
             _keep(path, everything[first:end])
-        logger.info("scored %s of %s texts with %s pictures", f"{end:,}", f"{texts:,}", f"{pictures:,}")
+    if found:
+        logger.info("%s of %s texts were scored already: %s", f"{found:,}", f"{texts:,}", folder)
     return everything
 
 

@@ -4,7 +4,8 @@ Everything is a function of the seed: which words are hidden, which other pictur
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from uniter.datasets.batches.loader import MicroBatch, load_once, on_device
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Part
 from uniter.datasets.devices import computing_in
+from uniter.datasets.progress import Progress
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.tasks.task import Head, Task
@@ -36,6 +38,7 @@ class Scoring:
         by_example: masks are a function of the example, so that the same words are hidden whichever picture is shown.
         precision: fp32 or bf16.
         workers: processes that make batches.
+        progress: counts the examples that were scored, by all processes together; its owner knows of how many.
     """
 
     model: nn.Module
@@ -46,6 +49,16 @@ class Scoring:
     by_example: bool = False
     precision: str = "fp32"
     workers: int = 0
+    progress: Progress | None = None
+
+    @contextmanager
+    def shown(self, total: int, *, unit: str, label: str, brief: bool = False) -> Iterator["Scoring"]:
+        """The same with a `Progress` of so many examples, which the first process alone shows."""
+        if not self.processes.writes:
+            yield self
+            return
+        with Progress(total, unit=unit, label=label, brief=brief) as progress:
+            yield replace(self, progress=progress)
 
     @torch.no_grad()
     def scored(
@@ -70,6 +83,11 @@ class Scoring:
                 with computing_in(self.precision, device):
                     outputs = head(self.model, made.batch)
                 yield made, made.batch, outputs
+                if self.progress is not None:
+                    # Every process has about as many; the last ones may be fewer.
+                    count = len(made.plan.examples) * world
+                    left = count if self.progress.total is None else self.progress.total - self.progress.done
+                    self.progress.update(min(count, left))
         finally:
             self.model.train(was_training)
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from uniter.cli.train import main
+from uniter.datasets import progress
 from uniter.datasets.text_db.vocabulary_files import SPECIALS
 from uniter.extract.detector.preparation import CaffePreparation
 from uniter.extract.detector.protocol import PreparedImage, RawRegions
@@ -104,6 +105,14 @@ def test_the_four_questions_from_photograph_to_answer(runs: dict[str, Path], pho
     chances = [row["probability"] for row in ranked["ranking"]]
     assert chances == sorted(chances, reverse=True)
     assert quarters.shown == 3  # what was detected is kept in the cache folder
+
+
+def test_it_says_how_far_it_is_beside_the_answers(runs: dict[str, Path], photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    for question, done in (("rank", "ranking: 3 of 3 photographs"), ("match", "asking: 3 of 3 pairs")):
+        result = predict(question, "--from", runs["run"], "--image", photos, "--text", "a red square", "--json")
+        assert result.exit_code == 0 and json.loads(result.stdout) and done in result.stderr
+        assert ("regions: 3 of 3 photographs" in result.stderr) == (question == "rank")  # afterwards they are kept
 
 
 def test_every_text_is_asked_of_every_photograph(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from uniter.cli.train import main
+from uniter.datasets import progress
 from uniter.datasets.batches.collate import collate
 from uniter.datasets.batches.corpus import open_corpus
 from uniter.datasets.batches.example import Example, Masking
@@ -98,6 +99,25 @@ def test_it_goes_on_where_it_was_stopped(
     predict("retrieval", str(model), tmp_path / "ranks.json", text=[str(world[0])], images=[str(world[1])], scores=tmp_path, device="cpu")
     assert written == ["scores_00000005.npy"]
     assert len(json.loads((tmp_path / "ranks.json").read_text())["texts_of_image"]) == PICTURES
+
+
+def test_it_says_how_far_it_is(
+    model: Path,
+    world: tuple[Path, Path],
+    small_slices: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    evaluated(model, world, scores=tmp_path / "scores")
+    out, err = capsys.readouterr()
+    assert out == "" and f"scoring: 392 of {2 * PICTURES * PICTURES} pairs" in err.splitlines()[-1]
+    (tmp_path / "scores" / "scores_00000025.npy").unlink()
+    evaluated(model, world, scores=tmp_path / "scores")
+    lines = capsys.readouterr().err.splitlines()
+    first, last = (int(line.split()[1]) for line in (lines[0], lines[-1]))
+    assert 322 < first < last == 392  # the slice that was away is five texts of fourteen pictures
 
 
 def test_scores_of_something_else_are_refused(model: Path, world: tuple[Path, Path], tmp_path: Path) -> None:
