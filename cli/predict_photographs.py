@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MARK = b"page of uniter-train predict"  # in the JPEG, so that the same command again writes over its own pages only
 LISTED = 10  # photographs of a ranking that are printed; --json has them all
 Command = Callable[..., Any]
 
@@ -182,9 +183,8 @@ def _ask(
     else:
         pairs = list(itertools.product(photographs, texts))
         results += getattr(asked, f"{question}_all")([image for image, _ in pairs], [text for _, text in pairs])
-    if out is not None:
-        _draw(asked, results, out, several=several)
-    _report(question, results, out, as_json=as_json)
+    pages = _draw(asked, results, question, out, several=several) if out is not None else []
+    _report(question, results, pages, out, as_json=as_json)
 
 
 def _photographs(images: Sequence[str]) -> list[str]:
@@ -215,23 +215,56 @@ def _check_out(out: Path, photographs: Sequence[str], *, several: bool) -> None:
         raise BadInput(f"--out {out}: expected the name of a picture that ends with .jpg or .png")
 
 
-def _draw(asked: "Understanding", results: Sequence["Seen"], out: Path, *, several: bool) -> None:
+def _draw(asked: "Understanding", results: Sequence["Seen"], question: str, out: Path, *, several: bool) -> list[Path]:
+    """A page for each result; of several, each is called after its photograph. Where they are."""
     from PIL import Image
 
     if several:
         out.mkdir(parents=True, exist_ok=True)
+    pages: list[Path] = []
     with Progress(len(results), unit="pictures", label="drawing", brief=True) as progress:
-        for number, result in enumerate(results):
-            page = asked.picture(result)
-            Image.fromarray(page[:, :, ::-1]).save(out / f"{number:03d}.jpg" if several else out)
+        for result in results:
+            page = _page_name(out, str(result.image), question, pages) if several else out
+            Image.fromarray(asked.picture(result)[:, :, ::-1]).save(page, comment=MARK)
+            pages.append(page)
             progress.update()
+    return pages
 
 
-def _report(question: str, results: Sequence["Seen"], out: Path | None, *, as_json: bool) -> None:
+def _page_name(out: Path, photograph: str, question: str, taken: Sequence[Path]) -> Path:
+    """`dog.match.jpg` for dog.png, `dog.match-2.jpg` for the second one; never the name of a picture of somebody else's.
+
+    What a reader would get wrong: Dog.png and dog.png are two photographs, but on many disks one page.
+    """
+    from uniter.datasets.view.pictures import safe_name
+
+    stem = f"{safe_name(Path(photograph).stem) or 'photograph'}.{question}"
+    names = {page.name.casefold() for page in taken}
+    for number in itertools.count(1):
+        page = out / (f"{stem}.jpg" if number == 1 else f"{stem}-{number}.jpg")
+        if page.name.casefold() not in names and (not page.exists() or _is_a_page(page)):
+            return page
+    raise AssertionError("numbers do not end")
+
+
+def _is_a_page(path: Path) -> bool:
+    """Whether an earlier run drew it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("comment") == MARK
+    except OSError:
+        return False
+
+
+def _report(question: str, results: Sequence["Seen"], pages: Sequence[Path], out: Path | None, *, as_json: bool) -> None:
     from uniter.model.understanding.results import Ranking, in_words
 
     if as_json:
-        summary: dict[str, Any] = {"question": question, "answers": [_described(result) for result in results]}
+        shown = [{"page": str(page)} for page in pages] or [{}] * len(results)
+        answers = [_described(result) | page for result, page in zip(results, shown, strict=True)]
+        summary: dict[str, Any] = {"question": question, "answers": answers}
         print_summary({**summary, "out": None if out is None else str(out)}, as_json=True, title="")
         return
     for result in results:

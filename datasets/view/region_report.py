@@ -6,7 +6,6 @@ damaged or missing is shown and counted, while the page goes on. Only photograph
 
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from uniter.datasets.view.drawing import draw_regions
 from uniter.datasets.view.labels import class_colour, label_regions
 from uniter.datasets.view.page import INDEX, PICTURES, render, report_folder, write_page
 from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, photograph, refuse_if_none_is_there
-from uniter.datasets.view.pictures import resized, write_picture
+from uniter.datasets.view.pictures import resized, safe_name, write_picture
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +184,7 @@ def _card(
     image, size, notes = photograph(key, regions, photographs)
     if notes:
         summary.without_photograph.add(key)
-    name = f"{number:06d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', key)[:80].strip('.')}.jpg"
+    name = f"{number:06d}-{safe_name(key)}.jpg"
     whole = draw_regions(image, regions, labels, most=most_boxes, text_height=15)
     thumbnail = draw_regions(resized(image, THUMBNAIL_LONGEST), regions, labels, most=min(THUMBNAIL_BOXES, most_boxes or THUMBNAIL_BOXES))
     write_picture(folder / PICTURES / name, whole)

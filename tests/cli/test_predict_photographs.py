@@ -122,7 +122,29 @@ def test_every_text_is_asked_of_every_photograph(runs: dict[str, Path], photos: 
     assert [(Path(one["image"]).name, one["text"]) for one in found] == [
         (f"{number}.png", text) for number in range(3) for text in ("a red square", "a blue square")
     ]
-    assert sorted(page.name for page in (tmp_path / "pages").iterdir()) == [f"{number:03d}.jpg" for number in range(6)]
+    pages = [f"{number}.match{again}.jpg" for number in range(3) for again in ("", "-2")]
+    assert [Path(one["page"]).name for one in found] == pages and {page.name for page in (tmp_path / "pages").iterdir()} == {*pages}
+
+
+def test_pages_are_called_after_their_photographs_and_never_take_a_picture_of_somebody_elses(
+    runs: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    names = ("Dog.png", "dog.jpg", "a dog & a cat ☂.png", "☂.png")
+    for number, name in enumerate(names):
+        Image.new("RGB", (40, 30), (40 * number, 0, 0)).save(odd / name)
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    Image.new("RGB", (4, 3)).save(pages / "dog.match.jpg")
+    mine = (pages / "dog.match.jpg").read_bytes()
+    asked = ("match", "--from", runs["run"], "--image", odd, "--text", "a red square", "--out", pages)
+    for _ in range(2):  # the second time its own pages are written over, and no others come
+        drawn = {Path(one["image"]).name: Path(one["page"]).name for one in answers(*asked)}
+        assert drawn["a dog & a cat ☂.png"] == "a_dog_a_cat_.match.jpg" and drawn["☂.png"] == "_.match.jpg"
+        assert len({name.casefold() for name in drawn.values()}) == 4
+        assert {path.name for path in pages.iterdir()} == {*drawn.values(), "dog.match.jpg"} and "dog.match.jpg" not in drawn.values()
+    assert (pages / "dog.match.jpg").read_bytes() == mine
 
 
 def test_a_picture_of_the_answer_and_lines_to_read(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
