@@ -3,17 +3,19 @@
 `with_photographs` puts them beside `uniter-train predict TASK`, which writes the submission of a whole database.
 """
 
+import copy
 import difflib
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from uniter.cli.common import common_options, print_summary
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, WrongUsage
 from uniter.datasets.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ Command = Callable[..., Any]
 class Predict(click.Group):
     """`predict`: a command of its own for each question about photographs; any other word is a task's."""
 
-    def __init__(self, of_task: click.Command, of_photographs: Sequence[click.Command], tasks: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, of_task: click.Command, of_photographs: Sequence[click.Command], tasks: Callable[[], Mapping[str, str]]) -> None:
         super().__init__(
             "predict",
             commands={command.name or "": command for command in of_photographs},
@@ -44,7 +46,22 @@ class Predict(click.Group):
         return [*self.commands, *self._tasks()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return self.commands.get(cmd_name, self._of_task)
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
+        return self._of(cmd_name, told=True)
+
+    def _of(self, task: str, *, told: bool) -> click.Command:
+        """The command of one task: with its own usage and, where it is to be `told`, what it writes."""
+        command = copy.copy(self._of_task)
+        command.name = task
+        command.params = [parameter for parameter in command.params if parameter.name != "task"]
+        assert command.callback is not None
+        command.callback = functools.partial(command.callback, task=task)
+        if told and (writes := self._tasks().get(task)) is not None:
+            command.short_help = writes
+            example = f"uniter-train predict {task} --from run/ --text test.db --images test.lmdb --out submission"
+            command.help = f"{writes}\n\n\b\nExample:\n  {example}"
+        return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] in self.commands:
@@ -52,15 +69,17 @@ class Predict(click.Group):
         # The tasks are not asked, which would take seconds: none has a name like these.
         if close := difflib.get_close_matches(args[0], self.commands, n=1):
             raise click.UsageError(f"no question and no task is called {args[0]!r}; did you mean {close[0]!r}?", ctx)
-        return None, self._of_task, args
+        if args[0].startswith("-"):
+            return None, self._of_task, args
+        return args[0], self._of(args[0], told=not {"-h", "--help"}.isdisjoint(args)), args[1:]
 
 
-def with_photographs(of_task: click.Command, tasks: Callable[[], Sequence[str]]) -> Predict:
+def with_photographs(of_task: click.Command, tasks: Callable[[], Mapping[str, str]]) -> Predict:
     """The `predict` command of `uniter-train`.
 
     Args:
         of_task: what does `predict TASK`.
-        tasks: gives the tasks' names, for the help.
+        tasks: gives the tasks' names and what is written of each, for the help.
     """
     return Predict(of_task, [match, answer, ground, rank], tasks)
 
@@ -210,9 +229,9 @@ def _check_out(out: Path, photographs: Sequence[str], *, several: bool) -> None:
         if asked == out.resolve() or (several and asked.parent == out.resolve()):
             raise BadInput(f"--out {out} is or holds the photograph {photograph}, and would be written over; choose another one")
     if several and out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out} is a file, but there are several answers; give a folder for their pictures")
+        raise WrongUsage(f"--out {out} is a file, but there are several answers; give a folder for their pictures")
     if not several and (out.is_dir() or out.suffix.lower() not in (".jpg", ".jpeg", ".png")):
-        raise BadInput(f"--out {out}: expected the name of a picture that ends with .jpg or .png")
+        raise WrongUsage(f"--out {out}: expected the name of a picture that ends with .jpg or .png")
 
 
 def _draw(asked: "Understanding", results: Sequence["Seen"], question: str, out: Path, *, several: bool) -> list[Path]:

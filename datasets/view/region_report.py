@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.errors import UniterError, WrongUsage
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.records import ALL_FIELDS
@@ -116,7 +116,7 @@ def write_region_report(
     found = Photographs(photographs) if photographs is not None else None
     for key in keys:
         if key not in opened:
-            raise BadInput(f"image {key!r} is in none of the databases; keys are shown by `uniter-db info`")
+            raise WrongUsage(f"image {key!r} is in none of the databases; keys are shown by `uniter-db info`")
     chosen: Sequence[str] = list(keys) or _evenly(opened.keys_list, limit)
     if found is not None and chosen:
         refuse_if_none_is_there(found, chosen)

@@ -172,18 +172,18 @@ def test_the_cache_is_where_it_is_told_or_nowhere(
 
 
 def test_what_cannot_be_is_said_in_one_line(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    def said(*words: object) -> str:
+    def said(*words: object, code: int = 1) -> str:
         result = predict(*words)
-        assert result.exit_code == 1 and not result.stdout, result.output
+        assert result.exit_code == code and not result.stdout, result.output
         *notes, line = result.stderr.strip().splitlines()
         assert all("does not say of which detector" in note for note in notes)
         return line
 
     photo = ("--image", photos / "0.png", "--text", "a square")
     assert "takes a model that was trained for it" in said("answer", "--from", runs["run"], *photo)
-    assert "expected the name of a picture" in said("match", "--from", runs["run"], *photo, "--out", tmp_path / "page.txt")
+    assert "expected the name of a picture" in said("match", "--from", runs["run"], *photo, "--out", tmp_path / "page.txt", code=2)
     (tmp_path / "page.jpg").write_text("")
-    assert "give a folder" in said("match", "--from", runs["run"], *photo, "--text", "another", "--out", tmp_path / "page.jpg")
+    assert "give a folder" in said("match", "--from", runs["run"], *photo, "--text", "another", "--out", tmp_path / "page.jpg", code=2)
     assert "none.png: No such file" in said("match", "--from", runs["run"], "--image", tmp_path / "none.png", "--text", "a square")
 
 
@@ -194,7 +194,7 @@ def test_other_words_are_tasks(runs: dict[str, Path]) -> None:
     for words in (("vqa", "--from", "run/"), ("--from", "run/", "vqa")):
         assert "Missing option '--out'" in CliRunner().invoke(main, ["predict", *words]).stderr
     unknown = CliRunner().invoke(main, ["predict", "vqaa", "--from", "run/", "--out", "x.json", "--text", "t", "--images", "i"])
-    assert unknown.exit_code == 1 and "did you mean 'vqa'" in unknown.stderr
+    assert unknown.exit_code == 2 and "did you mean 'vqa'" in unknown.stderr
 
 
 @pytest.mark.parametrize("several", [False, True])
