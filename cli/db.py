@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from uniter.cli.cache import cache_command
 from uniter.cli.common import FAILED, SKIPPED_UNDER_STRICT, common_options, print_summary, version
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.database import open_image_dbs
@@ -315,6 +316,9 @@ def split_command(source: Path, out: Path, by: str, overwrite: bool, as_json: bo
       uniter-db split out.lmdb parts/ --by val_keys.txt      # parts/listed and parts/rest
     """
     _print_written(split(source, out, by=by, overwrite=overwrite), as_json=as_json, out=out)
+
+
+main.add_command(cache_command)
 
 
 if __name__ == "__main__":
