@@ -1,8 +1,8 @@
 """What the toolkit keeps between runs, and how to be rid of it: fetched weights, converted ones, regions of photographs asked about.
 
 What a reader would get wrong: a folder of the cache may hold files of somebody else ($UNITER_CACHE names any folder). Only what bears
-one of our names, or our settings, is counted and deleted; whatever else is there stays, and is said. Vocabularies and weights from the hub lie in
-Hugging Face's own cache, which is theirs to clear (`hf cache`).
+one of our names, or our settings, is counted and deleted; whatever else is there stays, and is said. Vocabularies and weights from the
+hub lie in Hugging Face's own cache, which is theirs to clear (`hf cache`).
 """
 
 import re

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -121,6 +122,42 @@ def test_the_changelog_is_kept() -> None:
     assert headings[0] == "[Unreleased]"
     kinds = set(re.findall(r"^### (.+)$", text, flags=re.MULTILINE))
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_every_command_is_a_call_that_exists() -> None:
+    rows = re.findall(r"^\| `(uniter-[^`]+)` \| (.+) \|$", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+    def leaves(command: click.Command, words: list[str]) -> Iterator[str]:
+        inner = getattr(command, "commands", {})
+        if not inner:
+            yield " ".join(words)
+        for name, below in inner.items():
+            yield from leaves(below, [*words, name])
+
+    # The page that is asked in the browser is `Understanding` again.
+    scripts = {script: begin.split(":")[1] for script, begin in SCRIPTS.items() if script != "uniter-app"}
+    wanted = {leaf for script, name in scripts.items() for leaf in leaves(import_module(f"uniter.cli.{name}").main, [script])}
+    assert {command.partition(" --")[0] for command, _ in rows} >= wanted
+    for command, calls in rows:
+        named = [call for call in re.findall(r"`([^`]+)`", calls) if call.startswith("uniter.")]
+        assert named, command
+        for call in named:
+            found: Any = uniter_object(call)
+            assert callable(found) and found.__doc__, call
+
+
+def uniter_object(name: str) -> Any:
+    """What a dotted name stands for: an attribute of a module, or of a class in it."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            found = import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(name)
 
 
 @pytest.mark.slow
