@@ -24,9 +24,11 @@ class BuildCommand(click.Command):
 
     @property
     def commands(self) -> dict[str, click.Command]:
+        """The commands that may be the first word."""
         return {"exclude": exclude}
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        """Run the command that the first word names, or else this one."""
         words = list(sys.argv[1:] if args is None else args)
         if words and words[0] in self.commands:
             return self.commands[words[0]].main(words[1:], f"{prog_name or 'uniter-build-db'} {words[0]}", **extra)

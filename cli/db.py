@@ -34,9 +34,11 @@ class FormatName(click.Choice[str]):
         super().__init__(list(FORMATS))
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """What stands for the value in the help: thirty names would not fit."""
         return "FORMAT"  # there are thirty; `--list` shows them
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The table's spelling of a name, or a usage error with near ones."""
         try:
             return format_named(value)
         except BadInput as error:

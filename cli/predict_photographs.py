@@ -43,9 +43,11 @@ class Predict(click.Group):
         self._of_task, self._tasks = of_task, tasks
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The questions, then the down-stream tasks, for the help."""
         return [*self.commands, *self._tasks()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The question's command, or that of a task."""
         if cmd_name in self.commands:
             return self.commands[cmd_name]
         return self._of(cmd_name, told=True)
@@ -64,6 +66,7 @@ class Predict(click.Group):
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first word names, without asking for the tasks, whose table takes seconds to load."""
         if args[0] in self.commands:
             return super().resolve_command(ctx, args)
         # The tasks are not asked, which would take seconds: none has a name like these.

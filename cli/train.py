@@ -38,6 +38,7 @@ class TaskCommand(click.Command):
         self._kind = kind
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Add the list of tasks below the options."""
         from uniter.model.tasks.table import DEFAULT_PRETRAINING, PRETRAINING
 
         with formatter.section("Tasks"):

@@ -67,6 +67,7 @@ class Progress:
         return f"{self.label}: {self.done:,}{of_total} {self.unit}, {_short(rate)} {self.unit}/s{left}{shown}"
 
     def close(self) -> None:
+        """Take the bar away, or leave it standing where the whole was shown; also done by `with`."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,5 +1,6 @@
 """The README and the pages say only what the commands can do, and the tutorial runs."""
 
+import ast
 import os
 import re
 import shlex
@@ -172,3 +173,25 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{shlex.join(words)}:\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "report" / "index.html").exists()
     assert (tmp_path / "shared" / "model.safetensors").exists()
+
+
+def test_every_public_function_class_and_method_has_a_docstring() -> None:
+    """The reference is made from them. Names with an underscore are private, and so are modules."""
+
+    def without(nodes: list[ast.stmt], of: str) -> Iterator[str]:
+        for node in nodes:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if any("overload" in ast.unparse(decorator) for decorator in node.decorator_list):
+                continue
+            told = (ast.get_docstring(node) or "").split()
+            if len(told) < 2 or told[:2] == ["Return", "the"]:
+                yield f"{of}{node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from without(node.body, f"{of}{node.name}.")
+
+    files = [file for room in ("extract", "datasets", "model", "cli") for file in sorted((ROOT / room).rglob("*.py"))]
+    assert len(files) > 200
+    assert [
+        name for file in files for name in without(ast.parse(file.read_text(encoding="utf-8")).body, f"{file.relative_to(ROOT)}: ")
+    ] == []

@@ -171,6 +171,7 @@ def box_ids_of(folders: Iterable[Path]) -> dict[str, list[Any]]:
 
 
 def provenance(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What a header says of how regions were made; counts and the software that wrote it are left out."""
     return {name: value for name, value in header.items() if name not in (*_COUNTS, "software", "batch_size", "units_of")}
 
 

@@ -53,6 +53,7 @@ class ClassSummary:
     unreadable: int = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """The summary of `uniter-view --class` as JSON."""
         return {"page": str(self.page), "class": self.name} | {
             count: getattr(self, count) for count in ("found", "images", "shown", "unreadable")
         }

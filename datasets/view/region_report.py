@@ -74,6 +74,7 @@ class ViewSummary:
     captioned: int = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """The summary of `uniter-view` as JSON: counts instead of the keys."""
         counts = {"without_photograph": self.without_photograph.total, "unreadable": self.unreadable.total}
         return {
             "page": str(self.page),

@@ -39,6 +39,16 @@ from uniter.model.train.scoring import Scoring, by_id, validate
 
 @dataclass(frozen=True, slots=True)
 class Opened:
+    """A down-stream model with its data, known to belong together; made by `opened`.
+
+    Attributes:
+        task: the row, made for these data.
+        corpus: the examples that are scored.
+        scoring: how the model is put through them.
+        weights: the file of the weights.
+        answers: their names by number, where answers have names.
+    """
+
     task: Task
     corpus: Corpus
     scoring: Scoring

@@ -206,6 +206,7 @@ def _part(name: str, corpus_name: str, task: Task, corpus: Corpus, settings: Tra
 
 
 def validation_parts(settings: TrainSettings, data: Data) -> list[tuple[Task, Part]]:
+    """What is validated: each task of each corpus on its held-out examples, those that lack soft labels left out."""
     found = []
     for corpus_name, ratios in data.tasks.items():
         corpus = data.validation[corpus_name]

@@ -100,10 +100,12 @@ class Means:
     counts: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
+        """Add a sum of `count` values under a name; a tensor stays on its device."""
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def add_values(self, name: str, values: Tensor) -> None:
+        """Add the values of a tensor of one dimension under a name."""
         self.add(name, values.double().sum(), len(values))
 
     def of_all(self, processes: Processes) -> "Means":
@@ -116,6 +118,7 @@ class Means:
         return total
 
     def means(self) -> dict[str, float]:
+        """The mean of each name that was counted, in the order of names; waits for the device."""
         return {name: float(self.sums[name]) / count for name, count in sorted(self.counts.items()) if count}
 
 
