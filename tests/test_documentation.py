@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -159,6 +160,42 @@ def uniter_object(name: str) -> Any:
             found = getattr(found, part)
         return found
     raise AssertionError(name)
+
+
+def section(page: Path, heading: str) -> Iterator[tuple[str, str]]:
+    """The code blocks below a heading of a page, with their language."""
+    text = page.read_text(encoding="utf-8")
+    below = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    assert below, f"{page.name} has no section {heading!r}"
+    yield from re.findall(r"^```(\w*)\n(.*?)^```", below, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_hour_of_the_readme_runs(tmp_path: Path) -> None:
+    """What a newcomer types in an empty home without a network, line by line; `make demo` has a test of its own (tests/test_demo.py)."""
+    data = pytest.importorskip("skimage.data", reason="scikit-image ships the photographs: pip install '.[demo]'")
+    pytest.importorskip("detectron2", reason="run `uniter-extract --install-detectron2`")
+    home, photos = tmp_path / "home", tmp_path / "photos"
+    home.mkdir()
+    photos.mkdir()
+    for name, photograph in (("dog.jpg", data.chelsea()), ("coffee.png", data.coffee())):
+        Image.fromarray(photograph).save(photos / name)
+    here = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    kept = {name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "LANG") if name in os.environ}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    ran = 0
+    for language, block in section(ROOT / "README.md", "No weights? Begin here"):
+        lines = [block] if language == "python" else [line for line in block.splitlines() if line.startswith("uniter-")]
+        for line in lines:
+            if "demo-output" in line:
+                continue
+            words = [sys.executable, "-c", line] if language == "python" else shlex.split(line)
+            done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**kept, **nowhere, **here})
+            assert done.returncode == 0, f"{line}:\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran >= 3, "an extraction, a page, and the regions in Python"
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "on-board" in page and "cat" in page
+    assert {path.name for path in home.rglob("*") if path.is_file()} <= {"settings.json"}, "nothing is left in the home"
 
 
 @pytest.mark.slow
