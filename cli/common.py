@@ -20,12 +20,12 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import click
 
-from uniter.datasets.errors import UniterError
+from uniter.datasets.errors import UniterError, WrongUsage
 from uniter.datasets.stopping import Stopped
 
 P = ParamSpec("P")
 R = TypeVar("R")
-FAILED, SKIPPED_UNDER_STRICT, READER_LEFT = 1, 3, 141
+FAILED, WRONG_USAGE, SKIPPED_UNDER_STRICT, READER_LEFT = 1, 2, 3, 141
 
 
 def version() -> str:
@@ -52,7 +52,7 @@ def common_options(function: Callable[P, R]) -> Callable[..., R]:
             click.echo(str(stopped), err=True)
             sys.exit(128 + stopped.signal_number)
         except UniterError as error:
-            _fail(str(error), show_traceback)
+            _fail(str(error), show_traceback, code=WRONG_USAGE if isinstance(error, WrongUsage) else FAILED)
         except KeyboardInterrupt:
             _fail("interrupted; the same command continues where it stopped", show_traceback)
         except OSError as error:
@@ -81,11 +81,11 @@ def _reader_left() -> bool:
     return bool(left)
 
 
-def _fail(sentence: str, show_traceback: bool) -> NoReturn:
+def _fail(sentence: str, show_traceback: bool, *, code: int = FAILED) -> NoReturn:
     if show_traceback:
         traceback.print_exc(file=sys.stderr)
     click.echo(f"error: {' '.join(sentence.split())}", err=True)
-    sys.exit(FAILED)
+    sys.exit(code)
 
 
 def print_summary(summary: Mapping[str, Any], *, as_json: bool, title: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from uniter.cli.cache import cache_command
 from uniter.cli.common import FAILED, SKIPPED_UNDER_STRICT, common_options, print_summary, version
 from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.database import open_image_dbs
@@ -35,9 +36,11 @@ class FormatName(click.Choice[str]):
         super().__init__(list(FORMATS))
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """What stands for the value in the help: thirty names would not fit."""
         return "FORMAT"  # there are thirty; `--list` shows them
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The table's spelling of a name, or a usage error with near ones."""
         try:
             return format_named(value)
         except BadInput as error:
@@ -356,6 +359,9 @@ def split_command(source: Path, out: Path, by: str, overwrite: bool, as_json: bo
       uniter-db split out.lmdb parts/ --by val_keys.txt      # parts/listed and parts/rest
     """
     _print_written(split(source, out, by=by, overwrite=overwrite), as_json=as_json, out=out)
+
+
+main.add_command(cache_command)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,20 @@
 `with_photographs` puts them beside `uniter-train predict TASK`, which writes the submission of a whole database.
 """
 
+import copy
 import difflib
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from uniter.cli.common import common_options, print_summary
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, WrongUsage
+from uniter.datasets.progress import Progress
 
 if TYPE_CHECKING:
     from uniter.model.understanding.asking import Understanding
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MARK = b"page of uniter-train predict"  # in the JPEG, so that the same command again writes over its own pages only
 LISTED = 10  # photographs of a ranking that are printed; --json has them all
 Command = Callable[..., Any]
 
@@ -28,7 +32,7 @@ Command = Callable[..., Any]
 class Predict(click.Group):
     """`predict`: a command of its own for each question about photographs; any other word is a task's."""
 
-    def __init__(self, of_task: click.Command, of_photographs: Sequence[click.Command], tasks: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, of_task: click.Command, of_photographs: Sequence[click.Command], tasks: Callable[[], Mapping[str, str]]) -> None:
         super().__init__(
             "predict",
             commands={command.name or "": command for command in of_photographs},
@@ -39,26 +43,46 @@ class Predict(click.Group):
         self._of_task, self._tasks = of_task, tasks
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """The questions, then the down-stream tasks, for the help."""
         return [*self.commands, *self._tasks()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return self.commands.get(cmd_name, self._of_task)
+        """The question's command, or that of a task."""
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
+        return self._of(cmd_name, told=True)
+
+    def _of(self, task: str, *, told: bool) -> click.Command:
+        """The command of one task: with its own usage and, where it is to be `told`, what it writes."""
+        command = copy.copy(self._of_task)
+        command.name = task
+        command.params = [parameter for parameter in command.params if parameter.name != "task"]
+        assert command.callback is not None
+        command.callback = functools.partial(command.callback, task=task)
+        if told and (writes := self._tasks().get(task)) is not None:
+            command.short_help = writes
+            example = f"uniter-train predict {task} --from run/ --text test.db --images test.lmdb --out submission"
+            command.help = f"{writes}\n\n\b\nExample:\n  {example}"
+        return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first word names, without asking for the tasks, whose table takes seconds to load."""
         if args[0] in self.commands:
             return super().resolve_command(ctx, args)
         # The tasks are not asked, which would take seconds: none has a name like these.
         if close := difflib.get_close_matches(args[0], self.commands, n=1):
             raise click.UsageError(f"no question and no task is called {args[0]!r}; did you mean {close[0]!r}?", ctx)
-        return None, self._of_task, args
+        if args[0].startswith("-"):
+            return None, self._of_task, args
+        return args[0], self._of(args[0], told=not {"-h", "--help"}.isdisjoint(args)), args[1:]
 
 
-def with_photographs(of_task: click.Command, tasks: Callable[[], Sequence[str]]) -> Predict:
+def with_photographs(of_task: click.Command, tasks: Callable[[], Mapping[str, str]]) -> Predict:
     """The `predict` command of `uniter-train`.
 
     Args:
         of_task: what does `predict TASK`.
-        tasks: gives the tasks' names, for the help.
+        tasks: gives the tasks' names and what is written of each, for the help.
     """
     return Predict(of_task, [match, answer, ground, rank], tasks)
 
@@ -181,9 +205,8 @@ def _ask(
     else:
         pairs = list(itertools.product(photographs, texts))
         results += getattr(asked, f"{question}_all")([image for image, _ in pairs], [text for _, text in pairs])
-    if out is not None:
-        _draw(asked, results, out, several=several)
-    _report(question, results, out, as_json=as_json)
+    pages = _draw(asked, results, question, out, several=several) if out is not None else []
+    _report(question, results, pages, out, as_json=as_json)
 
 
 def _photographs(images: Sequence[str]) -> list[str]:
@@ -209,26 +232,61 @@ def _check_out(out: Path, photographs: Sequence[str], *, several: bool) -> None:
         if asked == out.resolve() or (several and asked.parent == out.resolve()):
             raise BadInput(f"--out {out} is or holds the photograph {photograph}, and would be written over; choose another one")
     if several and out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out} is a file, but there are several answers; give a folder for their pictures")
+        raise WrongUsage(f"--out {out} is a file, but there are several answers; give a folder for their pictures")
     if not several and (out.is_dir() or out.suffix.lower() not in (".jpg", ".jpeg", ".png")):
-        raise BadInput(f"--out {out}: expected the name of a picture that ends with .jpg or .png")
+        raise WrongUsage(f"--out {out}: expected the name of a picture that ends with .jpg or .png")
 
 
-def _draw(asked: "Understanding", results: Sequence["Seen"], out: Path, *, several: bool) -> None:
+def _draw(asked: "Understanding", results: Sequence["Seen"], question: str, out: Path, *, several: bool) -> list[Path]:
+    """A page for each result; of several, each is called after its photograph. Where they are."""
     from PIL import Image
 
     if several:
         out.mkdir(parents=True, exist_ok=True)
-    for number, result in enumerate(results):
-        page = asked.picture(result)
-        Image.fromarray(page[:, :, ::-1]).save(out / f"{number:03d}.jpg" if several else out)
+    pages: list[Path] = []
+    with Progress(len(results), unit="pictures", label="drawing", brief=True) as progress:
+        for result in results:
+            page = _page_name(out, str(result.image), question, pages) if several else out
+            Image.fromarray(asked.picture(result)[:, :, ::-1]).save(page, comment=MARK)
+            pages.append(page)
+            progress.update()
+    return pages
 
 
-def _report(question: str, results: Sequence["Seen"], out: Path | None, *, as_json: bool) -> None:
+def _page_name(out: Path, photograph: str, question: str, taken: Sequence[Path]) -> Path:
+    """`dog.match.jpg` for dog.png, `dog.match-2.jpg` for the second one; never the name of a picture of somebody else's.
+
+    What a reader would get wrong: Dog.png and dog.png are two photographs, but on many disks one page.
+    """
+    from uniter.datasets.view.pictures import safe_name
+
+    stem = f"{safe_name(Path(photograph).stem) or 'photograph'}.{question}"
+    names = {page.name.casefold() for page in taken}
+    for number in itertools.count(1):
+        page = out / (f"{stem}.jpg" if number == 1 else f"{stem}-{number}.jpg")
+        if page.name.casefold() not in names and (not page.exists() or _is_a_page(page)):
+            return page
+    raise AssertionError("numbers do not end")
+
+
+def _is_a_page(path: Path) -> bool:
+    """Whether an earlier run drew it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("comment") == MARK
+    except OSError:
+        return False
+
+
+def _report(question: str, results: Sequence["Seen"], pages: Sequence[Path], out: Path | None, *, as_json: bool) -> None:
     from uniter.model.understanding.results import Ranking, in_words
 
     if as_json:
-        summary: dict[str, Any] = {"question": question, "answers": [_described(result) for result in results]}
+        shown = [{"page": str(page)} for page in pages] or [{}] * len(results)
+        answers = [_described(result) | page for result, page in zip(results, shown, strict=True)]
+        summary: dict[str, Any] = {"question": question, "answers": answers}
         print_summary({**summary, "out": None if out is None else str(out)}, as_json=True, title="")
         return
     for result in results:

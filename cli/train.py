@@ -11,7 +11,7 @@ import click
 from uniter.cli.common import common_options, print_summary, version
 from uniter.cli.predict_photographs import with_photographs
 from uniter.cli.train_detector import detector_command
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import WrongUsage, unknown_name
 
 Command = Callable[..., Any]
 
@@ -38,6 +38,7 @@ class TaskCommand(click.Command):
         self._kind = kind
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Add the list of tasks below the options."""
         from uniter.model.tasks.table import DEFAULT_PRETRAINING, PRETRAINING
 
         with formatter.section("Tasks"):
@@ -53,6 +54,20 @@ def downstream_tasks() -> list[str]:
     from uniter.model.tasks.table import DOWNSTREAM
 
     return list(DOWNSTREAM)
+
+
+def submissions() -> dict[str, str]:
+    """What `predict` writes of each down-stream task, by its name."""
+    from uniter.model.tasks.own_labels import write_labels
+    from uniter.model.tasks.table import DOWNSTREAM
+    from uniter.model.tasks.task import extras
+
+    written: dict[str, str] = {}
+    for name, row in DOWNSTREAM.items():
+        writer = extras(row).write or write_labels  # how own labels are written is known only of the data
+        told = (writer.__doc__ or "").partition("\n")[0]
+        written[name] = told if extras(row).pairs is None else "JSON: the ten best pictures of each text, and texts of each picture."
+    return written
 
 
 def data_options(function: Command) -> Command:
@@ -302,7 +317,7 @@ def evaluate(
 
         task = SYNONYMS.get(task, task)
         if task not in DOWNSTREAM:
-            raise BadInput(unknown_name("task", task, ["pretrain", *DOWNSTREAM]))
+            raise WrongUsage(unknown_name("task", task, ["pretrain", *DOWNSTREAM]))
         for option, given in (("--candidates", candidates), ("--words", words)):
             if given is not None:
                 raise click.UsageError(f"{option} is of `evaluate pretrain`; evaluating {task} does nothing with it, leave it out")
@@ -427,7 +442,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 main.add_command(detector_command)
-main.add_command(with_photographs(predict, downstream_tasks))
+main.add_command(with_photographs(predict, submissions))
 
 
 if __name__ == "__main__":

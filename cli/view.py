@@ -3,6 +3,7 @@ and with a region and a text database what the words of a pre-trained run look a
 """
 
 import logging
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from uniter.datasets.runs.run_log import read_log
 from uniter.datasets.runs.step_folders import BEST, CHECKPOINTS
 from uniter.datasets.text_db import TextDB
 from uniter.datasets.text_db.tokenizer import Tokenizer
+from uniter.datasets.view.class_report import write_class_report
 from uniter.datasets.view.outcomes import HardExample, Outcomes
 from uniter.datasets.view.region_report import write_region_report
 from uniter.datasets.view.run_report import LookedAt, write_runs_report
@@ -29,6 +31,7 @@ Examples:
   uniter-view out.lmdb --images photos/ --out report/
   uniter-view out.lmdb --images photos/ --text captions.db --out report/ --limit 500
   uniter-view out.lmdb --images photos/ --out report/ --key COCO_train2014_000000084002
+  uniter-view out.lmdb --images photos/ --out dogs/ --class dog --open
   uniter-view run-a/ run-b/ --out curves/
   uniter-view detector/ --images photos/ --out training/
   uniter-view run/ out.lmdb --text captions.db --images photos/ --out looks/
@@ -52,7 +55,10 @@ Open report/index.html in any browser; it needs no server and no network.
               help="Draw at most so many boxes a picture, the most confident ones.  [default: all]")  # fmt: skip
 @click.option("--pairs", type=click.IntRange(min=1), default=8, show_default=True,
               help="With a RUN, a DB and --text: how many texts are looked at, or hard examples are shown.")  # fmt: skip
+@click.option("--class", "class_name", metavar="NAME",
+              help="All regions of this class instead, the surest first, on one page; at most --limit.")  # fmt: skip
 @click.option("--allow-partial", is_flag=True, help="Also look at a database that is not finished.")
+@click.option("--open", "opens", is_flag=True, help="Open the page in the browser.")
 @common_options
 def main(
     sources: tuple[str, ...],
@@ -63,7 +69,9 @@ def main(
     keys: tuple[str, ...],
     most_boxes: int | None,
     pairs: int,
+    class_name: str | None,
     allow_partial: bool,
+    opens: bool,
     as_json: bool,
 ) -> None:
     """A page to look at: regions on their photographs, captions, histograms, failures; for run directories, curves.
@@ -75,7 +83,8 @@ def main(
     runs = [source for source in sources if (Path(source) / "log.jsonl").is_file()]
     others = [source for source in sources if source not in runs]
     held_out = {run: found for run in runs if (found := read_held_out(Path(run))) is not None}
-    _refuse_idle_options("looks" if runs and others else "trainings" if held_out else "runs" if runs else "regions")
+    of_runs = "looks" if others else "trainings" if held_out else "runs"
+    _refuse_idle_options(of_runs if runs else "regions" if class_name is None else "class")
     if runs:
         if others and (len(runs) > 1 or not texts):
             raise click.UsageError(f"with {others[0]}, give one run and --text: its words are looked at over those regions")
@@ -100,6 +109,8 @@ def main(
             class_names=class_names,
             sources=[*sources, *texts],
         ).as_dict()
+    elif class_name is not None:
+        summary = write_class_report(sources, out, class_name, photographs=photographs, limit=limit, allow_partial=allow_partial).as_dict()
     else:
         captions = _captions(texts) if texts else None
         summary = write_region_report(
@@ -113,17 +124,31 @@ def main(
             allow_partial=allow_partial,
         ).as_dict()
     print_summary(summary, as_json=as_json, title=f"open {summary['page']}")
+    if opens:
+        _open(Path(summary["page"]))
+
+
+def _open(page: Path) -> None:
+    """Show the page in the user's browser, or say where it is; the page is made either way."""
+    try:
+        opened = webbrowser.open(page.resolve().as_uri())
+    except webbrowser.Error:
+        opened = False
+    if not opened:
+        log.warning("no browser could be opened here; the page is %s", page.resolve())
 
 
 # What is drawn -> the options that make no difference to it.
 _IDLE = {
     "regions": ("pairs",),
-    "runs": ("photographs", "texts", "limit", "keys", "most_boxes", "pairs", "allow_partial"),
-    "looks": ("limit", "most_boxes"),
-    "trainings": ("texts", "limit", "keys", "most_boxes", "pairs", "allow_partial"),
+    "class": ("texts", "keys", "most_boxes", "pairs"),
+    "runs": ("photographs", "texts", "limit", "keys", "most_boxes", "pairs", "class_name", "allow_partial"),
+    "looks": ("limit", "most_boxes", "class_name"),
+    "trainings": ("texts", "limit", "keys", "most_boxes", "pairs", "class_name", "allow_partial"),
 }
 _MEANS = {
     "regions": "the page of region databases",
+    "class": "the page of one class",
     "runs": "a page of runs alone",
     "looks": "the page of what a run looks at",
     "trainings": "the page of a detector's training",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, WrongUsage
 
 
 def fitting_precision(device: torch.device) -> str:
@@ -34,9 +34,9 @@ def usable_device(name: str | None, *, local_index: int = 0) -> torch.device:
     try:
         device = torch.device(str(name))
     except RuntimeError:
-        raise BadInput(f"device {name!r}: no such device; expected cpu, cuda or cuda:N") from None
+        raise WrongUsage(f"device {name!r}: no such device; expected cpu, cuda or cuda:N") from None
     if device.type == "cpu" and device.index not in (None, 0):
-        raise BadInput(f"device {name!r}: PyTorch knows one CPU, however many cores it has; give cpu (OMP_NUM_THREADS limits the cores)")
+        raise WrongUsage(f"device {name!r}: PyTorch knows one CPU, however many cores it has; give cpu (OMP_NUM_THREADS limits the cores)")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:

@@ -12,6 +12,10 @@ class BadInput(UniterError):
     """A file or record that is not what it should be (damaged, of another format, hostile)."""
 
 
+class WrongUsage(BadInput):
+    """Something was asked for that no input could give, such as a name that nothing has. Commands end with exit code 2."""
+
+
 class SettingsDiffer(UniterError):
     """An unfinished or finished output was made with other settings than the ones now asked for."""
 

@@ -3,11 +3,12 @@
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from tqdm import tqdm
 
 LINE_EVERY_SECONDS = 10.0
+BRIEF_AFTER_SECONDS = 1.0
 
 
 class Progress:
@@ -18,15 +19,20 @@ class Progress:
         unit: the plural noun of what is counted, e.g. "images".
         label: what is being done, e.g. "extracting".
         done: how many were done before this run (a resume); they do not count into the rate.
+        brief: a step of something longer, often over at once: on a terminal the bar comes after a second and goes with the step.
     """
 
-    def __init__(self, total: int | None, *, unit: str, label: str, done: int = 0) -> None:
+    def __init__(self, total: int | None, *, unit: str, label: str, done: int = 0, brief: bool = False) -> None:
         self.total, self.unit, self.label, self.done = total, unit, label, done
         self._first = done
         self._start = self._last_line = time.monotonic()
-        self._bar = (
-            tqdm(total=total, initial=done, unit=f" {unit}", desc=label, file=sys.stderr, smoothing=0.1) if sys.stderr.isatty() else None
-        )
+        self._bar: tqdm[NoReturn] | None = None
+        if sys.stderr.isatty():
+            # The bar of a step stands below that of the whole.
+            self._bar = tqdm(
+                total=total, initial=done, unit=f" {unit}", desc=label, file=sys.stderr, smoothing=0.1,
+                leave=not brief, delay=BRIEF_AFTER_SECONDS if brief else 0,
+            )  # fmt: skip
 
     def update(self, count: int = 1, **figures: float | str) -> None:
         """Count `count` more units; `figures` (loss, tokens/s ...) are shown beside the count."""
@@ -41,6 +47,14 @@ class Progress:
             self._last_line = now
             print(self.line(**figures), file=sys.stderr, flush=True)
 
+    def found(self, count: int) -> None:
+        """Count `count` units that were done by an earlier run; like `done`, they do not count into the rate."""
+        self.done += count
+        self._first += count
+        if self._bar is not None:
+            self._bar.initial += count
+            self._bar.update(count)
+
     def line(self, **figures: float | str) -> str:
         """One plain line: count, rate, time left and the figures."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
@@ -53,6 +67,7 @@ class Progress:
         return f"{self.label}: {self.done:,}{of_total} {self.unit}, {_short(rate)} {self.unit}/s{left}{shown}"
 
     def close(self) -> None:
+        """Take the bar away, or leave it standing where the whole was shown; also done by `with`."""
         if self._bar is not None:
             self._bar.close()
 

@@ -19,6 +19,7 @@ from uniter.datasets.errors import BadInput, UniterError
 from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.image_db.records import decode_record
 from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.progress import Progress
 from uniter.extract.detector.detectron import build_detector
 from uniter.extract.detector.protocol import Detector, PreparedImage
 from uniter.extract.images.decoding import MAX_PIXELS, decode_image
@@ -121,7 +122,10 @@ class RegionExtractor:
         found: dict[str, RegionFeatures] = {}
         keys: list[str] = []
         waiting: list[tuple[ImageItem, Future[PreparedImage]]] = []
-        with ThreadPoolExecutor(fitting_workers(self.detector.device), thread_name_prefix="photograph") as pool:
+        with (
+            ThreadPoolExecutor(fitting_workers(self.detector.device), thread_name_prefix="photograph") as pool,
+            Progress(len(images), unit="photographs", label="regions", brief=True) as progress,
+        ):
             for first in range(0, len(images), READ_AT_ONCE):
                 read = list(pool.map(self._read, images[first : first + READ_AT_ONCE], range(first, first + READ_AT_ONCE)))
                 keys += [item.key for item, _ in read]
@@ -129,12 +133,13 @@ class RegionExtractor:
                 if self._cache is not None:
                     found |= self._cache.get(list(unknown))
                 asked = {item.key for item, _ in waiting}
-                for key, (item, content) in unknown.items():
-                    if key not in found and key not in asked:
-                        waiting.append((item, pool.submit(self._prepare, content)))
+                new = [(item, content) for key, (item, content) in unknown.items() if key not in found and key not in asked]
+                waiting += [(item, pool.submit(self._prepare, content)) for item, content in new]
+                progress.found(len(read) - len(new))
                 last = first + READ_AT_ONCE >= len(images)
                 for batch in _full_batches(waiting, self._work.batch_size, last=last):
                     found |= self._detect(batch, pool)
+                    progress.update(len(batch))
         return [found[key] for key in keys]
 
     def _read(self, image: Photograph, place: int) -> tuple[ImageItem, bytes | NDArray[np.uint8]]:

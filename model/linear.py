@@ -31,6 +31,7 @@ class Linear(nn.Linear):
     """`torch.nn.Linear` by way of `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out), as `linear` computes it."""
         return linear(input, self.weight, self.bias)
 
 

@@ -184,14 +184,17 @@ def vcr_figures(answer_scores: FloatArray, rationale_scores: FloatArray, answers
 
 
 def word_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    """`accuracy` (S,) of hidden words: 1 where the best word piece is the hidden one."""
     return {"accuracy": (outputs["scores"].argmax(dim=1) == losses.hidden_words(targets)).float()}
 
 
 def feature_error(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    """`mse` (S,) of hidden regions, the mean over the elements of a feature."""
     return {"mse": losses.masked_features(outputs, targets)["squared_error"].mean(dim=1)}
 
 
 def class_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    """`accuracy` (S,) of hidden regions: 1 where the best class is the detector's best foreground class."""
     return {"accuracy": (outputs["scores"].argmax(dim=1) == losses.best_foreground_class(targets["soft_labels"])).float()}
 
 
@@ -205,4 +208,5 @@ def distribution_distance(outputs: Outputs, targets: Targets) -> dict[str, Tenso
 
 
 def pair_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    """`accuracy` (B,) of pairs: 1 where it is said right whether text and picture belong together."""
     return {"accuracy": (outputs["scores"].argmax(dim=1) == targets["matched"]).float()}

@@ -13,11 +13,14 @@ from torch import nn
 class Ways(Protocol):
     """How a model is read, written and uploaded."""
 
-    def read(self, kind: type[nn.Module], path_or_id: str | Path, **sizes: Any) -> nn.Module: ...
+    def read(self, kind: type[nn.Module], path_or_id: str | Path, **sizes: Any) -> nn.Module:
+        """A model of a class from a run, a file, a folder or a hub id; `sizes` are those of a new head."""
 
-    def write(self, model: nn.Module, folder: str | Path, *, about: Mapping[str, Any], licence: str | None) -> None: ...
+    def write(self, model: nn.Module, folder: str | Path, *, about: Mapping[str, Any], licence: str | None) -> None:
+        """Write a folder that others can load, with a card."""
 
-    def upload(self, model: nn.Module, repo_id: str, *, about: Mapping[str, Any], licence: str | None, private: bool | None) -> str: ...
+    def upload(self, model: nn.Module, repo_id: str, *, about: Mapping[str, Any], licence: str | None, private: bool | None) -> str:
+        """Write it to the hub; the address of the repository."""
 
 
 class Shared(nn.Module):

@@ -89,6 +89,7 @@ class UniterConfig:
             raise BadInput(f"this is no model configuration: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
+        """The sizes as plain values, as `config.json` has them."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -103,10 +104,12 @@ class UniterConfig:
         return cls.from_dict(values, **overrides)
 
     def to_json(self, path: str | Path) -> None:
+        """Write them as a `config.json`."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
+    """The normalisation that all of UNITER uses, with BERT's epsilon."""
     return nn.LayerNorm(width, eps=NORM_EPSILON)
 
 
@@ -122,6 +125,8 @@ def initialise(module: nn.Module, *, deviation: float) -> None:
 
 
 class TextEmbeddings(nn.Module):
+    """Word pieces with their places and types, summed and normalised. Source: UNITER, section 3.1."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
@@ -131,6 +136,12 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, types_T: Tensor, shifts_TH: Tensor | None = None) -> Tensor:
+        """T word pieces to (T, H).
+
+        Args:
+            ids_T, positions_T, types_T: (T,) int64.
+            shifts_TH: added to the words alone, as adversarial training does.
+        """
         words_TH = self.word_embeddings(ids_T)
         if shifts_TH is not None:
             words_TH = words_TH + shifts_TH
@@ -160,6 +171,14 @@ class RegionEmbeddings(nn.Module):
     def forward(
         self, features_RD: Tensor, positions_R7: Tensor, types_RH: Tensor, masked_R: Tensor | None, shifts_RD: Tensor | None = None
     ) -> Tensor:
+        """R regions to (R, H).
+
+        Args:
+            features_RD: (R, D). positions_R7: (R, 7) fractions of the image: x0 y0 x1 y1 w h area.
+            types_RH: (R, H) the embedding of the type "region".
+            masked_R: (R,) bool, True where the feature is hidden; None: nowhere.
+            shifts_RD: added to the features, as adversarial training does.
+        """
         features_RD = features_RD.to(self.img_linear.weight.dtype)
         if masked_R is not None:
             if not torch.compiler.is_compiling():
@@ -184,11 +203,14 @@ class DenseAddNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, inner_NI: Tensor, residual_NH: Tensor) -> Tensor:
+        """(N, I) and what it is added to, (N, H), to (N, H)."""
         normed_NH: Tensor = self.LayerNorm(self.dropout(self.dense(inner_NI)) + residual_NH)
         return normed_NH
 
 
 class SelfAttention(nn.Module):
+    """BERT's attention of many heads, on packed sequences."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.query = Linear(config.hidden_size, config.hidden_size)
@@ -199,6 +221,7 @@ class SelfAttention(nn.Module):
         self.heads = config.num_attention_heads
 
     def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel) -> Tensor:
+        """(N, H) rows of all sequences of the layout to (N, H), each attending to its own sequence alone."""
         dropout = self.dropout.p if self.training else 0.0
         parts = self.query, self.key, self.value
         weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
@@ -207,12 +230,15 @@ class SelfAttention(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention, projected, added to its input and normalised."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.self = SelfAttention(config)
         self.output = DenseAddNorm(config.hidden_size, config)
 
     def forward(self, hidden_NH: Tensor, layout: Layout, kernel: AttentionKernel, rows_S: Tensor | None) -> Tensor:
+        """(N, H) to (N, H), or to (S, H) of the rows that are asked for."""
         context_NH = self.self(hidden_NH, layout, kernel)
         if rows_S is not None:
             context_NH, hidden_NH = context_NH.index_select(0, rows_S), hidden_NH.index_select(0, rows_S)
@@ -221,16 +247,21 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
+    """The wide layer of a block, with its activation."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
+        """(N, H) to (N, I)."""
         return self.activation(self.dense(hidden_NH))
 
 
 class Layer(nn.Module):
+    """A block of the encoder: attention, then two dense layers."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
@@ -245,6 +276,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The blocks, one after the other."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -263,11 +296,14 @@ class Encoder(nn.Module):
 
 
 class Pooler(nn.Module):
+    """A sequence's [CLS] as one vector."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, first_BH: Tensor) -> Tensor:
+        """(B, H) rows of [CLS] to (B, H), within -1 and 1."""
         return torch.tanh(self.dense(first_BH))
 
 

@@ -34,7 +34,8 @@ FOLDERS = {
     "datasets/text_db": {"datasets/storage", "datasets/text_db/captions"},  # exclusions know SBU's names of photographs
     "datasets/text_db/captions": {*_TEXTS, "datasets/image_db"},  # which members of a tar are images
     "datasets/text_db/annotations": {"datasets/image_db", *_TEXTS, "datasets/text_db/captions"},
-    "datasets/text_db/building": {*_TEXTS, "datasets/image_db"},  # texts are matched with images by key
+    # what is built is read by the rows of captions and annotations, and matched with images by key
+    "datasets/text_db/building": {*_TEXTS, "datasets/image_db", "datasets/text_db/captions", "datasets/text_db/annotations"},
     "datasets/batches": {"datasets/storage", "datasets/image_db", "datasets/text_db", "datasets/text_db/annotations"},
     "datasets/maintenance": {
         *_ON_DISK,

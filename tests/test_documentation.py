@@ -1,5 +1,6 @@
 """The README and the pages say only what the commands can do, and the tutorial runs."""
 
+import ast
 import os
 import re
 import shlex
@@ -9,10 +10,12 @@ import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,6 +126,78 @@ def test_the_changelog_is_kept() -> None:
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
+def test_every_command_is_a_call_that_exists() -> None:
+    rows = re.findall(r"^\| `(uniter-[^`]+)` \| (.+) \|$", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+    def leaves(command: click.Command, words: list[str]) -> Iterator[str]:
+        inner = getattr(command, "commands", {})
+        if not inner:
+            yield " ".join(words)
+        for name, below in inner.items():
+            yield from leaves(below, [*words, name])
+
+    # The page that is asked in the browser is `Understanding` again.
+    scripts = {script: begin.split(":")[1] for script, begin in SCRIPTS.items() if script != "uniter-app"}
+    wanted = {leaf for script, name in scripts.items() for leaf in leaves(import_module(f"uniter.cli.{name}").main, [script])}
+    assert {command.partition(" --")[0] for command, _ in rows} >= wanted
+    for command, calls in rows:
+        named = [call for call in re.findall(r"`([^`]+)`", calls) if call.startswith("uniter.")]
+        assert named, command
+        for call in named:
+            found: Any = uniter_object(call)
+            assert callable(found) and found.__doc__, call
+
+
+def uniter_object(name: str) -> Any:
+    """What a dotted name stands for: an attribute of a module, or of a class in it."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            found = import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(name)
+
+
+def section(page: Path, heading: str) -> Iterator[tuple[str, str]]:
+    """The code blocks below a heading of a page, with their language."""
+    text = page.read_text(encoding="utf-8")
+    below = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    assert below, f"{page.name} has no section {heading!r}"
+    yield from re.findall(r"^```(\w*)\n(.*?)^```", below, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_hour_of_the_readme_runs(tmp_path: Path) -> None:
+    """What a newcomer types in an empty home without a network, line by line; `make demo` has a test of its own (tests/test_demo.py)."""
+    data = pytest.importorskip("skimage.data", reason="scikit-image ships the photographs: pip install '.[demo]'")
+    pytest.importorskip("detectron2", reason="run `uniter-extract --install-detectron2`")
+    home, photos = tmp_path / "home", tmp_path / "photos"
+    home.mkdir()
+    photos.mkdir()
+    for name, photograph in (("dog.jpg", data.chelsea()), ("coffee.png", data.coffee())):
+        Image.fromarray(photograph).save(photos / name)
+    here = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    kept = {name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "LANG") if name in os.environ}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    ran = 0
+    for language, block in section(ROOT / "README.md", "No weights? Begin here"):
+        lines = [block] if language == "python" else [line for line in block.splitlines() if line.startswith("uniter-")]
+        for line in lines:
+            if "demo-output" in line:
+                continue
+            words = [sys.executable, "-c", line] if language == "python" else shlex.split(line)
+            done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**kept, **nowhere, **here})
+            assert done.returncode == 0, f"{line}:\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran >= 3, "an extraction, a page, and the regions in Python"
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "on-board" in page and "cat" in page
+    assert {path.name for path in home.rglob("*") if path.is_file()} <= {"settings.json"}, "nothing is left in the home"
+
+
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     """Each command as it stands, on a smaller world and with fewer steps, in one folder, in order."""
@@ -135,3 +210,25 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{shlex.join(words)}:\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "report" / "index.html").exists()
     assert (tmp_path / "shared" / "model.safetensors").exists()
+
+
+def test_every_public_function_class_and_method_has_a_docstring() -> None:
+    """The reference is made from them. Names with an underscore are private, and so are modules."""
+
+    def without(nodes: list[ast.stmt], of: str) -> Iterator[str]:
+        for node in nodes:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if any("overload" in ast.unparse(decorator) for decorator in node.decorator_list):
+                continue
+            told = (ast.get_docstring(node) or "").split()
+            if len(told) < 2 or told[:2] == ["Return", "the"]:
+                yield f"{of}{node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from without(node.body, f"{of}{node.name}.")
+
+    files = [file for room in ("extract", "datasets", "model", "cli") for file in sorted((ROOT / room).rglob("*.py"))]
+    assert len(files) > 200
+    assert [
+        name for file in files for name in without(ast.parse(file.read_text(encoding="utf-8")).body, f"{file.relative_to(ROOT)}: ")
+    ] == []

@@ -67,6 +67,7 @@ class Corpus:
 
     @property
     def has_soft_labels(self) -> bool:
+        """Whether regions come with the detector's distribution over its classes, which MRC and MRC-KL learn from."""
         return self.images.label_classes > 0
 
     @property
@@ -84,9 +85,11 @@ class Corpus:
         return self.texts[0] if len(self.texts) == 1 else self.texts[int(self.database_N[example])]
 
     def record(self, example: int) -> dict[str, Any]:
+        """The text record of an example, by its number in the corpus."""
         return self.text_of(example).record(int(self.row_N[example]))
 
     def example_id(self, example: int) -> str:
+        """The id of an example in its text database, by its number in the corpus."""
         return self.text_of(example).ids[int(self.row_N[example])]
 
     def regions(self, image_row: int, *, fields: Sequence[str] = DEFAULT_FIELDS) -> RegionFeatures:

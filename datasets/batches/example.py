@@ -84,6 +84,7 @@ class Example:
 
     @property
     def id(self) -> str:
+        """Its id in the text database, for messages and submissions."""
         return self.corpus.example_id(self.number)
 
     def read(self, fields: tuple[str, ...] = REGION_FIELDS) -> "Shown":

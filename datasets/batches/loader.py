@@ -34,6 +34,7 @@ class MicroBatch:
     batch: PackedBatch
 
     def pin_memory(self) -> "MicroBatch":
+        """The same in page-locked memory, from which a GPU copies while it computes."""
         return replace(self, batch=self.batch.pin_memory())
 
 

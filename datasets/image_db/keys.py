@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.datasets.storage.lmdb_pages import MAX_KEY_BYTES
 
 FIELDS = ("stem", "name", "parent", "path", "id")
@@ -69,18 +69,20 @@ def key_rule(rule: str) -> KeyRule:
     """
     template = _RULES.get(rule, rule)
     if "{" not in template:
-        raise BadInput(f"--key {rule!r} is neither stem, path nor a template such as 'coco_{{id:012d}}'; all images would get the same key")
+        raise WrongUsage(
+            f"--key {rule!r} is neither stem, path nor a template such as 'coco_{{id:012d}}'; all images would get the same key"
+        )
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise BadInput(f"--key {rule!r} is no template ({error}); expected for instance 'coco_{{id:012d}}'") from error
+        raise WrongUsage(f"--key {rule!r} is no template ({error}); expected for instance 'coco_{{id:012d}}'") from error
     pieces: list[tuple[str, str | None, str]] = []
     for literal, field, specification, conversion in parsed:
         if field is not None:
             if field not in FIELDS:
-                raise BadInput(f"--key {rule!r}: {unknown_name('field', field, FIELDS)}")
+                raise WrongUsage(f"--key {rule!r}: {unknown_name('field', field, FIELDS)}")
             if conversion or (specification and (field != "id" or not re.fullmatch(r"0?[1-9][0-9]?d?", specification))):
-                raise BadInput(f"--key {rule!r}: only {{id}} takes a format, and only a width such as {{id:012d}}")
+                raise WrongUsage(f"--key {rule!r}: only {{id}} takes a format, and only a width such as {{id:012d}}")
         pieces.append((literal, field, specification or ""))
 
     if template in _RULES.values():  # a million times

@@ -31,6 +31,11 @@ class DataFile:
         self._view: memoryview | None = None
 
     def value(self, offset: int, size: int) -> memoryview:
+        """`size` bytes from `offset` of the file on, mapped and not copied.
+
+        Raises:
+            BadInput: they are not within the file.
+        """
         view = self._view
         if view is None:
             view = self._open()
@@ -119,9 +124,11 @@ class Live:
         self.region_counts = np.fromiter(counts.values(), dtype=np.int32, count=len(counts))
 
     def value(self, key: str) -> bytes | None:
+        """The packed record of a key, None where there is none yet."""
         return self.store.value(key.encode(errors="surrogatepass"))
 
     def rows_of(self, key: str) -> int | None:
+        """None: an unfinished database has no rows."""
         return None
 
 
@@ -150,10 +157,12 @@ class Complete:
             raise BadInput(f"{self.path / INDEX} has columns of different lengths; run `uniter-db check --repair OUT` on the database")
 
     def value(self, key: str) -> memoryview | None:
+        """The packed record of a key, None where there is none; valid while the database is open."""
         row = self.keys.find(key)
         return None if row < 0 else self.value_in_row(row)
 
     def value_in_row(self, row: int) -> memoryview:
+        """The packed record of a row of the index."""
         return self.file.value(self._offsets[row], self._sizes[row])
 
     def rows_of(self, key: str) -> int | None:
@@ -169,6 +178,11 @@ class Complete:
 
 
 def open_complete(path: Path, *, readahead: bool) -> Complete:
+    """Open a finished database of ours by its index.
+
+    Raises:
+        BadInput: it is of another kind or version, or its files do not belong together.
+    """
     header = read_json(path / "header.json")
     if not isinstance(header, dict) or header.get("kind", "regions") != "regions":
         raise BadInput(f"{path} is a {header.get('kind') if isinstance(header, dict) else 'damaged'} database, expected a region database")

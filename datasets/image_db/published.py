@@ -55,10 +55,12 @@ class Published:
         self._counts = np.full(len(keys), -1, dtype=np.int32)  # of the records that were counted so far
 
     def value(self, key: str) -> memoryview | None:
+        """The packed record of a key, None where there is none."""
         row = self.keys.find(key)
         return None if row < 0 else self.value_in_row(row)
 
     def value_in_row(self, row: int) -> memoryview:
+        """The packed record of a row of the index."""
         return self.file.value(int(self._offsets[row]), int(self._sizes[row]))
 
     @property
@@ -165,6 +167,7 @@ def variant(path: Path, selection: dict[str, Any]) -> Path:
 
 
 def open_published(path: Path, readahead: bool, selection: dict[str, Any]) -> Published:
+    """Open one of UNITER's published LMDBs; counts of regions come from the `nbb_*.json` beside it where the selection has one."""
     counts = None
     name = path.name
     if not name.startswith("all") and selection["conf_th"] != -1:

@@ -185,8 +185,10 @@ _NPZ_MAGIC: Final = b"PK\x03\x04"
 
 
 def is_npz(value: bytes | memoryview) -> bool:
+    """Whether a value is a .npz archive, as UNITER's published databases without `_compressed` hold."""
     return value[:4] == _NPZ_MAGIC
 
 
 def present(record: RegionFeatures, fields: Sequence[str]) -> list[NDArray[Any]]:
+    """Those of the named arrays that a record has, in the names' order."""
     return [array for name in fields if (array := getattr(record, name)) is not None]

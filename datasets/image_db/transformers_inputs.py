@@ -29,16 +29,27 @@ class Regions(Protocol):
     """What is asked of a `RegionFeatures`, which offers these functions as methods."""
 
     @property
-    def features(self) -> NDArray[np.floating]: ...
+    def features(self) -> NDArray[np.floating]:
+        """(N, D) features."""
+
     @property
-    def norm_bb(self) -> NDArray[np.floating]: ...
+    def norm_bb(self) -> NDArray[np.floating]:
+        """(N, 6 or 7) x0 y0 x1 y1 w h (area), fractions of the image."""
+
     @property
-    def boxes(self) -> NDArray[np.floating] | None: ...
+    def boxes(self) -> NDArray[np.floating] | None:
+        """(N, 4) x0 y0 x1 y1, pixels of the upright image; None where they are not known."""
+
     @property
-    def size(self) -> tuple[int, int] | None: ...
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of the image in pixels; None where it is not known."""
+
     def __len__(self) -> int: ...
-    def best_objects(self) -> _Best | None: ...
-    def best_attributes(self) -> _Best | None: ...
+    def best_objects(self) -> _Best | None:
+        """As of `RegionFeatures`: each region's likeliest class and its probability."""
+
+    def best_attributes(self) -> _Best | None:
+        """As of `RegionFeatures`: each region's likeliest attribute and its probability."""
 
 
 _ROUNDING: Final = 2e-3

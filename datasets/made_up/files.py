@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from PIL import Image
 
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import BadInput, WrongUsage
 from uniter.datasets.made_up.scenes import Relation, Scene, Thing, make_scene, scene_key
 from uniter.datasets.made_up.world import WORLDS, World
 from uniter.datasets.progress import Progress
@@ -59,7 +59,7 @@ def write_world(
     """
     world = world or WORLDS["shapes"]
     if not 0 <= held_out < images:
-        raise BadInput(f"{held_out} of {images} pictures are to be held out, expected fewer held out than there are")
+        raise WrongUsage(f"{held_out} of {images} pictures are to be held out, expected fewer held out than there are")
     if captions < 1:
         raise BadInput(f"{captions} captions a picture were asked for, expected at least 1")
     out = Path(out)

@@ -34,6 +34,7 @@ class Thing:
 
     @property
     def centre(self) -> tuple[float, float]:
+        """(x, y) in pixels."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     def phrase(self, *, with_size: bool = False) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from uniter.datasets.errors import BadInput, UniterError, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.datasets.made_up.outlines import OUTLINES
 
 
@@ -92,7 +92,7 @@ def load_world(name_or_path: str) -> World:
         return WORLDS[name_or_path]
     path = Path(name_or_path)
     if not path.is_file():
-        raise UniterError(f"{unknown_name('world', name_or_path, WORLDS)}, and no such file is there either")
+        raise WrongUsage(f"{unknown_name('world', name_or_path, WORLDS)}, and no such file is there either")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -119,4 +119,5 @@ def salvaged(path: Path, checksums: Mapping[bytes, int]) -> Iterator[tuple[bytes
 
 
 def shown_first(key: bytes) -> str:
+    """A key as a report shows it: 80 bytes at most, whatever they are."""
     return repr(key[:80].decode(errors="replace"))

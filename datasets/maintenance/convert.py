@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.errors import BadInput, UniterError, WrongUsage
 from uniter.datasets.image_db.formats.projects.layout import Known, write_all
 from uniter.datasets.image_db.formats.records import ImageSizes, Item, Selection, with_pixels
 from uniter.datasets.image_db.formats.table import CAPTIONS, FORMATS, NAMES, SPLITS, Format, format_named, read_items, recognise
@@ -193,7 +193,7 @@ def _refuse_pointless(to: str, captions: Path | None, split: str | None, class_n
     options = ((captions, CAPTIONS, "--captions"), (split, SPLITS, "--split"), (class_names, NAMES, "--class-names"))
     for given, what, option in options:
         if given is not None and what not in FORMATS[to].takes:
-            raise BadInput(f"{option} has no meaning here, since {to} holds no {what}")
+            raise WrongUsage(f"{option} has no meaning here, since {to} holds no {what}")
 
 
 def _renamed(items: Iterable[Item], make: Callable[[str], str], renamed: dict[str, str] | None) -> Iterator[Item]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgpack
 
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.datasets.image_db.formats.records import npz_name
 from uniter.datasets.image_db.tables import write_parquet
 from uniter.datasets.maintenance.copying import refuse_overlap
@@ -66,7 +66,7 @@ def convert_texts(source: Path, target: Path, *, to: str, overwrite: bool = Fals
         SettingsDiffer: `target` is there, made from something else.
     """
     if to not in TEXT_LAYOUTS:
-        raise BadInput(f"{source} is a text database: {unknown_name('layout of texts', to, TEXT_LAYOUTS)}; name one with --to")
+        raise WrongUsage(f"{source} is a text database: {unknown_name('layout of texts', to, TEXT_LAYOUTS)}; name one with --to")
     refuse_overlap(target, [source])
     database = TextDB(source)
     if not len(database):

@@ -20,6 +20,7 @@ from uniter.datasets.image_db.writing.side_files import read_box_ids, write_box_
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.maintenance.kinds import database_kind
 from uniter.datasets.maintenance.published_texts import Text, side_files_of, stated_settings, write_published_texts
+from uniter.datasets.progress import Progress
 from uniter.datasets.storage.claims import MADE_FROM, refuse_source_inside, source_names
 from uniter.datasets.storage.files import difference_in_words, read_json_object
 from uniter.datasets.text_db.annotations.table import ANNOTATIONS
@@ -45,10 +46,12 @@ Record = tuple[str, bytes | BadInput, int]
 
 def records_of(database: ImageDB, keys: Iterable[str]) -> Iterator[Record]:
     """Records as ours keep them: those of ours byte for byte, published ones cut and packed anew."""
-    for key in keys:
-        regions = database[key]
-        raw = database.raw_record(key)
-        yield key, raw if raw is not None else encode_record(regions, key=key), len(regions)
+    with Progress(None, unit="images", label="copying", brief=True) as progress:
+        for key in keys:
+            regions = database[key]
+            raw = database.raw_record(key)
+            yield key, raw if raw is not None else encode_record(regions, key=key), len(regions)
+            progress.update()
 
 
 @dataclass(frozen=True)

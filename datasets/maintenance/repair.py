@@ -13,6 +13,7 @@ from uniter.datasets.maintenance.check_report import CheckReport
 from uniter.datasets.maintenance.check_texts import examine_text
 from uniter.datasets.maintenance.copying import Record, folders_of, refuse_overlap, shared_header, write_regions, write_texts
 from uniter.datasets.maintenance.kinds import database_kind
+from uniter.datasets.progress import Progress
 from uniter.datasets.storage.files import read_json
 from uniter.datasets.storage.index_file import INDEX
 
@@ -116,6 +117,12 @@ class _GoodRecords:
         self.widths: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Record]:
+        with Progress(None, unit="records", label="repairing") as progress:
+            for record in self._good():
+                yield record
+                progress.update()
+
+    def _good(self) -> Iterator[Record]:
         first = self._folders[0] if self._folders else Path()
         for folder in self._folders:
             published = database_kind(folder) == "published regions"

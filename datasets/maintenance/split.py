@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError, shown
+from uniter.datasets.errors import BadInput, SettingsDiffer, UniterError, WrongUsage, shown
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.database import kind_of_child
 from uniter.datasets.image_db.parts import MAKING, PARTS, SWAPPING, parts_under_way
@@ -227,7 +227,7 @@ def _parts(keys: Sequence[str], by: str, alias: Callable[[int], tuple[str, ...]]
     if _is_number(by):
         count = int(by)
         if not 1 <= count <= len(keys):
-            raise BadInput(f"--by {count}: expected a number of parts from 1 to {len(keys):,}, the number of records")
+            raise WrongUsage(f"--by {count}: expected a number of parts from 1 to {len(keys):,}, the number of records")
         bounds = np.linspace(0, len(keys), count + 1).round().astype(int)
         width = len(str(count - 1))
         return {f"part-{part:0{width}d}": list(keys[int(bounds[part]) : int(bounds[part + 1])]) for part in range(count)}
@@ -251,7 +251,7 @@ def _parts(keys: Sequence[str], by: str, alias: Callable[[int], tuple[str, ...]]
 def _listed(path: Path) -> dict[str, str]:
     """Key -> part, from a list; "listed" where no part is named."""
     if not path.is_file():
-        raise BadInput(f"--by {path}: expected a number of parts or a file that lists keys")
+        raise WrongUsage(f"--by {path}: expected a number of parts or a file that lists keys")
     part_of: dict[str, str] = {}
     for line in lines_of(path):
         key, _, part = line.partition("\t")

@@ -68,6 +68,7 @@ class HeldOut:
     worst: Sequence[HeldOutPicture]
 
     def write(self, run: Path) -> None:
+        """Write it into a training's folder, where `read_held_out` finds it."""
         write_json(run / HELD_OUT_FILE, asdict(self))
 
 

@@ -56,6 +56,7 @@ class RunLog:
             self._events.flush()
 
     def close(self) -> None:
+        """Close the file, and what TensorBoard and wandb were told."""
         self._file.close()
         if self._events is not None:
             self._events.close()

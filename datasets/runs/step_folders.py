@@ -21,6 +21,7 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after update `step`."""
     return run / CHECKPOINTS / f"step-{step}"
 
 
@@ -72,6 +73,7 @@ def remove_old(run: Path, *, keep: int) -> None:
 
 
 def make_durable(folder: Path) -> None:
+    """Have the disk confirm every file of a folder, and the folder itself."""
     for path in _files(folder):
         sync(path)
     sync(folder)

@@ -97,6 +97,7 @@ class Layout:
         self._rest = (begin, len(value), bytes(value[begin:]))
 
     def fits(self, value: bytes | memoryview) -> bool:
+        """Whether a value is laid out so, but for the numbers in it; then its arrays lie where the layout says."""
         return all(value[begin:end] == between for begin, end, between in (*self.headers.values(), self._rest))
 
 

@@ -121,6 +121,15 @@ def checked_key(key: str) -> bytes:
 
 
 def open_writer(folder: Path, map_bytes: int, *, max_dbs: int = 0) -> lmdb.Environment:
+    """Open an LMDB for its only writer, made if it is not there.
+
+    Args:
+        map_bytes: the greatest size to which the file may grow.
+        max_dbs: named tables in it.
+
+    Raises:
+        BadInput: what is there is no LMDB, or is cut off.
+    """
     data = folder / "data.mdb"
     with contextlib.suppress(FileNotFoundError):
         if is_empty_file(data):

@@ -173,6 +173,7 @@ class PageFile:
         self.identity = (transaction_number, tree[6], tree[7] if tree[7] != _EMPTY else -1)
 
     def close(self) -> None:
+        """Give the file back."""
         os.close(self._descriptor)
 
     def __enter__(self) -> Self:

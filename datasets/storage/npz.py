@@ -184,6 +184,11 @@ def npz_rows(value: bytes | memoryview, name: str) -> int | None:
 
 
 def npy_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, "np.dtype[Any]"]:
+    """What the header of a .npy file says, read up to the data: shape, whether in Fortran's order, and dtype.
+
+    Raises:
+        BadInput: it is no header of version 1.0, or of objects.
+    """
     version = np.lib.format.read_magic(file)
     if version != (1, 0):  # later versions exist for structured types, and their header may be 4 GiB long
         raise BadInput(f"array {name!r} has .npy version {version}, expected 1.0")

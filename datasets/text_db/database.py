@@ -116,18 +116,22 @@ class TextDB(Mapping[str, dict[str, Any]]):
 
     @cached_property
     def cls_id(self) -> int:
+        """The id of the word piece [CLS] in this database's vocabulary; BadInput where meta.json does not tell it."""
         return self._special("CLS")
 
     @cached_property
     def sep_id(self) -> int:
+        """The id of the word piece [SEP]; BadInput where meta.json does not tell it."""
         return self._special("SEP")
 
     @cached_property
     def mask_id(self) -> int:
+        """The id of the word piece [MASK]; BadInput where meta.json does not tell it."""
         return self._special("MASK")
 
     @cached_property
     def unk_id(self) -> int:
+        """The id of the word piece [UNK]; BadInput where meta.json does not tell it."""
         return self._special("UNK")
 
     @cached_property

@@ -43,4 +43,5 @@ def decode_text_record(value: bytes | memoryview, *, example: str | bytes) -> di
 
 
 def spelt(example: str | bytes) -> str:
+    """An example's id as messages show it; bytes that are no UTF-8 become question marks."""
     return example if isinstance(example, str) else example.decode("utf-8", "replace")

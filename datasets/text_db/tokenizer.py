@@ -23,6 +23,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.trainers import WordPieceTrainer
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.progress import Progress
 from uniter.datasets.text_db.vocabulary_files import (
     CLS,
     MASK,
@@ -147,9 +148,12 @@ class Tokenizer:
         """
         counts: dict[str, int] = {}
         # Counted by words of white space first: a caption file has a thousand times more words than different ones.
-        for text in texts:
-            for word in text.split():
-                counts[word] = counts.get(word, 0) + 1
+        with Progress(None, unit="texts", label="reading words", brief=True) as progress:
+            for number, text in enumerate(texts, start=1):
+                for word in text.split():
+                    counts[word] = counts.get(word, 0) + 1
+                if number % 1000 == 0:
+                    progress.update(1000)
         pieces: dict[str, int] = {}
         for word, count in counts.items():
             for piece in basic_words(word, lowercase=False):

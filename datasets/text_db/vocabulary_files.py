@@ -13,6 +13,11 @@ VOCABULARY_FILE, TOKENIZER_FILE = "vocab.txt", "tokenizer_config.json"  # of a m
 
 
 def read_vocabulary(path: Path) -> list[str]:
+    """The word pieces of a BERT `vocab.txt`, by their ids.
+
+    Raises:
+        BadInput: it is no UTF-8, or pieces are missing or come twice.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,6 +69,11 @@ def read_folder(path: Path, *, called: str = "") -> tuple[list[str], str, bool, 
 
 
 def read_tokenizer_json(path: Path) -> tuple[list[str], bool]:
+    """The word pieces of a `tokenizer.json` by their ids, and whether texts are lowercased.
+
+    Raises:
+        BadInput: it is no WordPiece tokeniser of BERT's kind.
+    """
     document = object_of(whole_json(path), str(path))
     model, normalizer = document.get("model"), document.get("normalizer")
     vocabulary = model.get("vocab") if isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece" else None

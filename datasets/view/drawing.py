@@ -44,14 +44,24 @@ def draw_regions(
     corners = np.clip(np.rint(boxes), 0, [width - 1, height - 1, width - 1, height - 1]).astype(int)
     colours = {int(k): class_colour(labels[k].name or "") for k in order}
     for k in order[::-1]:  # the most confident ones last, on top
-        x0, y0, x1, y1 = (int(value) for value in corners[k])
-        cv2.rectangle(picture, (x0, y0), (x1, y1), (0, 0, 0), 3, cv2.LINE_AA)
-        cv2.rectangle(picture, (x0, y0), (x1, y1), colours[int(k)], 2, cv2.LINE_AA)
+        draw_box(picture, corners[k], colours[int(k)])
     wordings = [labels[k].shortened() for k in order]
     for k, found in zip(order, _places(wordings, corners[order], (height, width), text_height), strict=True):
         if found is not None:
             _draw_label(picture, *found, corners[k], colours[int(k)], text_height)
     return picture
+
+
+def draw_box(picture: ByteImage, corners: NDArray[np.integer], colour: Colour) -> None:
+    """Draw one box, outlined in black so that it stands out from any photograph, into the picture itself.
+
+    Args:
+        picture: (H, W, 3) uint8 BGR. Modified.
+        corners: (4,) x0 y0 x1 y1, whole pixels within the picture.
+    """
+    x0, y0, x1, y1 = (int(value) for value in corners)
+    cv2.rectangle(picture, (x0, y0), (x1, y1), (0, 0, 0), 3, cv2.LINE_AA)
+    cv2.rectangle(picture, (x0, y0), (x1, y1), colour, 2, cv2.LINE_AA)
 
 
 def draw_weights(image: ByteImage, regions: RegionFeatures, labels: Sequence[RegionLabel], weights: NDArray[np.floating]) -> ByteImage:

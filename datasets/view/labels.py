@@ -84,6 +84,18 @@ def label_regions(
     ]
 
 
+def known_classes(class_names: Sequence[str] | None, label_classes: int) -> list[str]:
+    """All names that `label_regions` can give to a class of a database.
+
+    Args:
+        class_names: as the database has them, without the background.
+        label_classes: columns of its soft labels, the background's among them; 0: it has none.
+    """
+    width = label_classes - 1 if label_classes > 0 else None
+    known = _fitting(class_names, visual_genome_objects(), width)
+    return [_name(index, known, "class") for index in range(len(known) if width is None else width)]
+
+
 def _fitting(given: Sequence[str] | None, visual_genome: Sequence[str], width: int | None) -> Sequence[str]:
     if given:
         return given

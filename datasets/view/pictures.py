@@ -4,6 +4,7 @@ What a reader would get wrong: they are BGR, as OpenCV wants them, and upright; 
 was read smaller.
 """
 
+import re
 import warnings
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def _eight_bit_rgb(image: Image.Image) -> Image.Image:
         above = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
     return image.convert("RGB")
+
+
+def safe_name(name: str) -> str:
+    """What of a key or a file's name may be part of a file's name everywhere: letters, digits and "._-" of ASCII, 80 at most."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80].strip(".")
 
 
 def resized(image: ByteImage, longest: int) -> ByteImage:

@@ -6,7 +6,6 @@ damaged or missing is shown and counted, while the page goes on. Only photograph
 
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from uniter.datasets.errors import BadInput, UniterError
+from uniter.datasets.errors import UniterError, WrongUsage
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.records import ALL_FIELDS
@@ -28,7 +27,7 @@ from uniter.datasets.view.drawing import draw_regions
 from uniter.datasets.view.labels import class_colour, label_regions
 from uniter.datasets.view.page import INDEX, PICTURES, render, report_folder, write_page
 from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, photograph, refuse_if_none_is_there
-from uniter.datasets.view.pictures import resized, write_picture
+from uniter.datasets.view.pictures import resized, safe_name, write_picture
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +74,7 @@ class ViewSummary:
     captioned: int = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """The summary of `uniter-view` as JSON: counts instead of the keys."""
         counts = {"without_photograph": self.without_photograph.total, "unreadable": self.unreadable.total}
         return {
             "page": str(self.page),
@@ -117,7 +117,7 @@ def write_region_report(
     found = Photographs(photographs) if photographs is not None else None
     for key in keys:
         if key not in opened:
-            raise BadInput(f"image {key!r} is in none of the databases; keys are shown by `uniter-db info`")
+            raise WrongUsage(f"image {key!r} is in none of the databases; keys are shown by `uniter-db info`")
     chosen: Sequence[str] = list(keys) or _evenly(opened.keys_list, limit)
     if found is not None and chosen:
         refuse_if_none_is_there(found, chosen)
@@ -185,7 +185,7 @@ def _card(
     image, size, notes = photograph(key, regions, photographs)
     if notes:
         summary.without_photograph.add(key)
-    name = f"{number:06d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', key)[:80].strip('.')}.jpg"
+    name = f"{number:06d}-{safe_name(key)}.jpg"
     whole = draw_regions(image, regions, labels, most=most_boxes, text_height=15)
     thumbnail = draw_regions(resized(image, THUMBNAIL_LONGEST), regions, labels, most=min(THUMBNAIL_BOXES, most_boxes or THUMBNAIL_BOXES))
     write_picture(folder / PICTURES / name, whole)

@@ -42,6 +42,7 @@ class RunsSummary:
     held_out_pictures: int = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """The summary of `uniter-view RUN` as JSON."""
         counts = {"curves": self.curves, "pairs": self.pairs, "held_out_pictures": self.held_out_pictures}
         return {"page": str(self.page), "runs": self.runs, **counts}
 

@@ -41,6 +41,7 @@ class CaffeStem(BasicStem):  # type: ignore[misc]
     caffe_pool = True
 
     def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 pixels to (B, 64, H', W'), the pooling rounding up as Caffe's does."""
         return F.max_pool2d(F.relu_(self.conv1(images)), kernel_size=3, stride=2, padding=0, ceil_mode=True)
 
 
@@ -169,6 +170,7 @@ class UniterDilatedRes5ROIHeads(Res5ROIHeads):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Detectron2's arguments of the heads, with the last stage of the ResNet dilated as Bottom-Up Attention has it."""
         made: dict[str, Any] = super().from_config(cfg, input_shape)
         resnets = cfg.MODEL.RESNETS
         out_channels = 8 * resnets.RES2_OUT_CHANNELS

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from uniter.datasets.devices import usable_device
-from uniter.datasets.errors import BadInput, UniterError, unknown_name
+from uniter.datasets.errors import BadInput, UniterError, WrongUsage, unknown_name
 from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions
 from uniter.extract.install import require_detectron2
 
@@ -125,7 +125,7 @@ class Detectron2Detector:
 def _checked_device(name: str, precision: str) -> torch.device:
     """The device, once it is known to be there and to compute in that precision."""
     if precision not in PRECISIONS:
-        raise UniterError(unknown_name("precision", precision, PRECISIONS))
+        raise WrongUsage(unknown_name("precision", precision, PRECISIONS))
     device = usable_device(name)
     if device.type not in ("cpu", "cuda"):
         raise UniterError(f"device {name!r}: detectors run on cpu and cuda only")

@@ -54,6 +54,7 @@ class InvertedBlock(nn.Module):
         self.adds = stride == 1 and channels_in == channels_out
 
     def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H', W'): widened, filtered channel by channel, narrowed; with the input added where shapes allow."""
         wide = maps if self.expand is None else F.relu6(self.expand(maps))
         narrow: Tensor = self.project(F.relu6(self.depthwise(wide)))
         return maps + narrow if self.adds else narrow

@@ -26,7 +26,8 @@ class Preparation(Protocol):
 
     def __call__(self, image: NDArray[np.uint8]) -> PreparedImage: ...
 
-    def settings(self) -> dict[str, Any]: ...
+    def settings(self) -> dict[str, Any]:
+        """All that decides what the network sees, as JSON; `rule` names the kind. Regions made under other settings are others."""
 
 
 CAFFE_MEAN_BGR = (102.9801, 115.9465, 122.7717)
@@ -62,6 +63,7 @@ class CaffePreparation:
         return scale
 
     def settings(self) -> dict[str, Any]:
+        """As of `Preparation`, with the rule "caffe"."""
         return {"rule": "caffe", **asdict(self)}
 
 
@@ -94,6 +96,7 @@ class ShortestEdgePreparation:
         return int(exact_height + 0.5), int(exact_width + 0.5)
 
     def settings(self) -> dict[str, Any]:
+        """As of `Preparation`, with the rule "detectron2"."""
         return {"rule": "detectron2", **asdict(self)}
 
 
@@ -119,6 +122,7 @@ class VinvlPreparation(ShortestEdgePreparation):
         return (size, size_of_long) if height < width else (size_of_long, size)
 
     def settings(self) -> dict[str, Any]:
+        """As of `Preparation`, with the rule "vinvl"."""
         return {"rule": "vinvl", **asdict(self)}
 
 

@@ -19,7 +19,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from uniter.datasets.errors import BadInput, UniterError, unknown_name
+from uniter.datasets.errors import BadInput, UniterError, WrongUsage, unknown_name
 from uniter.datasets.storage.files import read_json_object, sha256_of
 from uniter.datasets.vocabulary import visual_genome_attributes, visual_genome_objects
 from uniter.extract.detector.butd import CAFFE_SCALES, butd_config
@@ -160,7 +160,7 @@ def _from_zoo(name: str) -> Recipe:
     try:
         path = Path(model_zoo.get_config_file(f"{short}.yaml"))
     except RuntimeError:
-        raise UniterError(unknown_name("detector", name, known_names())) from None
+        raise WrongUsage(unknown_name("detector", name, known_names())) from None
     recipe = _from_yaml(path, short)
     try:
         weights = str(model_zoo.get_checkpoint_url(f"{short}.yaml"))

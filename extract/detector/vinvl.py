@@ -53,6 +53,7 @@ class UniterVinvlROIHeads(Res5ROIHeads):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Detectron2's arguments of the heads; batch normalisations of the last stage divide without an epsilon, as VinVL's do."""
         made: dict[str, Any] = super().from_config(cfg, input_shape)
         without_epsilon(made["res5"])
         return made

@@ -72,10 +72,12 @@ class FileImages:
 
     @property
     def units(self) -> int:
+        """Units of work, of `unit_images` images each but for the last."""
         return -(-self.images // self.unit_images)
 
     @property
     def images(self) -> int:
+        """Images in all, those that cannot be used among them."""
         return int(self._starts[-1])
 
     def count(self, number: int) -> int:

@@ -59,17 +59,20 @@ class ImageList(Protocol):
     """All requested images in their order, cut into fixed units."""
 
     @property
-    def units(self) -> int: ...
+    def units(self) -> int:
+        """How many units of work there are; `unit(k)` gives the images of one."""
 
     @property
-    def images(self) -> int: ...
+    def images(self) -> int:
+        """How many images are asked for, of all units."""
 
     @property
     def unit_images(self) -> int | None:
         """Images of a unit; None where a unit is a tar."""
 
     @property
-    def keys_sha256(self) -> str: ...
+    def keys_sha256(self) -> str:
+        """The SHA-256 of all keys in order, in hexadecimal: what tells this list from another."""
 
     def count(self, number: int) -> int:
         """How many images a unit has."""
@@ -81,6 +84,7 @@ class ImageList(Protocol):
 
 
 def image_item(key: str, path: str, file: str, offset: int = 0, size: int = -1, fault: str | None = None, *, row: int = -1) -> ImageItem:
+    """An image of a list, with text made fit for JSON; a key that no database can hold becomes the item's `fault`."""
     key = text_of(key)
     return ImageItem(key, text_of(path), file, offset, size, fault or key_fault(key), row)
 
@@ -91,12 +95,14 @@ def text_of(name: str) -> str:
 
 
 def digests_of(keys: Sequence[str]) -> NDArray[np.uint64]:
+    """Eight bytes of BLAKE2b of each key, (N,) uint64: enough to find keys that come twice, in little memory."""
     blake2b = hashlib.blake2b  # a million times
     packed = b"".join([blake2b(key, digest_size=8).digest() for key in map(str.encode, keys)])
     return np.frombuffer(packed, dtype=np.uint64)
 
 
 def digest_of_keys(keys: Sequence[str]) -> str:
+    """The SHA-256 of the keys in order, in hexadecimal; each is hashed with its length, so that no two lists run together."""
     return hashlib.sha256(lengths_and_keys(keys)).hexdigest()
 
 

@@ -37,10 +37,12 @@ class TableImages:
 
     @property
     def units(self) -> int:
+        """Units of work, of `unit_images` rows each but for the last."""
         return -(-len(self._keys) // self.unit_images)
 
     @property
     def images(self) -> int:
+        """Rows of all tables together."""
         return len(self._keys)
 
     def count(self, number: int) -> int:

@@ -73,6 +73,7 @@ class TarImages:
 
     @property
     def units(self) -> int:
+        """One unit a tar: it is read from its beginning to its end."""
         return len(self._tars)
 
     def count(self, number: int) -> int:

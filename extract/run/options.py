@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.extract.detector.protocol import Detector
 from uniter.extract.images.decoding import MAX_PIXELS
 from uniter.extract.images.given_boxes import GivenBoxes
@@ -51,19 +51,19 @@ class Options:
     def __post_init__(self) -> None:
         index, shards = self.shard
         if not 0 <= index < shards:
-            raise BadInput(f"--shard {index}/{shards}: expected I/N with 0 <= I < N")
+            raise WrongUsage(f"--shard {index}/{shards}: expected I/N with 0 <= I < N")
         if shards > 1 and (self.overwrite or self.retry_failed):
             raise BadInput(
                 "--overwrite and --retry-failed undo what other processes do; run them with one process, or delete the folder first"
             )
         if self.given is not None and not (self.min_boxes is self.max_boxes is None):
-            raise BadInput("--min-boxes and --max-boxes say which detected regions stay; given boxes all stay, so leave them out")
+            raise WrongUsage("--min-boxes and --max-boxes say which detected regions stay; given boxes all stay, so leave them out")
         if not 0 <= self.conf_threshold < 1:
-            raise BadInput(f"--conf-threshold {self.conf_threshold}: expected a probability, 0 <= threshold < 1")
+            raise WrongUsage(f"--conf-threshold {self.conf_threshold}: expected a probability, 0 <= threshold < 1")
         if self.batch_size is not None and self.batch_size < 1:
-            raise BadInput(f"--batch-size {self.batch_size}: expected at least 1")
+            raise WrongUsage(f"--batch-size {self.batch_size}: expected at least 1")
         if self.max_pixels < 1:
-            raise BadInput(f"--max-pixels {self.max_pixels}: expected at least 1")
+            raise WrongUsage(f"--max-pixels {self.max_pixels}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def plan_work(options: Options, detector: Detector, *, begun: int | None = None)
     if options.max_boxes is None:
         high = max(low, high)
     if not 0 <= low <= high or high < 1:
-        raise BadInput(f"--min-boxes {low} and --max-boxes {high}: expected 0 <= min <= max and at least one box")
+        raise WrongUsage(f"--min-boxes {low} and --max-boxes {high}: expected 0 <= min <= max and at least one box")
     settings = detector.settings()
     nms_threshold, rule = float(settings.get("nms_threshold", CLASS_NMS_THRESHOLD)), settings.get("selection_rule", "caffe")
     if rule not in RULES:

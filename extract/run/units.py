@@ -62,6 +62,7 @@ class Tally:
 
     @property
     def done(self) -> int:
+        """Images that are accounted for, extracted or failed."""
         return self.extracted + self.failed
 
     def count_failure(self, path: str, reason: str) -> None:

@@ -141,6 +141,11 @@ def thumbnail(pixels: NDArray[np.uint8], box: NDArray[np.float32]) -> NDArray[np
 
 
 def network_input(image: LabelledImage, preparation: ShortestEdgePreparation) -> tuple[NDArray[np.uint8], tuple[float, float]]:
+    """A photograph as the network takes it: (H, W, 3) uint8 BGR, and the scale (x, y) from its own pixels to these.
+
+    Raises:
+        BadInput: it has other sides than its header says.
+    """
     decoded = decode_image(image.path.read_bytes())
     if decoded.shape[:2] != image.size:
         raise BadInput(f"{image.path}: {decoded.shape[:2]} pixels where its header says {image.size}")
@@ -149,9 +154,11 @@ def network_input(image: LabelledImage, preparation: ShortestEdgePreparation) ->
 
 
 def channels_first(pixels: NDArray[np.uint8]) -> Tensor:
+    """(H, W, 3) uint8 to a tensor (3, H, W) uint8 of its own memory."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def input_bytes(image: LabelledImage, preparation: ShortestEdgePreparation) -> int:
+    """Bytes that `network_input` of an image takes, from its size alone."""
     height, width = preparation.network_size(*image.size)
     return 3 * height * width

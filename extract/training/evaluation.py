@@ -52,6 +52,7 @@ class Evaluation:
     images: int
 
     def held_out(self, step: int) -> HeldOut:
+        """The figures as `held_out.json` keeps them for `uniter-view`; `step` is the update they were measured after."""
         return HeldOut(step, self.images, CONFIDENCE, self.classes, self.worst)
 
 

@@ -77,6 +77,7 @@ class Skipped:
         self.path, self.counts = path, Counter[str]()
 
     def add(self, reason: str, which: str) -> None:
+        """Count something that is left out; the first of each reason is said at once."""
         if not self.counts[reason]:
             log.warning("%s: left out: %s (first: %s)", self.path.name, reason, which)
         self.counts[reason] += 1
@@ -230,6 +231,7 @@ def _categories(content: Mapping[str, Any], path: Path) -> tuple[tuple[int, ...]
 
 
 def image_entry(entry: Any, folder: Path, known: Collection[int], skipped: Skipped) -> tuple[int, Path, tuple[int, int]] | None:
+    """An entry of COCO's `images` as (id, file, (height, width)); None where it cannot be used, which is counted in `skipped`."""
     if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("file_name"), str):
         skipped.add("an image entry without id or file_name", str(entry)[:80])
         return None
@@ -368,4 +370,5 @@ def parts_of(
 
 
 def with_images(labelled: LabelledImages, images: list[LabelledImage]) -> LabelledImages:
+    """The same annotations about some of the images only; what was skipped was said of the whole."""
     return replace(labelled, images=images, skipped={})

@@ -12,7 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from uniter.datasets.errors import BadInput, UniterError, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.datasets.storage.files import sha256_of
 from uniter.extract.detector.configuration import checked_config, merged_config, read_config
 from uniter.extract.detector.preparation import ShortestEdgePreparation
@@ -127,7 +127,7 @@ def plan_training(images: Path, annotations: Path, choices: Choices, *, device: 
         UniterError: there is no such model.
     """
     if choices.model not in MODELS:
-        raise UniterError(unknown_name("model", choices.model, MODELS))
+        raise WrongUsage(unknown_name("model", choices.model, MODELS))
     if not 0 < choices.held_out < 1:
         raise BadInput(f"--held-out {choices.held_out}: expected a fraction between 0 and 1")
     train, val, skipped = _labelled_parts(images, annotations, choices)

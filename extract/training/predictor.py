@@ -39,6 +39,7 @@ class TrainedPredictor(FastRCNNOutputLayers):  # type: ignore[misc]
             nn.init.normal_(self.cls_embedding.weight, std=0.1)
 
     def forward(self, features: Tensor) -> Any:
+        """Class scores and box changes of (N, ...) pooled regions; the features are remembered for the attributes' loss."""
         self._features = features.flatten(start_dim=1)
         return super().forward(features)
 

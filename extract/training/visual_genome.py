@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.datasets.storage.files import sha256_of
 from uniter.datasets.storage.streams import json_items
 from uniter.extract.training.labelled_images import LabelledImage, LabelledImages, Skipped, Words, image_entry, labelled_image, parts_of
@@ -89,7 +89,7 @@ def read_vocabulary(name: str) -> tuple[Vocabulary, Vocabulary]:
         folder = Path(name)
         if not folder.is_dir():
             hint = unknown_name("vocabulary", name, [PUBLISHED_VOCABULARY])
-            raise BadInput(f"{hint}; a folder with {' and '.join(VOCABULARY_FILES)} does as well")
+            raise WrongUsage(f"{hint}; a folder with {' and '.join(VOCABULARY_FILES)} does as well")
         try:
             texts = [(folder / file).read_text(encoding="utf-8") for file in VOCABULARY_FILES]
         except (OSError, UnicodeDecodeError) as error:

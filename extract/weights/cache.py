@@ -39,6 +39,7 @@ def cached_weights(kept: Path) -> tuple[Tensors, str] | None:
 
 
 def keep(kept: Path, tensors: Tensors, facts: Mapping[str, str]) -> None:
+    """Write converted weights, and beside them JSON that says what they are; a warning where the disk refuses."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(kept, tensors)

@@ -52,6 +52,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
 
 
 def listed(names: list[str], most: int = 6) -> str:
+    """Names for a sentence, in order, the first `most` of them."""
     return ", ".join(sorted(names)[:most]) + (", ..." if len(names) > most else "")
 
 

@@ -23,6 +23,13 @@ class Checkpoints:
     """By our checkpoints. What a model was loaded from is remembered, so that answers, detector and vocabulary are handed on."""
 
     def read(self, kind: type[Any], path_or_id: str | Path, **sizes: Any) -> nn.Module:
+        """What `from_pretrained` of a class gives.
+
+        Args:
+            kind: the class.
+            path_or_id: a run, a file, a folder or a hub id.
+            sizes: of a new head, such as `answers`; BadInput where the class takes them from the checkpoint.
+        """
         if issubclass(kind, DownstreamModel):
             model: nn.Module = load_downstream(kind, path_or_id, **sizes)
         elif sizes:
@@ -33,10 +40,12 @@ class Checkpoints:
         return model
 
     def write(self, model: nn.Module, folder: str | Path, *, about: Mapping[str, Any], licence: str | None) -> None:
+        """What `save_pretrained` does: a folder with safetensors, config, vocabulary and card."""
         weights = _weights(model, about)
         export_hub(weights, folder, card=model_card(weights, name=Path(folder).name, licence=licence))
 
     def upload(self, model: nn.Module, repo_id: str, *, about: Mapping[str, Any], licence: str | None, private: bool | None) -> str:
+        """What `push_to_hub` does; the address of the repository."""
         # Not at the top: only uploads need it.
         import huggingface_hub
 

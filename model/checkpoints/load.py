@@ -106,11 +106,13 @@ class Checkpoint:
 
     @property
     def body(self) -> UniterModel:
+        """The model without its heads."""
         body: UniterModel = self.model.uniter
         return body
 
     @property
     def config(self) -> UniterConfig:
+        """The sizes of the model."""
         config: UniterConfig = self.model.config
         return config
 

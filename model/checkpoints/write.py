@@ -57,10 +57,12 @@ class Weights:
         return state
 
     def parameters(self) -> int:
+        """How many numbers the tensors of `state` hold together."""
         return sum(tensor.numel() for tensor in self.state.values())
 
 
 def as_weights(model: nn.Module | Weights) -> Weights:
+    """Weights as they are, or those of a model."""
     return model if isinstance(model, Weights) else Weights.of(model)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uniter.datasets.batches.corpus import Corpus, open_corpus
 from uniter.datasets.batches.plans import Part
@@ -39,6 +40,16 @@ from uniter.model.train.scoring import Scoring, by_id, validate
 
 @dataclass(frozen=True, slots=True)
 class Opened:
+    """A down-stream model with its data, known to belong together; made by `opened`.
+
+    Attributes:
+        task: the row, made for these data.
+        corpus: the examples that are scored.
+        scoring: how the model is put through them.
+        weights: the file of the weights.
+        answers: their names by number, where answers have names.
+    """
+
     task: Task
     corpus: Corpus
     scoring: Scoring
@@ -54,7 +65,8 @@ class Opened:
         """Loss, metrics and official figures; what was predicted on the way is not computed again."""
         row = extras(self.task)
         part = Part("evaluation", self.corpus, self.task.sample, lengths=self.task.lengths)
-        figures: dict[str, Any] = validate(self.scoring, self.task, part, official=True)
+        with self.scoring.shown(len(self.corpus), unit="examples", label="evaluating") as scoring:
+            figures: dict[str, Any] = validate(scoring, self.task, part, official=True)
         if row.figures is not None and row.predicted is not None:
             figures |= row.figures(self.corpus, self.predictions())
         return figures
@@ -63,8 +75,9 @@ class Opened:
         """What the model says of every example, in corpus order."""
         row, found = extras(self.task), dict[int, Any]()
         part = Part("predictions", self.corpus, row.predicted or self.task.sample, lengths=row.predicted_lengths or self.task.lengths)
-        for made, _, outputs in self.scoring.scored(part, self.task.head):
-            found |= dict(zip(made.plan.examples.tolist(), row.answer(outputs), strict=True))
+        with self.scoring.shown(len(self.corpus), unit="examples", label="predicting") as scoring:
+            for made, _, outputs in scoring.scored(part, self.task.head):
+                found |= dict(zip(made.plan.examples.tolist(), row.answer(outputs), strict=True))
         return by_id(self.corpus, found, self.scoring.processes)
 
     def every_pair(self, folder: Path | None = None) -> tuple[pair_scores.Scores, np.ndarray[Any, np.dtype[np.int64]], list[str]]:
@@ -74,26 +87,31 @@ class Opened:
             folder: where scores are kept, so that the same command goes on where it was stopped.
         """
         pictures, own = pair_scores.pictures_of(self.corpus)
+        with self.scoring.shown(len(self.corpus) * len(pictures), unit="pairs", label="scoring") as scoring:
+            scores = self._pairs(scoring, pictures, folder)
+        return scores, own, [self.corpus.images.keys_list[row] for row in pictures.tolist()]
+
+    def _pairs(self, scoring: Scoring, pictures: NDArray[np.int32], folder: Path | None) -> pair_scores.Scores:
         pairs = extras(self.task).pairs
         assert pairs is not None
 
         def of_block(begin: int, end: int) -> pair_scores.Score:
-            known = functools.cache(functools.partial(know, self.scoring, self.corpus, pictures[begin:end]))  # not before it is asked for
+            known = functools.cache(functools.partial(know, scoring, self.corpus, pictures[begin:end]))  # not before it is asked for
 
             def score(first: int, last: int) -> pair_scores.Scores:
                 scores = np.zeros((last - first, end - begin), dtype=np.float32)
-                scores[:, known().places_P] = score_pairs(self.scoring, pairs, self.corpus, range(first, last), known())
+                scores[:, known().places_P] = score_pairs(scoring, pairs, self.corpus, range(first, last), known())
                 return scores
 
             return score
 
         counts = np.asarray(self.corpus.images.region_counts)[pictures]
-        scores = pair_scores.in_slices(
-            len(self.corpus), blocks_of(counts, self.scoring), of_block,
-            processes=self.scoring.processes, folder=folder, sources=pair_scores.sources_of(self.corpus),
-            settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=self.scoring.precision),
+        return pair_scores.in_slices(
+            len(self.corpus), blocks_of(counts, scoring), of_block,
+            processes=scoring.processes, folder=folder, sources=pair_scores.sources_of(self.corpus),
+            settings=lambda: pair_scores.identity(self.corpus, pictures, self.weights, precision=scoring.precision),
+            progress=scoring.progress,
         )  # fmt: skip
-        return scores, own, [self.corpus.images.keys_list[row] for row in pictures.tolist()]
 
 
 @dataclass(frozen=True, slots=True)

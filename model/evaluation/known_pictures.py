@@ -77,7 +77,7 @@ def know(scoring: Scoring, corpus: Corpus, pictures_M: NDArray[np.int32]) -> Kno
         about = corpus.take(firsts[np.searchsorted(known, rows_P)])
         part, pairing = Part("pictures", about, picture_alone), Pairing(rows_P[:, None], np.ones(len(rows_P), dtype=np.bool_))
         starts_P = np.cumsum(counts_P) - counts_P
-        alone = replace(scoring, processes=Processes(0, 1, everyone.device))
+        alone = replace(scoring, processes=Processes(0, 1, everyone.device), progress=None)  # pairs are counted, not pictures
         for made, _, outputs in alone.scored(part, _embedded, pairing=pairing):
             rows = _rows(starts_P, counts_P, made.plan.examples)
             kept.index_copy_(0, torch.from_numpy(rows).to(kept.device, non_blocking=True), outputs["regions"].to(kept.dtype))

@@ -102,8 +102,9 @@ def outcomes_of(name: str, start_from: str, *, text: Sequence[str], images: Sequ
             )
         part = Part("outcomes", run.corpus, run.task.sample, lengths=run.task.lengths)
         found: dict[int, Judged] = {}
-        for made, batch, outputs in run.scoring.scored(part, run.task.head):
-            found |= dict(zip(made.plan.examples.tolist(), row.judge(outputs, batch.targets), strict=True))
+        with run.scoring.shown(len(run.corpus), unit="examples", label="asking") as scoring:
+            for made, batch, outputs in scoring.scored(part, run.task.head):
+                found |= dict(zip(made.plan.examples.tolist(), row.judge(outputs, batch.targets), strict=True))
         names = row.words or run.answers
         region = "region {:g}" if row.points else None
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.batches.corpus import Corpus
+from uniter.datasets.progress import Progress
 from uniter.datasets.storage.claims import Maker, claim, source_names
 from uniter.datasets.storage.files import opened_aside, sha256_of
 from uniter.model.train.distributed import Processes
@@ -56,6 +57,7 @@ def in_slices(
     folder: Path | None = None,
     settings: Callable[[], dict[str, Any]] = dict,
     sources: Mapping[str, Path] | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """All scores (texts, pictures), on every process.
 
@@ -66,6 +68,7 @@ def in_slices(
         folder: where slices are kept and found again; None keeps nothing.
         settings: what the scores depend on; asked for only where there is a folder.
         sources: the databases whose contents they depend on, by the names under which the folder remembers them.
+        progress: told of the pairs whose scores were kept; `score` tells it of its own.
 
     Raises:
         SettingsDiffer: the folder holds scores of something else, or of other contents.
@@ -76,6 +79,7 @@ def in_slices(
         said = {} if len(blocks) == 1 else {"pictures_of_slices": [end - begin for begin, end in blocks]}
         claim(folder, {**settings(), "texts_of_a_slice": step, **said}, maker=SCORES, sources=sources)
     everything = np.empty((texts, pictures), dtype=np.float32)
+    found = 0
     for begin, end in blocks:
         score, name = of_block(begin, end), "" if len(blocks) == 1 else f"_{begin:08d}"
         for first in range(0, texts, step):
@@ -84,12 +88,15 @@ def in_slices(
             kept: list[Scores] = processes.gather(_kept(path, (last - first, end - begin)))[0]
             if kept:
                 everything[first:last, begin:end] = kept[0]
-                logger.info("%s of %s texts were scored already: %s", f"{last:,}", f"{texts:,}", path)
+                found += kept[0].size * processes.writes
+                if progress is not None:
+                    progress.found(kept[0].size)
                 continue
             everything[first:last, begin:end] = np.stack(processes.gather(score(first, last))).sum(axis=0, dtype=np.float32)
             if path is not None:
                 _keep(path, everything[first:last, begin:end])
-            logger.info("scored %s of %s texts with %s of %s pictures", f"{last:,}", f"{texts:,}", f"{end:,}", f"{pictures:,}")
+    if found:
+        logger.info("%s of %s pairs were scored already: %s", f"{found:,}", f"{texts * pictures:,}", folder)
     return everything
 
 

@@ -78,16 +78,20 @@ def evaluate_pretraining(
         the floor of the cross-entropy; `retrieval.text_r1/r5/r10` (the right text for a picture), `retrieval.image_r1/...`,
         `retrieval.candidates`.
     """
+    figures: dict[str, float] = {"examples": len(corpus), "pictures": len(np.unique(corpus.image_rows_NK[:, 0]))}
     # Masks by example, so that the same words are hidden whichever picture is shown (and so however long the example is).
     run = _Run(Scoring(model, processes, budget, seed, masking or Masking(), True, precision, workers), corpus)
-    figures: dict[str, float] = {"examples": len(corpus), "pictures": len(np.unique(corpus.image_rows_NK[:, 0]))}
-    figures |= _words(run, words)
-    figures |= _features(run)
-    if corpus.has_soft_labels:
-        figures |= _distributions(run)
-    if corpus.image_rows_NK.shape[1] == 1:  # VCR's second stage has no matching
-        figures |= _pairs(run)
-        figures |= retrieval(run, candidates=candidates)
+    matched = corpus.image_rows_NK.shape[1] == 1  # VCR's second stage has no matching
+    groups = retrieval_groups(corpus, candidates=candidates, seed=seed) if matched else []
+    with run.scoring.shown(run.examples_to_score(groups), unit="examples", label="evaluating") as scoring:
+        run = _Run(scoring, corpus)
+        figures |= _words(run, words)
+        figures |= _features(run)
+        if corpus.has_soft_labels:
+            figures |= _distributions(run)
+        if matched:
+            figures |= _pairs(run)
+            figures |= retrieval(run, groups)
     return figures
 
 
@@ -113,6 +117,18 @@ class _Run:
     def rounds(self) -> int:
         expected = self.scoring.masking.words * float(self.corpus.text_lengths_N.sum())
         return int(min(max(1, round(ENOUGH_WORDS / max(expected, 1.0))), MOST_ROUNDS))
+
+    def pair_rounds(self) -> int:
+        """Of image-text matching; none where there is no other picture."""
+        if len(np.unique(self.corpus.image_rows_NK)) < 2:
+            return 0
+        return int(min(max(1, round(1000 / len(self.corpus))), MOST_ROUNDS))
+
+    def examples_to_score(self, groups: Sequence[NDArray[np.int64]]) -> int:
+        """Of all figures together, each showing counted; `groups` are those of retrieval, none where nothing is matched."""
+        beside_others = 2 if len(np.unique(self.corpus.image_rows_NK[:, 0])) > 1 else 1
+        showings = self.rounds() * beside_others + 1 + int(self.corpus.has_soft_labels) + (self.pair_rounds() if groups else 0)
+        return showings * len(self.corpus) + sum(len(group) ** 2 for group in groups)
 
 
 def _words(run: _Run, words: Sequence[int]) -> dict[str, float]:
@@ -147,12 +163,9 @@ def _other_pictures(corpus: Corpus, rng: np.random.Generator) -> Pairing:
 
 
 def _pairs(run: _Run) -> dict[str, float]:
-    if len(np.unique(run.corpus.image_rows_NK)) < 2:
-        return {}
     part = Part("itm", run.corpus, matched_pair, negative_probability=0.5)
     means = Means()
-    rounds = int(min(max(1, round(1000 / len(run.corpus))), MOST_ROUNDS))
-    for round_number in range(rounds):
+    for round_number in range(run.pair_rounds()):
         for _, batch, outputs in run.scored(part, UniterForPretraining.pairs, round_number=round_number):
             means.add_values("itm.accuracy", outputs["scores"].argmax(dim=1) == batch.targets["matched"])
     return means.of_all(run.processes).means()
@@ -192,9 +205,8 @@ def _distributions(run: _Run) -> dict[str, float]:
     return found | {"mrc-kl.kl_of_mean": entropy_of_mean - found["mrc-kl.entropy"]}
 
 
-def retrieval(run: _Run, *, candidates: int) -> dict[str, float]:
+def retrieval(run: _Run, groups: Sequence[NDArray[np.int64]]) -> dict[str, float]:
     """Zero-shot retrieval by the matching head: each text of a group against each of its pictures, recall averaged over groups."""
-    groups = retrieval_groups(run.corpus, candidates=candidates, seed=run.seed)
     recalls: dict[str, list[float]] = {}
     for number, group in enumerate(groups):
         size = len(group)

@@ -44,6 +44,11 @@ class UniterForClassification(DownstreamModel):
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """`labels` and `label_kind` of a checkpoint that has this head, nothing of others.
+
+        Raises:
+            BadInput: its kind of labels is none that is known.
+        """
         if _LAST not in state or _SCALE not in state:
             return {}
         number = int(state[_SCALE][0])

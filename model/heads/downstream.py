@@ -99,6 +99,7 @@ class UniterForVqa(DownstreamModel):
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """`answers` of a checkpoint that has this head, nothing of others."""
         return {"answers": len(state["vqa_output.3.weight"])} if "vqa_output.3.weight" in state else {}
 
     @property
@@ -188,6 +189,7 @@ class UniterForReferring(DownstreamModel):
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """`layers` of a checkpoint whose head has two, nothing of others: one is the default."""
         return {"layers": 2} if "re_output.3.weight" in state else {}
 
     def regions(self, batch: PackedBatch) -> Outputs:
@@ -217,6 +219,7 @@ class UniterForVcr(DownstreamModel):
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """`words`, the vocabulary with VCR's own names in it, of a checkpoint that has them."""
         return {"words": len(state[WORDS])} if WORDS in state else {}
 
     def choices(self, batch: PackedBatch) -> Outputs:

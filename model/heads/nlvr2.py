@@ -72,6 +72,8 @@ class CrossAttention(nn.Module):
 
 
 class AttentionPool(nn.Module):
+    """A sequence as one vector: its rows summed, weighted by the softmax of what a layer scores them. Source: UNITER, section 4.1."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.fc = nn.Sequential(Linear(config.hidden_size, 1), nn.ReLU())

@@ -33,6 +33,8 @@ def as_parameter(tensor: Tensor) -> nn.Parameter:
 
 
 class WordTransform(nn.Module):
+    """BERT's dense layer, activation and normalisation before words are predicted."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size)
@@ -40,6 +42,7 @@ class WordTransform(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
+        """(S, H) to (S, H)."""
         normed_SH: Tensor = self.LayerNorm(self.activation(self.dense(hidden_SH)))
         return normed_SH
 
@@ -55,6 +58,7 @@ class WordPredictions(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
+        """(S, H) hidden states of hidden words to (S, V) scores of all word pieces."""
         transformed_SH = self.transform(hidden_SH)
         if transformed_SH.device.type == "cpu":
             return linear(transformed_SH, self.decoder.weight, self.bias)
@@ -75,6 +79,7 @@ class WordHead(nn.Module):
         self.predictions = WordPredictions(config, word_embeddings)
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
+        """(S, H) to (S, V) scores of all word pieces."""
         scores_SV: Tensor = self.predictions(hidden_SH)
         return scores_SV
 
@@ -89,10 +94,13 @@ class FeatureRegression(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.image_feature_size))
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
+        """(S, H) hidden states of hidden regions to (S, D) features, by the transposed image projection."""
         return linear(self.net(hidden_SH), self.weight.t(), self.bias)
 
 
 class RegionClassifier(nn.Module):
+    """The head of MRC and MRC-KL: a dense layer, activation, normalisation, and the detector's classes, background first."""
+
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.net = nn.Sequential(
@@ -103,6 +111,7 @@ class RegionClassifier(nn.Module):
         )
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
+        """(S, H) hidden states of hidden regions to (S, C) scores of the classes."""
         scores_SC: Tensor = self.net(hidden_SH)
         return scores_SC
 

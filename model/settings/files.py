@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.model.settings.settings import MAY_CHANGE, TrainSettings, known_keys
 
 CONFIG_FILE = "config.yaml"
@@ -40,7 +40,7 @@ def read_settings(values: Mapping[str, Any], *, source: str) -> TrainSettings:
     try:
         return TrainSettings.model_validate(values)
     except ValidationError as error:
-        raise BadInput(f"{source}: {_sentence(error)}") from error
+        raise WrongUsage(f"{source}: {_sentence(error)}") from error
 
 
 def load_config(name: str) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def shipped_text(name: str) -> str:
         BadInput: there are none of that name.
     """
     if name not in shipped_configs():
-        raise BadInput(unknown_name("shipped settings", name, shipped_configs()))
+        raise WrongUsage(unknown_name("shipped settings", name, shipped_configs()))
     return importlib.resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -114,11 +114,11 @@ def assign(values: dict[str, Any], assignment: str) -> None:
     """
     path, equals, text = assignment.partition("=")
     if not equals or not path:
-        raise BadInput(f"--set {assignment!r}: expected KEY=VALUE, e.g. --set optimizer.learning_rate=1e-4")
+        raise WrongUsage(f"--set {assignment!r}: expected KEY=VALUE, e.g. --set optimizer.learning_rate=1e-4")
     try:
         value = yaml.load(text, _Words)
     except yaml.YAMLError as error:
-        raise BadInput(f"--set {assignment!r}: {text!r} is not a valid value") from error
+        raise WrongUsage(f"--set {assignment!r}: {text!r} is not a valid value") from error
     if isinstance(value, str):
         # YAML 1.1 reads 1e-4 as a word.
         with contextlib.suppress(ValueError):
@@ -133,13 +133,13 @@ def assign(values: dict[str, Any], assignment: str) -> None:
                 place[parent] = {}
             place = place[parent]
         else:
-            raise BadInput(f"--set {assignment!r}: {parent!r} cannot be reached; is the path right?")
+            raise WrongUsage(f"--set {assignment!r}: {parent!r} cannot be reached; is the path right?")
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):
         place[int(last)] = value
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise BadInput(f"--set {assignment!r}: {last!r} cannot be set there; is the path right?")
+        raise WrongUsage(f"--set {assignment!r}: {last!r} cannot be set there; is the path right?")
 
 
 def _sentence(error: ValidationError) -> str:

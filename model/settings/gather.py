@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import WrongUsage
 from uniter.model.settings.files import assign, load_config, put, read_settings, shipped_configs
 from uniter.model.settings.published import is_published, read_published
 from uniter.model.settings.recipes import in_places
@@ -39,7 +39,7 @@ def gather_settings(
     values = _file_values(config, roots, options or {}, own_data=bool(text))
     if text or images:
         if not (text and images):
-            raise BadInput("give both --text and --images: texts without regions (or regions without texts) cannot be trained on")
+            raise WrongUsage("give both --text and --images: texts without regions (or regions without texts) cannot be trained on")
         corpora = values.get("corpora")
         first = corpora[0] if isinstance(corpora, list) and corpora else None
         kept = {"tasks": first["tasks"]} if isinstance(first, dict) and "tasks" in first else {}
@@ -47,7 +47,7 @@ def gather_settings(
     overruled: dict[str, Any] = {}
     if validation_text or validation_images:
         if not validation_text:
-            raise BadInput("--val-images says where the pictures of --val-text are; give --val-text too")
+            raise WrongUsage("--val-images says where the pictures of --val-text are; give --val-text too")
         overruled |= {"validation_text": list(validation_text), "validation_images": list(validation_images)}
     if tasks is not None:
         overruled["tasks"] = _task_ratios(tasks)
@@ -56,7 +56,7 @@ def gather_settings(
         if isinstance(corpus, dict):  # anything else is refused in words below
             corpus |= overruled
     if not values.get("corpora"):
-        raise BadInput("nothing to train on: give --text captions.db --images out.lmdb, or settings with corpora (--config)")
+        raise WrongUsage("nothing to train on: give --text captions.db --images out.lmdb, or settings with corpora (--config)")
     for key, value in (options or {}).items():
         put(values, key, value)
     for assignment in assignments:
@@ -74,7 +74,7 @@ def _file_values(config: str | None, roots: Sequence[str], options: Mapping[str,
     stated = values.get("task", task)
     if isinstance(stated, str) and SYNONYMS.get(stated, stated) != task:
         way = f"uniter-train {stated}" if stated == DEFAULT_TASK else f"uniter-train finetune {stated}"
-        raise BadInput(f"settings {config}: they are of the task {stated!r}; use them with {way}, or take the key out")
+        raise WrongUsage(f"settings {config}: they are of the task {stated!r}; use them with {way}, or take the key out")
     if roots or config in shipped_configs():
         return in_places(values, roots, str(config), own_data=own_data, own_start=own_start)
     return values
@@ -88,5 +88,5 @@ def _task_ratios(tasks: str) -> dict[str, float]:
         try:
             ratios[name] = float(ratio or 1)
         except ValueError:
-            raise BadInput(f"--tasks {tasks!r}: {ratio!r} is no number; expected tasks like mlm,itm or mlm:2,itm:1") from None
+            raise WrongUsage(f"--tasks {tasks!r}: {ratio!r} is no number; expected tasks like mlm,itm or mlm:2,itm:1") from None
     return ratios

@@ -319,6 +319,7 @@ class Places:
             self.roots[container.rstrip("/")] = folder.rstrip("/") or "/"
 
     def maps(self, path: str) -> bool:
+        """Whether `--root` says where a container's path is here."""
         return any(path == container or path.startswith(f"{container}/") for container in self.roots)
 
     def here(self, path: str) -> str:

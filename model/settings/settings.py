@@ -16,6 +16,8 @@ DEFAULT_TASK = "pretrain"
 
 
 class Settings(BaseModel):
+    """What all settings share: an unknown key is refused, and a value set later is checked as well."""
+
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
 
@@ -45,6 +47,7 @@ class ModelSettings(Settings):
     initializer_range: float | None = Field(default=None, gt=0, description="deviation of new weights; none: chosen by the model's size")
 
     def overrides(self) -> dict[str, int | float]:
+        """The sizes that were set, to be put over those of the named model."""
         return {name: value for name, value in self.model_dump(exclude={"size"}).items() if value is not None}
 
 
@@ -73,6 +76,8 @@ class RegionSettings(Settings):
 
 
 class MaskingSettings(Settings):
+    """Chances of words and regions to be hidden in pre-training. Source: UNITER, section 3.2."""
+
     words: float = Field(default=0.15, gt=0, lt=1, description="chance of a word to be hidden (MLM)")
     regions: float = Field(default=0.15, gt=0, lt=1, description="chance of a region to be hidden (MRFR, MRC, MRC-KL)")
 

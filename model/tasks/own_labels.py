@@ -120,14 +120,17 @@ def write_labels(path: Path, corpus: Corpus, predictions: Predictions, names: Se
 
 
 def probabilities_of_one(outputs: Outputs) -> list[Any]:
+    """Each example's probabilities of the labels, summing to 1, (B, L) as lists."""
     return list(torch.softmax(outputs["scores"].float(), dim=1).tolist())
 
 
 def probabilities_of_several(outputs: Outputs) -> list[Any]:
+    """Each example's probability of each label by itself, (B, L) as lists."""
     return list(torch.sigmoid(outputs["scores"].float()).tolist())
 
 
 def scores(outputs: Outputs) -> list[Any]:
+    """Each example's number, (B, 1) as lists."""
     return list(outputs["scores"].float().tolist())
 
 

@@ -29,10 +29,12 @@ def has_answer(record: Mapping[str, Any]) -> bool:
 
 
 def has_truth(record: Mapping[str, Any]) -> bool:
+    """Whether a record says what is right, as most tasks' do."""
     return record.get("target") is not None
 
 
 def has_choices(record: Mapping[str, Any]) -> bool:
+    """Whether a record of VCR says the right answer and the right rationale."""
     return min(int(record.get("qa_target", -1)), int(record.get("qar_target", -1))) >= 0
 
 
@@ -60,6 +62,7 @@ def holds(outputs: Outputs) -> list[Any]:
 
 
 def match_score(outputs: Outputs) -> list[Any]:
+    """Each pair's score by the head of retrieval, B numbers."""
     return list(outputs["scores"].squeeze(1).tolist())
 
 
@@ -88,6 +91,7 @@ def pool_of(corpus: Corpus) -> NDArray[np.int32]:
 
 
 def with_pool(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES) -> Task:
+    """The row with the corpus' pictures, among which wrong ones are drawn for each text."""
     return replace(task, sample=partial(samples.ranked_group, pictures=pool_of(corpus), negatives=NEGATIVES))
 
 
@@ -96,6 +100,7 @@ DRAWN, HARD = 399, 31
 
 
 def with_pool_to_mine(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SIZES) -> Task:
+    """The row with the corpus' pictures, among which the hardest wrong ones are looked for."""
     return replace(task, sample=partial(samples.mined_groups, pictures=pool_of(corpus), drawn=DRAWN))
 
 
@@ -110,14 +115,17 @@ def mined_size(outputs: Targets, targets: Targets) -> int:
 
 
 def mined_ranking(outputs: Outputs, targets: Targets) -> Terms:
+    """The ranking loss of groups of one right pair and the hardest wrong ones that were found."""
     return losses.ranking(outputs, targets, group_size=mined_size(outputs, targets))
 
 
 def mined_divergence(clean: Targets, outputs: Targets, targets: Targets) -> Tensor:
+    """What adversarial training compares of such groups: the divergence of their scores from the `clean` ones."""
     return losses.divergence_in_groups(clean, outputs, targets, group_size=mined_size(outputs, targets))
 
 
 def mined_rank_accuracy(outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    """Whether the right pair comes first in such a group, as `metrics.rank_accuracy`."""
     return metrics.rank_accuracy(outputs, targets, group_size=mined_size(outputs, targets))
 
 
@@ -129,6 +137,11 @@ def with_candidates(task: Task, corpus: Corpus, sizes: Mapping[str, Any] = NO_SI
 
 
 def no_candidates(example: Example, rng: random.Random, masking: Masking) -> Sample:
+    """Stands where a row's pictures are not known yet.
+
+    Raises:
+        ValueError: always; `of_data` of the row puts the right function here.
+    """
     raise ValueError("a referring row samples only after `of_data` gave it the pictures of its corpus")
 
 

@@ -13,7 +13,7 @@ from uniter.datasets.batches import downstream as samples
 from uniter.datasets.batches.corpus import Corpus
 from uniter.datasets.batches.example import SampleFunction
 from uniter.datasets.batches.pretraining import masked_regions, masked_regions_with_classes, masked_text, matched_pair
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.datasets.text_db.annotations.vcr import CHOICES
 from uniter.model import losses, metrics
 from uniter.model.heads import downstream
@@ -331,7 +331,7 @@ def task_name(name: str, known: Mapping[str, Task] = PRETRAINING) -> str:
     """
     ours = SYNONYMS.get(name, name)
     if ours not in known:
-        raise BadInput(unknown_name("task", name, known))
+        raise WrongUsage(unknown_name("task", name, known))
     return ours
 
 

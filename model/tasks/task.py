@@ -167,5 +167,6 @@ class Finetuning:
 
 
 def extras(task: Task) -> Finetuning:
+    """What a down-stream row has beyond a pre-training one; it is a mistake of the program to ask this of another."""
     assert task.finetuning is not None, "a down-stream row has its fine-tuning part"
     return task.finetuning

@@ -89,6 +89,7 @@ class Processes:
         return [one for one in everyone if one is not None]
 
     def wait_for_all(self) -> None:
+        """Go on when all processes are here; ProcessLost where one has ended."""
         if self.world > 1:
             with _losses_named():
                 dist.barrier()

@@ -24,7 +24,7 @@ from uniter.model.uniter import UniterConfig, set_dropout
 logger = logging.getLogger(__name__)
 
 
-def finetune(settings: TrainSettings, run: Path) -> dict[str, Any]:
+def finetune(settings: TrainSettings, run: str | Path) -> dict[str, Any]:
     """Start a fine-tuning run in the folder `run`, or go on with the one that is there; see `runs.begun` and `runs.learn`."""
     name = task_name(settings.task, DOWNSTREAM)
     row = extras(row_of(name))
@@ -34,7 +34,7 @@ def finetune(settings: TrainSettings, run: Path) -> dict[str, Any]:
     if row.regions and not settings.regions.model_fields_set:
         images = [path for corpus in settings.corpora for path in (*corpus.images, *corpus.validation_images)]
         settings = settings.model_copy(update={"regions": RegionSettings(**regions_to_read(images, row.regions))})
-    with begun(settings, run) as start:
+    with begun(settings, Path(run)) as start:
         data = open_data(start.settings)
         settings = complete_finetuning(start.settings, row, *data.size(), start.everyone)
         if start.earlier is None and settings.batch_tokens != row.batch_tokens:  # which may mean one example a batch

@@ -72,6 +72,7 @@ def refuse_left_out(left_out: Mapping[str, int], examples: int) -> None:
 
 
 def check_pictures(corpus: Corpus, row: Task, name: str) -> None:
+    """Raise BadInput unless the texts are about as many pictures each as the task takes."""
     found = corpus.image_rows_NK.shape[1]
     if found != row.pictures:
         raise BadInput(

@@ -395,8 +395,10 @@ def _normalise(parameters: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def _validate_all(learner: Learner, recipe: Recipe, *, processes: Processes) -> Figures:
+    examples = sum(len(part.corpus) for _, part in learner.validation)
     scoring = Scoring(learner.model, processes, learner.mixture.budget, recipe.seed, learner.masking, precision=recipe.precision)
-    return {part.name: validate(scoring, task, part) for task, part in learner.validation}
+    with scoring.shown(examples, unit="examples", label="validating", brief=True) as scoring:
+        return {part.name: validate(scoring, task, part) for task, part in learner.validation}
 
 
 def _note_validation(figures: Figures, learner: Learner, progressed: state.Progressed, log: RunLog | None) -> bool:

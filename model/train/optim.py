@@ -125,6 +125,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of the parameters that have a gradient, without waiting for the device; the closure's loss, None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

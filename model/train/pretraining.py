@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 LENGTHS_OF_CHOICES = "id2len_qar.json"  # VCR's text databases have it, ours and the published ones, and no others
 
 
-def pretrain(settings: TrainSettings, run: Path) -> dict[str, Any]:
+def pretrain(settings: TrainSettings, run: str | Path) -> dict[str, Any]:
     """Start a pre-training run in the folder `run`, or go on with the one that is there; see `runs.begun` and `runs.learn`."""
     if settings.task != DEFAULT_TASK:
         raise BadInput(f"these settings are of the task {settings.task!r}; use uniter-train finetune {settings.task}")
     texts = [Path(text) for corpus in settings.corpora for text in corpus.text]
     if "max_text_length" not in settings.model_fields_set and any((text / LENGTHS_OF_CHOICES).is_file() for text in texts):
         settings = settings.model_copy(update={"max_text_length": LONGEST_CHOICE})
-    with begun(settings, run) as start:
+    with begun(settings, Path(run)) as start:
         data = open_data(start.settings)
         settings = complete(start.settings, *data.size(), start.everyone)
         if start.earlier is None:
@@ -206,6 +206,7 @@ def _part(name: str, corpus_name: str, task: Task, corpus: Corpus, settings: Tra
 
 
 def validation_parts(settings: TrainSettings, data: Data) -> list[tuple[Task, Part]]:
+    """What is validated: each task of each corpus on its held-out examples, those that lack soft labels left out."""
     found = []
     for corpus_name, ratios in data.tasks.items():
         corpus = data.validation[corpus_name]

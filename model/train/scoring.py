@@ -4,7 +4,8 @@ Everything is a function of the seed: which words are hidden, which other pictur
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from uniter.datasets.batches.loader import MicroBatch, load_once, on_device
 from uniter.datasets.batches.masking import Pairing
 from uniter.datasets.batches.plans import Part
 from uniter.datasets.devices import computing_in
+from uniter.datasets.progress import Progress
 from uniter.model import losses
 from uniter.model.heads.pretraining import Outputs
 from uniter.model.tasks.task import Head, Task
@@ -36,6 +38,7 @@ class Scoring:
         by_example: masks are a function of the example, so that the same words are hidden whichever picture is shown.
         precision: fp32 or bf16.
         workers: processes that make batches.
+        progress: counts the examples that were scored, by all processes together; its owner knows of how many.
     """
 
     model: nn.Module
@@ -46,6 +49,16 @@ class Scoring:
     by_example: bool = False
     precision: str = "fp32"
     workers: int = 0
+    progress: Progress | None = None
+
+    @contextmanager
+    def shown(self, total: int, *, unit: str, label: str, brief: bool = False) -> Iterator["Scoring"]:
+        """The same with a `Progress` of so many examples, which the first process alone shows."""
+        if not self.processes.writes:
+            yield self
+            return
+        with Progress(total, unit=unit, label=label, brief=brief) as progress:
+            yield replace(self, progress=progress)
 
     @torch.no_grad()
     def scored(
@@ -75,6 +88,11 @@ class Scoring:
                 with computing_in(self.precision, self.processes.device):
                     outputs = head(self.model, made.batch)
                 yield made, made.batch, outputs
+                if self.progress is not None:
+                    # Every process has about as many; the last ones may be fewer.
+                    count = len(made.plan.examples) * self.processes.world
+                    left = count if self.progress.total is None else self.progress.total - self.progress.done
+                    self.progress.update(min(count, left))
         finally:
             self.model.train(was_training)
 
@@ -87,10 +105,12 @@ class Means:
     counts: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: Tensor | float, count: float) -> None:
+        """Add a sum of `count` values under a name; a tensor stays on its device."""
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def add_values(self, name: str, values: Tensor) -> None:
+        """Add the values of a tensor of one dimension under a name."""
         self.add(name, values.double().sum(), len(values))
 
     def of_all(self, processes: Processes) -> "Means":
@@ -103,6 +123,7 @@ class Means:
         return total
 
     def means(self) -> dict[str, float]:
+        """The mean of each name that was counted, in the order of names; waits for the device."""
         return {name: float(self.sums[name]) / count for name, count in sorted(self.counts.items()) if count}
 
 

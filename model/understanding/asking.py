@@ -27,6 +27,7 @@ from uniter.datasets.devices import computing_in, fitting_precision, usable_devi
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.image_db.regions import RegionFeatures, pixel_boxes
+from uniter.datasets.progress import Progress
 from uniter.datasets.storage.files import first_phrases
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.view.contact_sheet import contact_sheet
@@ -139,14 +140,16 @@ class Understanding:
         model = self._model(UniterForRetrieval, UniterForPretraining, able="match texts with photographs")
         scores: list[float] = []
         best: tuple[float, RegionFeatures | None] = (-math.inf, None)
-        for first in range(0, len(images), PHOTOGRAPHS_AT_ONCE):
-            some = images[first : first + PHOTOGRAPHS_AT_ONCE]
-            regions = self.regions(some)
-            of_some = self._scores(model, some, [text] * len(some), regions)
-            scores += of_some
-            place = int(np.argmax(of_some))
-            if best[1] is None or of_some[place] > best[0]:
-                best = of_some[place], regions[place]
+        with Progress(len(images), unit="photographs", label="ranking", brief=True) as progress:
+            for first in range(0, len(images), PHOTOGRAPHS_AT_ONCE):
+                some = images[first : first + PHOTOGRAPHS_AT_ONCE]
+                regions = self.regions(some)
+                of_some = self._scores(model, some, [text] * len(some), regions)
+                scores += of_some
+                place = int(np.argmax(of_some))
+                if best[1] is None or of_some[place] > best[0]:
+                    best = of_some[place], regions[place]
+                progress.update(len(some))
         assert best[1] is not None
         order = np.argsort(-np.array(scores), kind="stable")
         probabilities = np.array([_sigmoid(score) for score in scores], dtype=np.float32)
@@ -325,10 +328,12 @@ class Understanding:
     ) -> list[Tensor]:
         """For each pair (R,) float32, how well the phrase matches each region, shown alone at its place."""
         results = []
-        for image, phrase, found in zip(images, phrases, regions, strict=True):
-            self._sequence(model, image, phrase, found)  # what is wrong with the whole is said of the whole
-            alone = [found.rows(slice(row, row + 1)) for row in range(len(found))]
-            results.append(torch.tensor(self._scores(model, [image] * len(found), [phrase] * len(found), alone)))
+        with Progress(len(images), unit="photographs", label="pointing", brief=True) as progress:
+            for image, phrase, found in zip(images, phrases, regions, strict=True):
+                self._sequence(model, image, phrase, found)  # what is wrong with the whole is said of the whole
+                alone = [found.rows(slice(row, row + 1)) for row in range(len(found))]
+                results.append(torch.tensor(self._scores(model, [image] * len(found), [phrase] * len(found), alone)))
+                progress.update()
         return results
 
     def _referring_scores(
@@ -348,16 +353,19 @@ class Understanding:
         """Pairs in their order, as many together as `BATCH_TOKENS` allow."""
         samples: list[Sample] = []
         tokens = 0
-        for place, (image, text, found) in enumerate(zip(images, texts, regions, strict=True)):
-            sequence = self._sequence(model, image, text, found)
-            length = len(sequence.input_ids) + len(found)
-            if samples and tokens + length > BATCH_TOKENS:
+        with Progress(len(images), unit="pairs", label="asking", brief=True) as progress:
+            for place, (image, text, found) in enumerate(zip(images, texts, regions, strict=True)):
+                sequence = self._sequence(model, image, text, found)
+                length = len(sequence.input_ids) + len(found)
+                if samples and tokens + length > BATCH_TOKENS:
+                    yield collate(samples).to(self.device)
+                    progress.update(len(samples))
+                    samples, tokens = [], 0
+                samples.append(Sample(str(place), [sequence]))
+                tokens += length
+            if samples:
                 yield collate(samples).to(self.device)
-                samples, tokens = [], 0
-            samples.append(Sample(str(place), [sequence]))
-            tokens += length
-        if samples:
-            yield collate(samples).to(self.device)
+                progress.update(len(samples))
 
     def _sequence(self, model: Checkpoint, image: Photograph, text: str, regions: RegionFeatures) -> TokenSequence:
         config, tokenizer = model.config, _tokenizer(model)

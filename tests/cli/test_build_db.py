@@ -11,13 +11,14 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uniter.cli.build_db import expand, main
+from uniter.cli.build_db import main
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.maintenance.check import check_database
 from uniter.datasets.text_db import TextDB
+from uniter.datasets.text_db.building.from_files import expand
 from uniter.datasets.text_db.tokenizer import Tokenizer
 
 IMAGES = ["COCO_train2014_000000000009.jpg", "COCO_train2014_000000000025.jpg", "COCO_train2014_000000000030.jpg"]
@@ -115,7 +116,7 @@ def test_keys_and_tokenizers(captions: Path, tmp_path: Path) -> None:
     assert TextDB(tmp_path / "b.db").meta["bert"] == learned.meta["bert"]
     assert TextDB(tmp_path / "b.db").record(3)["input_ids"] == learned.record(3)["input_ids"]
     for size in ("many", "²", "9" * 5000):
-        assert "expected train:SIZE" in run(captions, tmp_path / "c.db", "--tokenizer", f"train:{size}", code=1).stderr
+        assert "expected train:SIZE" in run(captions, tmp_path / "c.db", "--tokenizer", f"train:{size}", code=2).stderr
     assert "could not be had" in run(captions, tmp_path / "c.db", "--tokenizer", "no such name !", code=1).stderr
 
 
@@ -143,7 +144,7 @@ def test_lists_and_parts(captions: Path, tmp_path: Path) -> None:
     assert list(TextDB(tmp_path / "val.db").image_keys) == ["COCO_train2014_000000000025"]
     header = TextDB(tmp_path / "val.db").header
     assert header is not None and list(header["settings"]["exclude"]) == ["excluded.json"]
-    assert "unknown split 'test'" in run(captions, tmp_path / "x.db", "--exclude", lists, "--split", "test", code=1).stderr
+    assert "unknown split 'test'" in run(captions, tmp_path / "x.db", "--exclude", lists, "--split", "test", code=2).stderr
     assert "--split needs Karpathy's" in run(captions, tmp_path / "x.db", "--split", "val", code=1).stderr
     # A changed list is another database.
     lists.write_text("[1]")
@@ -164,11 +165,11 @@ def test_visual_genome_needs_to_be_told_which_images_are_cocos(tmp_path: Path) -
 
 
 def test_messages_and_exit_codes(captions: Path, tmp_path: Path) -> None:
-    assert "unknown caption format 'cocoo'; did you mean 'coco'?" in run(captions, "--format", "cocoo", code=1).stderr
+    assert "unknown caption format 'cocoo'; did you mean 'coco'?" in run(captions, "--format", "cocoo", code=2).stderr
     assert "is not there" in run(tmp_path / "nowhere.json", code=1).stderr
-    assert "unknown task 'vqaa'" in run(captions, "--task", "vqaa", code=1).stderr
+    assert "unknown task 'vqaa'" in run(captions, "--task", "vqaa", code=2).stderr
     assert "Usage: " in run(code=2).stderr and "Usage: " in run("exclude", code=2).stderr
-    assert run(captions, tmp_path / "a.db", "--key", "{what}", code=1).stderr.startswith("error: --key '{what}': unknown field 'what'")
+    assert run(captions, tmp_path / "a.db", "--key", "{what}", code=2).stderr.startswith("error: --key '{what}': unknown field 'what'")
     assert not (tmp_path / "a.db").exists()
     result = run(captions, "--format", "karpathy", "--traceback", code=1)
     assert "Traceback" in result.stderr and "lacks filename" in result.stderr

@@ -152,7 +152,7 @@ def test_shards(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.Monk
         (["photos", "out", "--precision", "fp8"], 2, "'fp8' is not one of"),
         (["photos", "out", "--min-boxes", "9", "--max-boxes", "3"], 2, "--min-boxes 9 is above --max-boxes 3"),
         (["photos", "out", "--conf-threshold", "1"], 2, "0<=x<1"),
-        (["photos", "out", "--key", "{stm}"], 1, "did you mean 'stem'"),
+        (["photos", "out", "--key", "{stm}"], 2, "did you mean 'stem'"),
         (["photos", "out", "--boxes", "nowhere.json"], 1, "No such file"),
         (["photos", "out", "--shard", "0/2", "--overwrite"], 1, "run them with one process"),
         (["photos", "out", "--ray", "--device", "cpu"], 2, "leave --shard, --device and --devices out"),

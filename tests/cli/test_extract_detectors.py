@@ -55,7 +55,7 @@ def test_weights_are_fetched_beforehand(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("uniter.extract.weights.load.silent_sources", lambda sources: {})
     monkeypatch.setattr("uniter.extract.weights.sources.fetch", lambda url: (_ for _ in ()).throw(OSError("no network")))
     failed = run("--fetch", "nonsense")
-    assert failed.exit_code == 1 and "unknown detector 'nonsense'" in failed.stderr
+    assert failed.exit_code == 2 and "unknown detector 'nonsense'" in failed.stderr
 
 
 @pytest.mark.parametrize(

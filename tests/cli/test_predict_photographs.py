@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from uniter.cli.train import main
+from uniter.datasets import progress
 from uniter.datasets.text_db.vocabulary_files import SPECIALS
 from uniter.extract.detector.preparation import CaffePreparation
 from uniter.extract.detector.protocol import PreparedImage, RawRegions
@@ -106,6 +107,14 @@ def test_the_four_questions_from_photograph_to_answer(runs: dict[str, Path], pho
     assert quarters.shown == 3  # what was detected is kept in the cache folder
 
 
+def test_it_says_how_far_it_is_beside_the_answers(runs: dict[str, Path], photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    for question, done in (("rank", "ranking: 3 of 3 photographs"), ("match", "asking: 3 of 3 pairs")):
+        result = predict(question, "--from", runs["run"], "--image", photos, "--text", "a red square", "--json")
+        assert result.exit_code == 0 and json.loads(result.stdout) and done in result.stderr
+        assert ("regions: 3 of 3 photographs" in result.stderr) == (question == "rank")  # afterwards they are kept
+
+
 def test_every_text_is_asked_of_every_photograph(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
     found = answers(
         "match", "--from", runs["run"], "--image", photos, "--text", "a red square", "--text", "a blue square", "--out", tmp_path / "pages"
@@ -113,7 +122,29 @@ def test_every_text_is_asked_of_every_photograph(runs: dict[str, Path], photos: 
     assert [(Path(one["image"]).name, one["text"]) for one in found] == [
         (f"{number}.png", text) for number in range(3) for text in ("a red square", "a blue square")
     ]
-    assert sorted(page.name for page in (tmp_path / "pages").iterdir()) == [f"{number:03d}.jpg" for number in range(6)]
+    pages = [f"{number}.match{again}.jpg" for number in range(3) for again in ("", "-2")]
+    assert [Path(one["page"]).name for one in found] == pages and {page.name for page in (tmp_path / "pages").iterdir()} == {*pages}
+
+
+def test_pages_are_called_after_their_photographs_and_never_take_a_picture_of_somebody_elses(
+    runs: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    names = ("Dog.png", "dog.jpg", "a dog & a cat ☂.png", "☂.png")
+    for number, name in enumerate(names):
+        Image.new("RGB", (40, 30), (40 * number, 0, 0)).save(odd / name)
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    Image.new("RGB", (4, 3)).save(pages / "dog.match.jpg")
+    mine = (pages / "dog.match.jpg").read_bytes()
+    asked = ("match", "--from", runs["run"], "--image", odd, "--text", "a red square", "--out", pages)
+    for _ in range(2):  # the second time its own pages are written over, and no others come
+        drawn = {Path(one["image"]).name: Path(one["page"]).name for one in answers(*asked)}
+        assert drawn["a dog & a cat ☂.png"] == "a_dog_a_cat_.match.jpg" and drawn["☂.png"] == "_.match.jpg"
+        assert len({name.casefold() for name in drawn.values()}) == 4
+        assert {path.name for path in pages.iterdir()} == {*drawn.values(), "dog.match.jpg"} and "dog.match.jpg" not in drawn.values()
+    assert (pages / "dog.match.jpg").read_bytes() == mine
 
 
 def test_a_picture_of_the_answer_and_lines_to_read(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
@@ -141,18 +172,18 @@ def test_the_cache_is_where_it_is_told_or_nowhere(
 
 
 def test_what_cannot_be_is_said_in_one_line(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    def said(*words: object) -> str:
+    def said(*words: object, code: int = 1) -> str:
         result = predict(*words)
-        assert result.exit_code == 1 and not result.stdout, result.output
+        assert result.exit_code == code and not result.stdout, result.output
         *notes, line = result.stderr.strip().splitlines()
         assert all("does not say of which detector" in note for note in notes)
         return line
 
     photo = ("--image", photos / "0.png", "--text", "a square")
     assert "takes a model that was trained for it" in said("answer", "--from", runs["run"], *photo)
-    assert "expected the name of a picture" in said("match", "--from", runs["run"], *photo, "--out", tmp_path / "page.txt")
+    assert "expected the name of a picture" in said("match", "--from", runs["run"], *photo, "--out", tmp_path / "page.txt", code=2)
     (tmp_path / "page.jpg").write_text("")
-    assert "give a folder" in said("match", "--from", runs["run"], *photo, "--text", "another", "--out", tmp_path / "page.jpg")
+    assert "give a folder" in said("match", "--from", runs["run"], *photo, "--text", "another", "--out", tmp_path / "page.jpg", code=2)
     assert "none.png: No such file" in said("match", "--from", runs["run"], "--image", tmp_path / "none.png", "--text", "a square")
 
 
@@ -163,7 +194,7 @@ def test_other_words_are_tasks(runs: dict[str, Path]) -> None:
     for words in (("vqa", "--from", "run/"), ("--from", "run/", "vqa")):
         assert "Missing option '--out'" in CliRunner().invoke(main, ["predict", *words]).stderr
     unknown = CliRunner().invoke(main, ["predict", "vqaa", "--from", "run/", "--out", "x.json", "--text", "t", "--images", "i"])
-    assert unknown.exit_code == 1 and "did you mean 'vqa'" in unknown.stderr
+    assert unknown.exit_code == 2 and "did you mean 'vqa'" in unknown.stderr
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -98,17 +98,17 @@ def test_export_and_start_again(trained: Path, world: tuple[Path, Path], tmp_pat
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["pretrain", "--text", "a.db"], 1, "give both --text and --images"),
+        (["pretrain", "--text", "a.db"], 2, "give both --text and --images"),
         (["pretrain", "--text", "a.db", "--images", "b.lmdb"], 2, "Missing option '--out'"),
         (
             ["pretrain", "--text", "a.db", "--images", "b.lmdb", "--out", "x", "--set", "stps=3"],
-            1,
+            2,
             "unknown key 'stps'; did you mean 'steps'?",
         ),
         (["pretrain", "--text", "nowhere.db", "--images", "b.lmdb", "--out", "x"], 1, "text database nowhere.db is not there"),
-        (["pretrain", "--config", "tinyy", "--out", "x"], 1, "unknown shipped settings 'tinyy'"),
+        (["pretrain", "--config", "tinyy", "--out", "x"], 2, "unknown shipped settings 'tinyy'"),
         (["pretrain", "--root", "/img=x", "--out", "x"], 1, "--root maps the container paths"),
-        (["evaluate", "pretain", "--from", "x"], 1, "unknown task 'pretain'; did you mean 'pretrain'?"),
+        (["evaluate", "pretain", "--from", "x"], 2, "unknown task 'pretain'; did you mean 'pretrain'?"),
         (["evaluate", "pretrain", "--from", "nowhere", "--text", "a.db", "--images", "b"], 1, "a.db"),
         (
             ["evaluate", "vqa", "--from", "x", "--candidates", "50"],
@@ -116,7 +116,7 @@ def test_export_and_start_again(trained: Path, world: tuple[Path, Path], tmp_pat
             "--candidates is of `evaluate pretrain`; evaluating vqa",
         ),
         (["evaluate", "vqa", "--from", "x", "--words", "red"], 2, "--words is of `evaluate pretrain`; evaluating vqa does nothing"),
-        (["pretrain", "--text", "a.db", "--images", "b.lmdb", "--out", "x", "--device", "cpu:7"], 1, "device 'cpu:7'"),
+        (["pretrain", "--text", "a.db", "--images", "b.lmdb", "--out", "x", "--device", "cpu:7"], 2, "device 'cpu:7'"),
         (["export", "--from", "nowhere.pt", "--to", "hub", "x"], 1, "no file or folder nowhere.pt"),
     ],
 )

@@ -132,3 +132,65 @@ def test_a_key_without_a_text_is_one_line(tmp_path, database, run_directory, pub
             (tmp_path / "captions.db" / name).unlink()
     result = run(run_directory, database, "--text", tmp_path / "captions.db", "--out", tmp_path / "looks", "--key", "dog")
     assert result.exit_code == 1 and "no text of the database is about an image 'dog'" in result.stderr
+
+
+@pytest.fixture
+def animals(tmp_path):
+    store = UnitStore(tmp_path / "animals.lmdb", settings={})
+    boxes = np.array([[1, 2, 30, 20], [5, 5, 39, 29]], np.float32)
+    with store.unit(0) as unit:
+        for number in range(3):
+            sure = 0.5 + 0.1 * number
+            record = RegionFeatures(
+                features=np.ones((2, 4), np.float32),
+                norm_bb=normalised_boxes(boxes, (30, 40)),
+                conf=np.array([sure, 0.3], np.float32),
+                boxes=boxes,
+                size=(30, 40),
+                soft_labels=np.array([[0.1, sure, 0.0], [0.1, 0.1, 0.8]], np.float32),
+            )
+            unit.put(f"photo {number}", encode_record(record), regions=2)
+        unit.commit()
+        unit.complete()
+    assert store.finish(units=1, header={"class_names": ["dog", "cat"]})
+    return tmp_path / "animals.lmdb"
+
+
+def test_all_regions_of_one_class_on_one_page_the_surest_first(tmp_path, animals):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (80 * number, 0, 0)).save(photos / f"photo {number}.png")
+    result = run(animals, "--class", "DOG", "--images", photos, "--out", tmp_path / "dogs", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) | {"page": None} == {
+        "page": None, "class": "dog", "found": 3, "images": 3, "shown": 3, "unreadable": 0,
+    }  # fmt: skip
+    page = (tmp_path / "dogs" / "index.html").read_text()
+    places = [page.index(f"{sure} dog") for sure in ("0.700", "0.600", "0.500")]
+    assert places == sorted(places) and "3 regions of dog in 3 images, the surest first" in page and " cat" not in page
+    assert len(list((tmp_path / "dogs" / "pictures").iterdir())) == 3
+    result = run(animals, "--class", "cat", "--limit", 2, "--out", tmp_path / "dogs", "--json")
+    assert (json.loads(result.stdout)["found"], json.loads(result.stdout)["shown"]) == (3, 2)
+    assert "here are the 2 surest" in (tmp_path / "dogs" / "index.html").read_text()
+    assert len(list((tmp_path / "dogs" / "pictures").iterdir())) == 2  # those of the earlier page are gone
+
+
+def test_a_class_that_nothing_has_is_answered_with_near_ones(tmp_path, animals, database):
+    result = run(animals, "--class", "dgo", "--out", tmp_path / "page")
+    assert result.exit_code == 2 and "unknown class 'dgo'; did you mean 'dog'? (known: cat, dog)" in result.stderr
+    assert not (tmp_path / "page").exists()
+    result = run(database, "--class", "dog", "--out", tmp_path / "page")
+    assert result.exit_code == 1 and "have no classes" in result.stderr
+    result = run(animals, "--class", "dog", "--boxes", "3", "--out", tmp_path / "page")
+    assert result.exit_code == 2 and "--boxes makes no difference to the page of one class" in result.stderr
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_page_is_opened_or_it_is_said_where_it_is(tmp_path, database, monkeypatch, there):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or there)
+    result = run(database, "--out", tmp_path / "a report", "--open", "--json")
+    page = tmp_path / "a report" / "index.html"
+    assert result.exit_code == 0 and opened == [page.as_uri()] and json.loads(result.stdout)["pictures"] == 2
+    assert ("no browser could be opened here" in result.stderr and str(page) in result.stderr) != there

@@ -278,6 +278,7 @@ class Growing:
             self.flush()
 
     def flush(self) -> None:
+        """Write the rows that wait; also where there are none."""
         if self._waiting:
             together = np.concatenate(self._waiting)
             count = len(self._array)

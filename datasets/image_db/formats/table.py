@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.datasets.image_db.database import kind_of
 from uniter.datasets.image_db.formats import hdf5, lmdbs, npy, npz, parquet, tsv
 from uniter.datasets.image_db.formats.projects.layout import CAPTIONS as CAPTIONS
@@ -208,7 +208,7 @@ def format_named(name: str) -> str:
     for spelt in (name, name.replace("-", "_"), name.replace("_", "-")):
         if spelt in FORMATS:
             return spelt
-    raise BadInput(unknown_name("format", name, FORMATS))
+    raise WrongUsage(unknown_name("format", name, FORMATS))
 
 
 def listed() -> str:

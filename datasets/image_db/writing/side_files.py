@@ -40,6 +40,7 @@ def write_box_ids(folder: Path, ids: Mapping[str, Sequence[Any]]) -> None:
 
 
 def write_failures(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write `failures.jsonl`: one JSON object an image, with `key`, `path` and `error`."""
     _write_rows(path, rows)
 
 

@@ -52,6 +52,7 @@ class Unit:
 
 @contextlib.contextmanager
 def open_unit(folder: Path) -> Iterator[Unit]:
+    """Open the LMDB of one unit of work, made if it is not there, for as long as the block lasts."""
     environment = open_writer(folder, FIRST_MAP_BYTES, max_dbs=3)
     try:
         yield Unit(environment)
@@ -100,6 +101,13 @@ def unit_failures(folder: Path) -> list[dict[str, Any]]:
 def save_unit_index(
     path: Path, keys: list[bytes], counts: NDArray[Any], checksums: NDArray[Any], photographs: Sequence[Photograph] = ()
 ) -> None:
+    """Write a unit's index, sorted by key.
+
+    Args:
+        keys: N keys, in any order.
+        counts: (N,) regions of each. checksums: (N,) CRC-32 of each value.
+        photographs: what was read of each, if it is known.
+    """
     order = sorted(range(len(keys)), key=keys.__getitem__)
     save_arrays(
         path,
@@ -113,6 +121,7 @@ def save_unit_index(
 
 
 def unit_names(folder: Path) -> list[str]:
+    """The names of what lies in a folder of units; none where it is not there."""
     try:
         return [entry.name for entry in folder.iterdir()]
     except FileNotFoundError:

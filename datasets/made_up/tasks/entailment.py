@@ -17,6 +17,7 @@ _UNSEEN: Final = ("is heavy", "was made yesterday", "belongs to a child", "is ma
 
 
 def write_entailment(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    """SNLI-VE's JSONL of each part: sentences that follow from a picture, that contradict it, or neither; returns how many there are."""
     total = 0
     for part, members in scenes.items():
         rows: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from uniter.datasets.made_up.world import World
 
 
 def write_entities(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    """Flickr30k Entities' `Sentences/` and `Annotations/`, and the photographs of each part; returns how many examples there are."""
     (folder / "Annotations").mkdir()
     (folder / "Sentences").mkdir()
     total = 0

@@ -13,6 +13,7 @@ from uniter.datasets.storage.files import write_json
 
 
 def write_gqa(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    """GQA's questions of each part, four a picture at most; returns how many examples there are."""
     total = 0
     for part, members in scenes.items():
         questions: dict[str, Any] = {}

@@ -46,6 +46,7 @@ def _statement(world: World, rng: random.Random) -> tuple[str, Holds]:
 
 
 def write_nlvr2(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    """NLVR2's JSONL of each part, and the pictures in pairs under its names; returns how many examples there are."""
     (folder / "images").mkdir()
     total = 0
     for part, members in scenes.items():

@@ -15,6 +15,7 @@ SEPARATOR = "|"
 
 
 def write_own_labels(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    """Tables of one label, several labels and a score, CSV, for `--task classify`; returns how many examples there are."""
     total = 0
     for part, members in scenes.items():
         one, several, score = [], [], []

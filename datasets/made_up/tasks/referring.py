@@ -55,6 +55,7 @@ def _phrases_by_place(scene: Scene, thing: Thing) -> list[str]:
 
 
 def short_phrases(scene: Scene, thing: Thing) -> list[str]:
+    """Phrases that fit one thing of the scene alone, by its looks or its place; none where nothing tells it apart."""
     return phrases_by_looks(scene, thing) + _phrases_by_place(scene, thing)
 
 
@@ -87,6 +88,7 @@ def write_referring(
     by: str,
     held_out: tuple[str, ...],
 ) -> int:
+    """RefCOCO's `refs` and `instances.json`; returns how many examples there are."""
     refs: list[dict[str, Any]] = []
     sentence = 0
     everything = [scene for part in PARTS for scene in scenes[part]]

@@ -12,6 +12,7 @@ from uniter.datasets.storage.files import write_json
 
 
 def write_retrieval(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    """Karpathy's layout, `dataset_scenes.json`: held-out pictures by turns in `val` and `test`; returns how many sentences there are."""
     entries: list[dict[str, Any]] = []
     sentence = 0
     for part, members in scenes.items():

@@ -15,6 +15,7 @@ from uniter.datasets.made_up.world import World
 
 
 def write_vcr(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    """VCR's JSONL of each part, and the metadata with the boxes of things; returns how many examples there are."""
     metadata = folder / "vcr1images" / "scenes"
     metadata.mkdir(parents=True)
     total = 0

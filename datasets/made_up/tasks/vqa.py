@@ -32,6 +32,7 @@ def questions_about(world: World, scene: Scene, rng: random.Random) -> Iterator[
 
 
 def write_vqa(folder: Path, world: World, scenes: Parts, suffix: str, images: Path, seed: int) -> int:
+    """VQA 2.0's questions and annotations of each part, ten answers a question; returns how many examples there are."""
     total = 0
     for part, members in scenes.items():
         questions, annotations = [], []

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.datasets.storage.plain_pickle import load_plain_pickle
 from uniter.datasets.storage.streams import first_character, object_of, whole_json
 from uniter.datasets.text_db.annotations.fields import has_name, list_field, number_field, text_field
@@ -139,7 +139,7 @@ def _of_split(path: Path, refs: list[Any], split: str | None, counts: Counter[st
             continue
         yield where, ref
     for part in sorted((wanted or set()) - seen):
-        raise BadInput(f"{path}: {unknown_name('split', part, seen)}")
+        raise WrongUsage(f"{path}: {unknown_name('split', part, seen)}")
 
 
 def _boxes(path: Path, join: Sequence[Path]) -> _Boxes:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from uniter.datasets.errors import BadInput
+from uniter.datasets.errors import WrongUsage
 from uniter.datasets.text_db.annotations import entailment, entities, gqa, nlvr2, own_labels, referring, vcr, vqa
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.captions.karpathy import read_karpathy
@@ -74,7 +74,7 @@ class Annotations:
         for name in given:
             if name not in self.options:
                 takers = [other for other, row in ANNOTATIONS.items() if name in row.options]
-                raise BadInput(f"--{name.replace('_', '-')} does nothing with --task {task}; it is of --task {' and '.join(takers)}")
+                raise WrongUsage(f"--{name.replace('_', '-')} does nothing with --task {task}; it is of --task {' and '.join(takers)}")
         bound = {**given, **({"files": tuple(files)} if "files" in self.options else {})}
         read: Any = self.read
         side_files: Any = self.side_files

@@ -49,6 +49,7 @@ class BuildReport:
         return cls(report.get("texts", {}), report.get("coverage", {}), report.get("images", 0), already_complete=True)
 
     def as_dict(self) -> dict[str, Any]:
+        """The report as JSON, as the header and the summary of `uniter-build-db` have it."""
         return {"texts": self.counts, "images": self.images, "coverage": self.coverage, "already_complete": self.already_complete}
 
 

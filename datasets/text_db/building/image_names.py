@@ -59,6 +59,7 @@ class ImageNames:
             self._known.clear()
 
     def close(self) -> None:
+        """Write what waits; the names can then be mapped from disk by `NamedImages`."""
         self._known.clear()
         for column in self._columns.values():
             column.close()

@@ -17,6 +17,12 @@ from uniter.datasets.text_db.building.spool import BATCH, Spool
 
 
 def merge_runs(folder: Path, spool: Spool) -> None:
+    """Write `data.mdb` of a text database in the order of its ids.
+
+    Raises:
+        BadInput: an id comes twice.
+        UniterError: the disk is full.
+    """
     # Twice what is needed costs nothing: the file grows only as far as it is filled.
     map_size = 2 * spool.record_bytes + (64 << 20)
     records = heapq.merge(*map(_read_run, spool.runs)) if len(spool.runs) > 1 else _read_run(spool.runs[0])

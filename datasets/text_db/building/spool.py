@@ -77,6 +77,7 @@ class Spool:
         self._special_ids = frozenset((tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id))
 
     def counts(self) -> dict[str, int]:
+        """How many texts were read, kept and left out, by the names of `BuildReport.counts`."""
         return {
             "read": self.read,
             "kept": self.kept,
@@ -189,6 +190,7 @@ class Spool:
         self._run_bytes = 0
 
     def close(self) -> None:
+        """Write what waits; the runs can then be merged and the index written."""
         if self._run:
             self._write_run()
         for column in self._columns.values():
@@ -212,6 +214,7 @@ class JsonObject:
         self._separator = b"{"
 
     def write(self, items: Iterable[tuple[str, Any]]) -> None:
+        """Add entries, (name, value) each."""
         text = orjson.dumps(dict(items))[1:-1]
         if text:
             self._file.write(self._separator)
@@ -219,6 +222,7 @@ class JsonObject:
             self._separator = b",\n"
 
     def close(self) -> None:
+        """End the object, and have the disk confirm it."""
         self._file.write(b"{}" if self._separator == b"{" else b"}")
         self._file.flush()
         os.fsync(self._file.fileno())

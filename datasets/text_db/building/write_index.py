@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from uniter.datasets.progress import Progress
 from uniter.datasets.storage.index_file import INDEX, save_arrays
 from uniter.datasets.text_db.building.image_names import NamedImages, mapped, pairs
 from uniter.datasets.text_db.building.spool import BATCH, JsonObject, Spool
@@ -59,6 +60,7 @@ def _write_texts_of_images(
     """{image key: [ids]}, images by first appearance, a block of images at a time."""
     table = JsonObject(path)
     start = 0
+    progress = Progress(len(image_ends), unit="images", label="listing texts by image", brief=True)
     for first in range(0, len(image_ends), BATCH):
         last = min(first + BATCH, len(image_ends))
         places = examples[image_starts[first] : image_starts[last]]
@@ -70,4 +72,6 @@ def _write_texts_of_images(
             items.append((image_bytes[start:end].decode(), ids[bounds[place] : bounds[place + 1]]))
             start = end
         table.write(items)
+        progress.update(len(items))
+    progress.close()
     table.close()

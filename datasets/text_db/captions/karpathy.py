@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from uniter.datasets.errors import BadInput, unknown_name
+from uniter.datasets.errors import BadInput, WrongUsage, unknown_name
 from uniter.datasets.storage.streams import id_of, json_items, object_of, text_of
 from uniter.datasets.text_db.caption import Caption
 
@@ -44,4 +44,4 @@ def read_karpathy(path: Path, *, split: str | None, join: Sequence[Path], counts
             yield Caption(id_of(item.get("sentid"), sentence_row, row_prefix), image_name, text_of(text, f"a sentence of {where}"), origins)
             sentence_row += 1
     for part in sorted((wanted or set()) - seen):
-        raise BadInput(f"{path}: {unknown_name('split', part, seen)}")
+        raise WrongUsage(f"{path}: {unknown_name('split', part, seen)}")

@@ -42,6 +42,7 @@ class NameTable:
         return len(self._ids)
 
     def add(self, value: Any, name: str) -> None:
+        """Remember that an id (a number, or its digits) goes by a name."""
         self._ids.append(id_number(value))
         self._names += name.encode("utf-8", "replace")
         self._ends.append(len(self._names))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from uniter.datasets.errors import BadInput, shown
+from uniter.datasets.errors import BadInput, WrongUsage, shown
 from uniter.datasets.storage.streams import first_character, id_of, json_items, json_lines, lines_of, object_of, text_of
 from uniter.datasets.text_db.caption import Caption
 
@@ -190,7 +190,7 @@ def rows_of_split(
         yield number, where, row
     for part in sorted((wanted or set()) - seen):
         if seen and not split_column:
-            raise BadInput(f"{path} has no `split` column; leave --split away, or add the column")
+            raise WrongUsage(f"{path} has no `split` column; leave --split away, or add the column")
         known = ", ".join(map(shown, sorted(seen)[:40])) or "nothing"
         raise BadInput(f"{path} has no part {shown(part)} in its `split` column (it has: {known})")
 

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from uniter.cli.build_db import expand, main
+from uniter.cli.build_db import main
 from uniter.datasets.errors import BadInput
 from uniter.datasets.text_db import TextDB
+from uniter.datasets.text_db.building.from_files import expand
 from uniter.datasets.text_db.captions.table import CAPTIONS, detect
 
 

@@ -21,6 +21,7 @@ from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.runs.held_out import ClassFigures, FoundBox, HeldOut, HeldOutPicture
 from uniter.datasets.view.charts import curves, histogram
+from uniter.datasets.view.class_report import write_class_report
 from uniter.datasets.view.outcomes import HardExample, Outcomes
 from uniter.datasets.view.region_report import write_region_report
 from uniter.datasets.view.run_report import LookedAt, write_runs_report
@@ -164,6 +165,22 @@ def test_a_page_of_regions(tmp_path: Path, word: str) -> None:
     assert f"photos/{word}" in found.text and f"{word.replace('/', '')}.lmdb" in found.text
     for place in (*found.values("src"), *found.values("href")):
         assert place.startswith("pictures/") and set(place) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-/")
+    forbids_scripts(page)
+
+
+def class_page(folder: Path, word: str) -> str:
+    folder.mkdir()
+    write_class_report([database(folder, word)], folder / "report", f"class {word}")
+    return (folder / "report" / "index.html").read_text()
+
+
+@EACH_WORD
+def test_a_page_of_one_class(tmp_path: Path, word: str) -> None:
+    page = class_page(tmp_path / "hostile", word)
+    found = parsed(page)
+    same_skeleton(found, parsed(class_page(tmp_path / "harmless", "harmless")))
+    assert [value for value in found.values("alt") if value] == [f"attribute {word} class {word} in {word}"]
+    assert f"regions of class {word}" in found.text
     forbids_scripts(page)
 
 

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from uniter.cli.train import main
+from uniter.datasets import progress
 from uniter.datasets.batches.collate import collate
 from uniter.datasets.batches.corpus import open_corpus
 from uniter.datasets.batches.example import Example, Masking
@@ -136,6 +137,25 @@ def test_runs_of_pictures_fit_the_store(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(known_pictures, "STORE_BYTES", 100 * 32 * 4)
     scoring = Scoring(UniterForRetrieval(UniterConfig.preset("tiny", hidden_size=32)), Processes(0, 1, torch.device("cpu")), 100, 0)
     assert known_pictures.blocks_of(np.array([60, 40, 1, 99, 300, 5]), scoring) == [(0, 2), (2, 4), (4, 5), (5, 6)]
+
+
+def test_it_says_how_far_it_is(
+    model: Path,
+    world: tuple[Path, Path],
+    small_slices: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    evaluated(model, world, scores=tmp_path / "scores")
+    out, err = capsys.readouterr()
+    assert out == "" and f"scoring: 392 of {2 * PICTURES * PICTURES} pairs" in err.splitlines()[-1]
+    (tmp_path / "scores" / "scores_00000025.npy").unlink()
+    evaluated(model, world, scores=tmp_path / "scores")
+    lines = capsys.readouterr().err.splitlines()
+    first, last = (int(line.split()[1]) for line in (lines[0], lines[-1]))
+    assert 322 < first < last == 392  # the slice that was away is five texts of fourteen pictures
 
 
 def test_scores_of_something_else_are_refused(model: Path, world: tuple[Path, Path], tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class Known:
     kept: dict[Path, Any] = field(default_factory=dict)
 
     def say(self, what: str) -> None:
+        """Note something that the reader is to be told once, with how often it came."""
         self.said[what] = self.said.get(what, 0) + 1
 
     def numbers_of(self, names: Sequence[str]) -> NDArray[np.int64]:
@@ -181,6 +182,7 @@ def files_below(*patterns: str) -> Callable[[Path], list[Path]]:
 
 
 def fits_one(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a path in an archive fits one of the patterns, at its top or in any folder."""
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*/{pattern}") for pattern in patterns)
 
 
