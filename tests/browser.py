@@ -128,8 +128,9 @@ class Browser:
         return found
 
     def text(self, selector: str = "body") -> str:
-        """The text that is seen within an element."""
-        return str(self.value(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))
+        """The text that is seen within an element, "" where it is hidden or absent."""
+        one = f"document.querySelector({json.dumps(selector)})"
+        return str(self.value(f"{one}?.checkVisibility() ? {one}.innerText : ''"))
 
     def choose_files(self, selector: str, files: Sequence[Path]) -> None:
         root = self.tell("DOM.getDocument")["root"]["nodeId"]

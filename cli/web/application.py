@@ -5,6 +5,7 @@ does any work takes a content type that a foreign page cannot send without leave
 a page elsewhere could give itself its name), and a photograph is found only by who has it.
 """
 
+import contextlib
 import ipaddress
 import json
 import logging
@@ -35,6 +36,7 @@ from uniter.model.understanding.asking import Understanding
 log = logging.getLogger(__name__)
 
 PHOTOGRAPH_BYTES: Final = 32 << 20  # phones' photographs have 3 to 15 MB
+DROPPED_BYTES: Final = 1 << 30  # of a file that is too large; who sends more is cut off
 QUESTION_BYTES: Final = 64 << 10
 ASKED_AT_ONCE: Final = 64  # photographs of one question
 NAME_LETTERS: Final = 120
@@ -91,6 +93,7 @@ class Application:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         request = Request(environ)
         response = self._respond(request)
+        _receive_the_rest(request)
         for name, value in HEADERS.items():
             response.headers[name] = value
         return response(environ, start_response)
@@ -189,6 +192,14 @@ def _body(request: Request, kind: str, most: int, name: str) -> bytes:
     if not content:
         raise BadRequest(f"{name}: the file is empty")
     return content
+
+
+def _receive_the_rest(request: Request) -> None:
+    """Take what is still sent, and drop it: a browser that is interrupted while it sends does not read why it was refused."""
+    if (request.content_length or 0) <= DROPPED_BYTES:
+        with contextlib.suppress(HTTPException, OSError):
+            while request.stream.read(1 << 20):
+                pass
 
 
 def _question(content: bytes) -> tuple[str, list[str], str]:

@@ -1,7 +1,7 @@
 // Photographs in, questions, answers. What the server says is shown as text, never as markup.
 
 import { bar, byId, fetched, made, roving, shownShare } from "./elements.js";
-import { Stage, heaviest } from "./stage.js";
+import { Stage, UNSURE, heaviest } from "./stage.js";
 
 const QUESTIONS = {
   match: { tab: "Does it match?", what: "Write a sentence: how likely is it about this photograph?", label: "A sentence", hint: "a cat on a sofa" },
@@ -16,6 +16,7 @@ let asking = "match";
 let chosen = null; // the key of the photograph that is looked at
 const photographs = new Map(); // by key, in the order of the strip
 const texts = {}; // what was typed for each question
+let thinking = false; // an answer is waited for
 let turn = 0; // which answer is waited for: an older one that comes late is not shown
 
 const stage = new Stage((number) => {
@@ -31,6 +32,7 @@ async function add(files) {
   for (const [place, file] of [...files].entries()) {
     byId("looking").textContent = files.length > 1 ? `Looking at ${file.name} (${place + 1} of ${files.length}) …` : `Looking at ${file.name} …`;
     document.body.classList.add("busy");
+    enable();
     try {
       if (file.size > about.largest) throw new Error(`${file.name}: ${megabytes(file.size)} are more than the ${megabytes(about.largest)} that are taken; make it smaller`);
       const photograph = await fetched(`photographs?name=${encodeURIComponent(file.name)}`, {
@@ -46,6 +48,7 @@ async function add(files) {
   byId("looking").textContent = "";
   byId("files").value = "";
   say(faults);
+  enable();
 }
 
 const megabytes = (bytes) => `${Number((bytes / 2 ** 20).toPrecision(3))} MB`;
@@ -60,14 +63,19 @@ function choose(key) {
     stage.show(photograph);
     list(photograph);
   }
-  showStrip();
+  if (byId("thumbnails").children.length !== photographs.size + 1) showStrip(); // made anew only then: what has the focus keeps it
+  press();
   enable();
+}
+
+function press() {
+  for (const look of byId("thumbnails").querySelectorAll("[data-key]")) look.setAttribute("aria-pressed", String(look.dataset.key === chosen));
 }
 
 function showStrip() {
   const places = [...photographs.values()].map(({ key, name }) => {
     const picture = made("img", { src: `photographs/${key}`, alt: name });
-    const look = made("button", { type: "button", "aria-pressed": String(key === chosen), title: name, onclick: () => choose(key) }, picture);
+    const look = made("button", { type: "button", "data-key": key, "aria-pressed": "false", title: name, onclick: () => choose(key) }, picture);
     const away = made("button", { type: "button", class: "away", title: `Remove ${name}`, "aria-label": `Remove ${name}`, text: "×", onclick: () => remove(key) });
     return made("li", {}, look, away);
   });
@@ -79,7 +87,8 @@ function remove(key) {
   photographs.delete(key);
   if (asking === "rank") clear();
   if (key === chosen) choose([...photographs.keys()].at(-1) ?? null);
-  else showStrip(), enable();
+  else showStrip(), press(), enable();
+  (byId("thumbnails").querySelector("[aria-pressed=true]") ?? byId("files")).focus();
 }
 
 // --- regions ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +98,7 @@ function list({ regions }) {
     const swatch = made("span", { class: "swatch" });
     swatch.style.background = colour;
     const point = () => stage.point(number);
-    const row = made("button", { type: "button", class: "row", onmouseenter: point, onfocus: point, onmouseleave: unpoint, onblur: unpoint },
+    const row = made("button", { type: "button", class: confidence < UNSURE ? "row unsure" : "row", onmouseenter: point, onfocus: point, onmouseleave: unpoint, onblur: unpoint },
       swatch, made("span", { class: "number", text: number }), made("span", { class: "name", text: words }), bar(confidence),
       made("span", { class: "share", text: shownShare(confidence) }));
     return made("li", {}, row);
@@ -114,7 +123,7 @@ function showTabs() {
   const able = Object.keys(QUESTIONS).filter((name) => name !== "classify" || about.questions[name].by); // for runs of own labels only
   const tabs = able.map((name) => {
     const { by } = about.questions[name];
-    const attributes = { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", class: by ? "" : "unable", onclick: () => ask(name) };
+    const attributes = { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", class: by ? "" : "unable", title: by ? null : "Not with these runs", onclick: () => ask(name) };
     return made("button", attributes, QUESTIONS[name].tab, ...(by ? [] : [made("span", { class: "hidden", text: " (not with these runs)" })]));
   });
   byId("tabs").replaceChildren(...tabs);
@@ -144,8 +153,8 @@ function ask(name) {
 function enable() {
   const needed = asking === "rank" ? 2 : 1;
   const ready = photographs.size >= needed;
-  byId("send").disabled = !ready;
-  if (about.questions[asking].by && !byId("answer").children.length) {
+  byId("send").disabled = !ready || thinking || document.body.classList.contains("busy");
+  if (about.questions[asking].by && !thinking && !byId("answer").children.length) {
     byId("status").textContent = ready ? "" : needed === 2 ? "Add at least two photographs." : "Add a photograph first.";
   }
 }
@@ -169,7 +178,8 @@ async function send(event) {
   const mine = turn;
   const question = asking;
   const keys = question === "rank" ? [...photographs.keys()] : [chosen];
-  byId("send").disabled = true;
+  thinking = true;
+  enable();
   const waiting = setInterval(() => wait(mine), 1500);
   byId("status").textContent = "Thinking …";
   try {
@@ -184,7 +194,8 @@ async function send(event) {
     if (mine === turn) (byId("status").textContent = ""), say([error.message]);
   } finally {
     clearInterval(waiting);
-    byId("send").disabled = photographs.size < (asking === "rank" ? 2 : 1);
+    thinking = false;
+    enable();
   }
 }
 
@@ -197,10 +208,14 @@ async function wait(mine) {
 
 // --- answers ---------------------------------------------------------------------------------------------------------------------
 
+const VERDICTS = [
+  ["yes", "Likely about this photograph", 0.7], ["maybe", "Undecided", 0.3], ["no", "Rather not about this photograph", 0],
+];
+
 const ANSWERS = {
   match({ probability, words }) {
-    const verdict = probability >= 0.5 ? "Likely about this photograph" : "Rather not about this photograph";
-    const score = made("p", { class: probability >= 0.5 ? "score yes" : "score no" },
+    const [kind, verdict] = VERDICTS.find(([, , from]) => probability >= from);
+    const score = made("p", { class: `score ${kind}` },
       made("strong", { text: shownShare(probability) }), made("span", {}, made("b", { text: verdict }), bar(probability)));
     return [score, ...attended(words)];
   },
@@ -209,8 +224,11 @@ const ANSWERS = {
     stage.light(probabilities, [region]);
     const { words, box } = photographs.get(chosen).regions[region];
     const { width, height } = photographs.get(chosen);
-    const corners = box.map((value, place) => Math.round(value * (place % 2 ? height : width))).join(", ");
-    const found = [made("p", { class: "found" }, made("strong", { text: words }), ` at ${corners}: ${shownShare(probabilities[region])} of 1 among all regions.`)];
+    const [x0, y0, x1, y1] = box.map((value, place) => Math.round(value * (place % 2 ? height : width)));
+    const found = [
+      made("p", { class: "found" }, made("strong", { text: `${region} ${words}` }), ` ${shownShare(probabilities[region])} of 1 among all regions`),
+      made("p", { class: "faint", text: `Its box: ${x0}, ${y0} to ${x1}, ${y1}, in pixels of the photograph.` }),
+    ];
     if (zero_shot) found.push(made("p", { class: "note", text: "No run was trained to point: each region was matched with the phrase alone, so “the left one” is beyond it." }));
     return found;
   },
@@ -290,11 +308,13 @@ async function begin() {
   }
   byId("largest").textContent = megabytes(about.largest);
   const runs = [...new Set(Object.values(about.questions).map(({ by }) => by).filter(Boolean))];
-  const asked = runs.length ? `Models: ${runs.map(shortened).join(", ")}` : "No model was given, so there is only looking at regions";
+  const asked = runs.length ? `Models: ${runs.map(shortened).join(", ")}` : "No model";
   const open = about.alone ? "On this machine only" : "Open to other machines";
   byId("about").textContent = `Detector: ${about.detector}, ${about.classes.toLocaleString("en")} classes · ${asked} · ${open}`;
   byId("about").title = runs.join("\n");
   showTabs();
+  for (const id of ["tabs", "panel"]) byId(id).hidden = !runs.length;
+  byId("no-model").hidden = runs.length > 0;
   listen();
 }
 

@@ -3,6 +3,7 @@
 
 import { byId, made, shownShare } from "./elements.js";
 
+export const UNSURE = 0.2; // a region below it is there because a photograph has at least so many
 const NAMED_FROM = 0.1; // of the heaviest region; at most three are named, as on the pictures that `uniter-train predict --out` draws
 
 export class Stage {
@@ -26,7 +27,8 @@ export class Stage {
     byId("stage").style.setProperty("--shape", width / height);
     byId("caption").textContent = `${name} · ${width} × ${height} · ${regions.length} regions`;
     byId("shown").max = regions.length;
-    byId("shown").value = Math.min(matchMedia("(max-width: 900px)").matches ? 6 : 10, regions.length);
+    const sure = regions.filter(({ confidence }) => confidence >= UNSURE).length;
+    byId("shown").value = Math.min(Math.max(sure, 3), matchMedia("(max-width: 900px)").matches ? 6 : 10, regions.length);
     this.#boxes = regions.map((region, number) => this.#box(region, number));
     const large = [...this.#boxes].sort((one, other) => area(regions[other.number]) - area(regions[one.number]));
     byId("boxes").replaceChildren(...large.map((box) => box.element)); // small ones above large ones, so that the mouse finds them
@@ -38,7 +40,6 @@ export class Stage {
     const element = made("div", { class: "box", onmouseenter: () => this.#onpoint(number), onmouseleave: () => this.#onpoint(null) }, label);
     Object.assign(element.style, percent({ left: x0, top: y0, width: x1 - x0, height: y1 - y0 }));
     element.style.setProperty("--colour", colour);
-    element.classList.toggle("low", y0 < 0.06);
     element.classList.toggle("right", x0 > 0.7);
     return { number, element, label, long: `${number} ${words} ${shownShare(confidence)}`, short: String(number) };
   }
@@ -74,7 +75,7 @@ export class Stage {
     this.#settle();
   }
 
-  /** Names where they hide no other name, else the number alone, else nothing; the surest regions choose first. */
+  /** Names above or within their box where they hide no other name, else the number alone, else nothing; the surest regions choose first. */
   #settle() {
     const within = byId("stage").getBoundingClientRect();
     if (!within.width) return;
@@ -82,22 +83,26 @@ export class Stage {
     const first = [...this.#boxes].sort((one, other) => isPointed(other) - isPointed(one) || one.number - other.number);
     for (const box of first) {
       if (box.element.hidden || (box.element.classList.contains("quiet") && !isPointed(box))) continue;
-      const { words } = this.#photograph.regions[box.number];
-      const long = this.#lit ? `${box.number} ${words} ${shownShare(this.#lit.weights[box.number])}` : box.long;
-      box.label.hidden = false;
-      for (const text of [long, box.short, null]) {
-        box.label.hidden = text === null;
-        if (text === null) break;
+      const place = this.#placed(box, within, taken);
+      box.label.hidden = place === null;
+      if (place) taken.push(place);
+    }
+  }
+
+  #placed(box, within, taken) {
+    const { words } = this.#photograph.regions[box.number];
+    const long = this.#lit ? `${box.number} ${words} ${shownShare(this.#lit.weights[box.number])}` : box.long;
+    box.label.hidden = false;
+    for (const text of [long, box.short]) {
+      for (const inside of [false, true]) {
         box.label.textContent = text;
+        box.label.classList.toggle("inside", inside);
         const place = box.label.getBoundingClientRect();
-        const fits = place.left >= within.left - 1 && place.right <= within.right + 1;
-        if ((fits || text === box.short) && !taken.some((other) => overlap(place, other))) {
-          taken.push(place);
-          break;
-        }
+        const fits = place.left >= within.left - 1 && place.right <= within.right + 1 && place.top >= within.top - 1;
+        if (fits && !taken.some((other) => overlap(place, other))) return place;
       }
     }
-    if (this.#lit) this.#paint();
+    return null;
   }
 
   /** Everything is dimmed, but a region by its weight; where regions overlap the heavier one counts. */
