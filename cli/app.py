@@ -14,13 +14,9 @@ log = logging.getLogger(__name__)
 
 @click.command("uniter-app", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", nargs=-1, metavar="[RUN|FILE|ID]...")
-@click.option(
-    "--detector",
-    default="on-board",
-    show_default=True,
-    metavar="NAME",
-    help="As for uniter-extract (butd, on-board, a folder ...): the one whose regions the models were trained on.",
-)
+@click.option("--from", "more_runs", multiple=True, metavar="RUN|FILE|ID", help="A RUN, as the other commands name it.")
+@click.option("--detector", default="on-board", show_default=True, metavar="NAME", help="As for uniter-extract (butd, on-board, "
+              "a folder ...): the one whose regions the models were trained on.")  # fmt: skip
 @click.option("--weights", metavar="FILE|URL", help="The detector's weights.  [default: its known sources, in order]")
 @click.option("--other-detector", is_flag=True, help="Another detector than that of the runs is meant.")
 @click.option("--tokenizer", metavar="NAME|PATH", help="The models' vocabulary, where their runs do not tell.")
@@ -32,7 +28,7 @@ log = logging.getLogger(__name__)
 @click.option("--port", default=8420, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
 @click.option("--open", "open_browser", is_flag=True, help="Open the page in the browser.")
 @common_options
-def main(runs: tuple[str, ...], host: str, port: int, open_browser: bool, as_json: bool, **chosen: Any) -> None:
+def main(runs: tuple[str, ...], more_runs: tuple[str, ...], host: str, port: int, open_browser: bool, as_json: bool, **chosen: Any) -> None:
     """Serve a page on which photographs are dropped and asked about.
 
     Each RUN is asked what it was trained for: a pre-trained one whether a sentence matches, which photograph fits, and where a phrase
@@ -49,6 +45,7 @@ def main(runs: tuple[str, ...], host: str, port: int, open_browser: bool, as_jso
         # Only here: what loads the libraries takes seconds, in which a slip of the pen could have been said.
         from uniter.model.checkpoints.read import find_weights
 
+        runs += more_runs
         for run in runs:
             find_weights(run)
         from uniter.cli.web.loading import load_application

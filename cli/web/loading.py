@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from uniter.cli.web.application import Application
 from uniter.cli.web.photographs import Album, KeptRegions
+from uniter.cli.web.questions import abilities
 from uniter.extract.install import require_detectron2
 from uniter.extract.on_demand import RegionExtractor
 from uniter.model.understanding.asking import Understanding
@@ -34,6 +35,10 @@ def load_application(
     extractor = RegionExtractor(detector, weights=weights, device=device)
     regions = KeptRegions(extractor.class_names, extractor.origin)
     asked = Understanding(regions, *runs, tokenizer=tokenizer, answers=answers, device=device, other_detector=other_detector)
+    answering = {question["by"] for question in abilities(asked).values()}
+    for run in runs:
+        if run not in answering:
+            log.warning("WARNING: %s is asked nothing: of all that it could answer, another run was trained to, or was given after it", run)
     return Application(
         asked,
         Album(lambda pixels: extractor(pixels)[0]),

@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import cv2
@@ -28,6 +29,7 @@ from PIL import Image
 
 from uniter.cli.app import main
 from uniter.cli.web.application import PHOTOGRAPH_BYTES, Application
+from uniter.cli.web.loading import load_application
 from uniter.cli.web.photographs import Album, KeptRegions
 from uniter.cli.web.serving import address_of, bound_socket, server_on, serves_this_machine_alone
 from uniter.cli.web.turns import PLACES
@@ -382,10 +384,27 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(tmp_path: Path) -> Non
             assert result.exit_code == 1 and said in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_a_run_that_no_question_goes_to_is_named(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = SimpleNamespace(
+        class_names=CLASSES, origin=RegionOrigin("quarters", None, {}), detector=SimpleNamespace(name="q", attribute_names=())
+    )
+    monkeypatch.setattr("uniter.cli.web.loading.RegionExtractor", lambda *words, **chosen: found)
+    monkeypatch.setattr("uniter.cli.web.loading.require_detectron2", lambda: None)
+    same = runs["run"].parent / "same"
+    if not same.exists():
+        shutil.copytree(runs["run"], same)
+    given = [str(runs["run"]), str(same), str(runs["vqa"])]
+    chosen = dict.fromkeys(("weights", "tokenizer", "answers"))
+    load_application(given, detector="q", other_detector=False, device="cpu", alone=True, **chosen)
+    assert [record.args for record in caplog.records if record.levelname == "WARNING"] == [(given[0],)]
+
+
 def test_the_command_from_its_start_to_ctrl_c(runs: dict[str, Path]) -> None:
     """The detector on board, a run over its regions, a real photograph; Ctrl-C is how it ends."""
     data = pytest.importorskip("skimage.data", reason="scikit-image ships the photograph")
-    words = [sys.executable, "-m", "uniter.cli.app", runs["on-board"], "--port", "0", "--device", "cpu", "--json"]
+    words = [sys.executable, "-m", "uniter.cli.app", "--from", runs["on-board"], "--port", "0", "--device", "cpu", "--json"]
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
