@@ -98,7 +98,7 @@ function list({ regions }) {
     const swatch = made("span", { class: "swatch" });
     swatch.style.background = colour;
     const point = () => stage.point(number);
-    const row = made("button", { type: "button", class: confidence < UNSURE ? "row unsure" : "row", onmouseenter: point, onfocus: point, onmouseleave: unpoint, onblur: unpoint },
+    const row = made("button", { type: "button", class: confidence < UNSURE ? "row unsure" : "row", onclick: point, onmouseenter: point, onfocus: point, onmouseleave: unpoint, onblur: unpoint },
       swatch, made("span", { class: "number", text: number }), made("span", { class: "name", text: words }), bar(confidence),
       made("span", { class: "share", text: shownShare(confidence) }));
     return made("li", {}, row);

@@ -12,7 +12,14 @@ from uniter.datasets.errors import BadInput
 from uniter.model.understanding.asking import Understanding
 from uniter.model.understanding.results import Answer, Classification, Grounding, Match, Ranking, Seen
 
-QUESTIONS: Final = ("match", "answer", "ground", "rank", "classify")
+QUESTIONS: Final[dict[str, type[Seen]]] = {
+    "match": Match,
+    "answer": Answer,
+    "ground": Grounding,
+    "rank": Ranking,
+    "classify": Classification,
+}
+"""What the page calls a question, as `Understanding` does, and what is the result."""
 SEVERAL: Final = "rank"  # of several photographs; all others are of one
 LABELS: Final = 10  # labels that are listed of a run of own labels, likeliest first
 
@@ -20,9 +27,9 @@ LABELS: Final = 10  # labels that are listed of a run of own labels, likeliest f
 def abilities(asked: Understanding) -> dict[str, dict[str, Any]]:
     """Of each question the checkpoint that it goes to, or why it cannot be asked."""
     found: dict[str, dict[str, Any]] = {}
-    for question in QUESTIONS:
+    for question, result in QUESTIONS.items():
         try:
-            found[question] = {"by": asked.source_of(question), "why_not": None}
+            found[question] = {"by": asked.source_of(result), "why_not": None}
         except BadInput as error:
             found[question] = {"by": None, "why_not": str(error)}
     return found
