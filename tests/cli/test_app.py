@@ -38,6 +38,7 @@ from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.text_db.vocabulary_files import SPECIALS
 from uniter.model import UniterConfig, UniterForPretraining
 from uniter.model.checkpoints.write import save_checkpoint
+from uniter.model.heads.classification import UniterForClassification
 from uniter.model.heads.downstream import UniterForVqa
 from uniter.model.understanding import Understanding
 
@@ -70,13 +71,17 @@ class Served:
     detected: int = 0
     seconds: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    opened: threading.Event = field(default_factory=threading.Event)  # waited for where `seconds` are infinite
 
     def detect(self, pixels: np.ndarray) -> RegionFeatures:
         with self.lock:
             self.at_once += 1
             self.detected += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
-        time.sleep(self.seconds)
+        if self.seconds == float("inf"):
+            assert self.opened.wait(60)
+        else:
+            time.sleep(self.seconds)
         with self.lock:
             self.at_once -= 1
         return quarters(pixels)
@@ -109,10 +114,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     config = UniterConfig(**SIZES, image_feature_size=3, label_classes=3, initializer_range=0.2)
     on_board = UniterConfig(**SIZES, image_feature_size=512, label_classes=81)
-    models = {"run": UniterForPretraining(config), "vqa": UniterForVqa(config, answers=6), "on-board": UniterForPretraining(on_board)}
+    models = {
+        "run": UniterForPretraining(config),
+        "vqa": UniterForVqa(config, answers=6),
+        "labels": UniterForClassification(config, labels=2),
+        "score": UniterForClassification(config, labels=1, label_kind="score"),
+        "on-board": UniterForPretraining(on_board),
+    }
+    answers = {"vqa": ["blue", "red", "<i>green</i>", "one", "two", "three"], "labels": ["good", "<i>bad</i>"]}
     for name, model in models.items():
-        answers = ["blue", "red", "<i>green</i>", "one", "two", "three"]
-        save_checkpoint(folder / name, model, about={"answers": answers} if name == "vqa" else {})
+        save_checkpoint(folder / name, model, about={"answers": answers[name]} if name in answers else {})
         (folder / name / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     return {name: folder / name for name in models}
 
@@ -328,15 +339,16 @@ def test_two_clients_at_once_have_their_own_answers_one_after_the_other(served: 
 
 
 def test_who_finds_no_place_in_the_queue_is_told_so(served: Served) -> None:
-    served.seconds = 0.5
+    served.seconds = float("inf")
     found: list[int] = []
     clients = [threading.Thread(target=lambda n=n: found.append(served.upload(picture(n), f"{n}.png")[0])) for n in range(PLACES + 4)]
     for one in clients:
         one.start()
+    while len(found) < 4:
+        time.sleep(0.01)
+    assert found == [503] * 4 and served.ask("waiting")[2] == {"waiting": PLACES}
+    served.opened.set()
     for one in clients:
-        while found.count(503) < 4 and one.is_alive():
-            time.sleep(0.01)
-        served.seconds = 0
         one.join()
     assert sorted(found) == [200] * PLACES + [503] * 4
 
@@ -491,6 +503,19 @@ def test_four_questions_are_answered_on_the_page(page: Any, tmp_path: Path) -> N
     assert sorted(re.findall(r"\d\.png", ranked)) == ["0.png", "1.png", "2.png"]
     best = page.text(".ranking .best .name")
     assert page.value("document.querySelector('#thumbnails [aria-pressed=true]').title") == best
+
+
+@pytest.mark.parametrize(("name", "shown"), [("labels", r"(good|<i>bad</i>)\s+0\.\d\d"), ("score", r"-?\d+\.\d+")])
+def test_a_run_of_own_labels_is_asked_without_a_text(name: str, shown: str, browsing: Any, runs: dict[str, Path], tmp_path: Path) -> None:
+    with serving(asked(runs[name])) as served:
+        browsing.open(served.address)
+        browsing.until("document.querySelectorAll('#tabs button').length > 0")
+        assert browsing.value("document.querySelector('#tab-classify').ariaSelected") == "true"
+        choose(browsing, tmp_path, 0)
+        assert re.match(shown, ask(browsing, "classify", ""))
+        assert browsing.value("document.querySelectorAll('.word').length") == 0
+        ask(browsing, "classify", "a red square")
+        browsing.until("document.querySelectorAll('.word').length === 3")
 
 
 def test_hostile_names_and_texts_are_shown_as_they_are(page: Any, tmp_path: Path) -> None:
