@@ -29,6 +29,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(1)
 
 
+app = partial(_begin, "app")
 build_db = partial(_begin, "build_db")
 db = partial(_begin, "db")
 extract = partial(_begin, "extract")

@@ -76,6 +76,12 @@ def fuzzing() -> ModuleType:
     return _module("fuzzing")
 
 
+@pytest.fixture(scope="session")
+def browser() -> ModuleType:
+    """tests/browser.py: a real browser, where Chromium is here (`CHROMIUM` is None where it is not)."""
+    return _module("browser")
+
+
 class SmallDisk:
     """A file system in memory that can be full; `path` is where it is mounted."""
 

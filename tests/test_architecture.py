@@ -77,6 +77,8 @@ FOLDERS = {
         "model/tasks",
     },
     "model/evaluation": {*_NETWORK, *_TEXTS, "model/checkpoints", "model/tasks", "model/train"},
+    # the page of `uniter-app`: a click command starts it, and no other folder knows both of photographs and of models
+    "cli/web": {"datasets/image_db", "datasets/view", "extract", "extract/images", "model/understanding"},
     "model/understanding": {*_NETWORK, "datasets/image_db", "datasets/text_db", "datasets/view", "model/checkpoints", "model/tasks"},
 }
 # library -> the paths (folders or files, from the root) inside which it may be imported

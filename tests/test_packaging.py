@@ -99,7 +99,7 @@ def test_wheel_from_an_sdist_holds_every_module_and_data_file(tmp_path: Path) ->
         for path in (ROOT / room).rglob("*"):
             if (
                 path.is_file()
-                and path.suffix in {".py", ".txt", ".yaml", ".json", ".html", ".safetensors"}
+                and path.suffix in {".py", ".txt", ".yaml", ".json", ".html", ".css", ".js", ".safetensors"}
                 and "__pycache__" not in path.parts
             ):
                 assert f"uniter/{path.relative_to(ROOT).as_posix()}" in inside

@@ -8,7 +8,6 @@ import base64
 from collections.abc import Sequence
 from typing import Final
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +18,7 @@ from uniter.datasets.view.drawing import draw_regions
 from uniter.datasets.view.labels import label_regions
 from uniter.datasets.view.page import render
 from uniter.datasets.view.photographs import same_shape
-from uniter.datasets.view.pictures import empty_canvas, read_photograph, resized
+from uniter.datasets.view.pictures import empty_canvas, jpeg, read_photograph, resized
 
 _LONGEST: Final = 900
 _LISTED: Final = 10
@@ -40,13 +39,11 @@ def regions_as_html(
     """
     image, sentence = _picture(regions, photograph)
     labels = label_regions(regions, class_names=class_names or None, attribute_names=attribute_names or None)
-    written, jpeg = cv2.imencode(".jpg", draw_regions(image, regions, labels), [cv2.IMWRITE_JPEG_QUALITY, 88])
-    assert written
     order = sorted(labels, key=lambda label: -label.confidence)[:_LISTED]
     return str(
         render(
             "one_picture.html",
-            picture=base64.b64encode(jpeg.tobytes()).decode(),
+            picture=base64.b64encode(jpeg(draw_regions(image, regions, labels))).decode(),
             name=photograph if isinstance(photograph, str) else "a picture",
             regions=len(regions),
             width=regions.features.shape[1],

@@ -76,8 +76,13 @@ def empty_canvas(size: tuple[int, int] | None, *, longest: int) -> ByteImage:
     return np.full((max(1, round(height * scale)), max(1, round(width * scale)), 3), 232, dtype=np.uint8)
 
 
-def write_picture(path: Path, image: ByteImage, *, quality: int = 88) -> None:
-    """Write a BGR image as JPEG. Raises OSError where it cannot be written."""
+def jpeg(image: ByteImage, *, quality: int = 88) -> bytes:
+    """A BGR image as the bytes of a JPEG file."""
     encoded, content = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     assert encoded
-    path.write_bytes(content.tobytes())
+    return content.tobytes()
+
+
+def write_picture(path: Path, image: ByteImage, *, quality: int = 88) -> None:
+    """Write a BGR image as JPEG. Raises OSError where it cannot be written."""
+    path.write_bytes(jpeg(image, quality=quality))

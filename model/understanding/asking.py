@@ -110,6 +110,14 @@ class Understanding:
             found.model.to(self.device)
             self._by_kind[type(found.model)] = found
 
+    def source_of(self, result: type[Seen]) -> str:
+        """The checkpoint that such results come from: `Match`, `Ranking`, `Answer`, `Grounding` or `Classification`.
+
+        Raises:
+            BadInput: none of those that were given can; the sentence says which could.
+        """
+        return self._model(result).source
+
     # --- asking ------------------------------------------------------------------------------------------------------------------
 
     def match(self, image: Photograph, text: str) -> Match:
@@ -137,7 +145,7 @@ class Understanding:
         """The photographs by how well the text fits. Needs a pre-trained or a retrieval run. Errors as for `match`."""
         if not len(images):
             raise BadInput("there are no photographs to rank; give at least one")
-        model = self._model(UniterForRetrieval, UniterForPretraining, able="match texts with photographs")
+        model = self._model(Ranking)
         scores: list[float] = []
         best: tuple[float, RegionFeatures | None] = (-math.inf, None)
         with Progress(len(images), unit="photographs", label="ranking", brief=True) as progress:
@@ -158,7 +166,7 @@ class Understanding:
     @torch.no_grad()
     def match_all(self, images: Sequence[Photograph], texts: Sequence[str]) -> list[Match]:
         """`match` of each photograph with the text of the same place, in batches."""
-        model = self._model(UniterForRetrieval, UniterForPretraining, able="match texts with photographs")
+        model = self._model(Match)
         regions = self._regions(images, texts)
         scores = self._scores(model, images, texts, regions)
         return [
@@ -169,7 +177,7 @@ class Understanding:
     @torch.no_grad()
     def answer_all(self, images: Sequence[Photograph], questions: Sequence[str]) -> list[Answer]:
         """`answer` of each photograph with the question of the same place, in batches."""
-        model = self._model(UniterForVqa, able="answer questions")
+        model = self._model(Answer)
         assert model.answers is not None
         regions = self._regions(images, questions)
         results: list[Answer] = []
@@ -187,7 +195,7 @@ class Understanding:
     @torch.no_grad()
     def classify_all(self, images: Sequence[Photograph], texts: Sequence[str] | None = None) -> list[Classification]:
         """`classify` of each photograph with the text of the same place (none: photographs alone), in batches."""
-        model = self._model(UniterForClassification, able="label photographs")
+        model = self._model(Classification)
         told = [""] * len(images) if texts is None else texts
         regions = self._regions(images, told)
         kind, results = model.model.kind, list[Classification]()
@@ -208,7 +216,7 @@ class Understanding:
     @torch.no_grad()
     def ground_all(self, images: Sequence[Photograph], phrases: Sequence[str]) -> list[Grounding]:
         """`ground` of each photograph with the phrase of the same place, in batches."""
-        model = self._model(UniterForReferring, UniterForPretraining, able="point at what a phrase means")
+        model = self._model(Grounding)
         regions = self._regions(images, phrases)
         trained = isinstance(model.model, UniterForReferring)
         scores = self._referring_scores(model, images, phrases, regions) if trained else self._scores_alone(model, images, phrases, regions)
@@ -297,8 +305,9 @@ class Understanding:
     def _computing(self) -> torch.autocast:
         return computing_in(self.precision, self.device)
 
-    def _model(self, *kinds: type, able: str) -> Checkpoint:
-        """The first of these kinds that was given."""
+    def _model(self, result: type[Seen]) -> Checkpoint:
+        """The first of the kinds that give such a result which was given."""
+        kinds, able = _ASKED_FOR[result]
         for kind in kinds:
             if kind in self._by_kind:
                 return self._by_kind[kind]
@@ -389,12 +398,21 @@ class Understanding:
         return TokenSequence(ids, np.asarray(regions.features), np.asarray(regions.norm_bb))
 
 
-_ASKED = (UniterForVqa, UniterForClassification, UniterForReferring, UniterForRetrieval, UniterForPretraining)
+_MATCHING = (UniterForRetrieval, UniterForPretraining), "match texts with photographs"
+# Result -> the kinds of models that give it, better ones first, and what that takes in words.
+_ASKED_FOR: dict[type[Seen], tuple[tuple[type, ...], str]] = {
+    Match: _MATCHING,
+    Ranking: _MATCHING,
+    Answer: ((UniterForVqa,), "answer questions"),
+    Grounding: ((UniterForReferring, UniterForPretraining), "point at what a phrase means"),
+    Classification: ((UniterForClassification,), "label photographs"),
+}
 
 
 def _check_askable(found: Checkpoint) -> None:
     """Raise BadInput unless a checkpoint has a trained head that photographs are asked with, and all that is needed to ask it."""
-    if not isinstance(found.model, _ASKED) or any(name.startswith("itm_output.") for name in found.fresh):
+    asked = {kind for kinds, _ in _ASKED_FOR.values() for kind in kinds}
+    if type(found.model) not in asked or any(name.startswith("itm_output.") for name in found.fresh):
         raise BadInput(
             f"{found.source} has none of the heads that photographs are asked with (matching, retrieval, VQA, own labels, RefCOCO); "
             f"train it further: {made_by(UniterForPretraining)} or uniter-train finetune"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "before_second_storey"
-COMMANDS = ("build_db", "db", "extract", "scenes", "train", "view")
+COMMANDS = ("app", "build_db", "db", "extract", "scenes", "train", "view")
 NO_COMMANDS = {"__init__", "common", "start"}
 MODULES = sorted(path.stem for path in (Path(__file__).parents[2] / "cli").glob("*.py") if path.stem not in NO_COMMANDS)
 
