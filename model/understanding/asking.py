@@ -28,7 +28,6 @@ from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.image_db.regions import RegionFeatures, pixel_boxes
 from uniter.datasets.progress import Progress
-from uniter.datasets.storage.files import first_phrases
 from uniter.datasets.text_db.tokenizer import Tokenizer
 from uniter.datasets.view.contact_sheet import contact_sheet
 from uniter.datasets.view.drawing import draw_regions, draw_weights
@@ -434,7 +433,7 @@ def _check_detector(found: Checkpoint, origin: RegionOrigin | None, *, meant: bo
             "one is meant (--other-detector)"
         )
     if found.detector is not None and origin is not None and (phrases := found.detector.other_selection(origin)):
-        log.warning("%s learnt from another selection of regions than is shown to it: %s", found.source, first_phrases(phrases))
+        log.warning("%s learnt from another selection of regions than is shown to it: %s", found.source, "; ".join(phrases))
     if found.detector is None or origin is None:
         unknown = found.source if found.detector is None else "the source of regions"
         log.info("%s does not say of which detector its regions are; they are taken to be of one", unknown)
