@@ -83,3 +83,7 @@ def clear_command(names: Sequence[str], yes: bool, as_json: bool) -> None:
     freed = sum(one.size for one in deleted)
     summary = {"deleted": len(deleted), "bytes": freed, "left_in_use": [one.name for one in left]}
     print_summary(summary, as_json=as_json, title=f"{human_bytes(freed)} deleted")
+
+
+if __name__ == "__main__":
+    cache_command()

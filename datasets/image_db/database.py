@@ -109,6 +109,10 @@ class ImageDB(Mapping[str, RegionFeatures]):
         """The header of each of the databases that are read as one."""
         return [part.header for part in self._parts]
 
+    def __repr__(self) -> str:
+        names = ", ".join(str(folder) for folder in self.folders)
+        return f"<ImageDB {names}: {len(self):,} images>"
+
     @property
     def folders(self) -> list[Path]:
         """Where each of these databases lies."""

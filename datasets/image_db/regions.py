@@ -19,7 +19,7 @@ FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.integer]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class RegionFeatures:
     """The regions of one image, rows by decreasing confidence where they were detected.
 
@@ -52,6 +52,10 @@ class RegionFeatures:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def __repr__(self) -> str:
+        of = "" if self.size is None else f" of {self.size[1]} x {self.size[0]} pixels"
+        return f"<{len(self)} regions{of}, features {self.features.shape[1]} wide>"
 
     @property
     def position(self) -> NDArray[np.float32]:

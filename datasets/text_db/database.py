@@ -108,6 +108,9 @@ class TextDB(Mapping[str, dict[str, Any]]):
 
     # What the database says of its tokeniser.
 
+    def __repr__(self) -> str:
+        return f"<TextDB {self.path}: {len(self.ids):,} examples>"
+
     def _special(self, name: str) -> int:
         value = self.meta.get(name)
         if not isinstance(value, int) or isinstance(value, bool):

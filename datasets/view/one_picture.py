@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
@@ -52,6 +53,14 @@ def regions_as_html(
             labels=order,
         )
     )
+
+
+def answer_as_html(
+    text: str, answer: str, regions: RegionFeatures, photograph: str | NDArray[np.uint8], *, class_names: Sequence[str] = ()
+) -> str:
+    """What a model answers to a text, above the photograph that `regions_as_html` shows."""
+    picture = Markup(regions_as_html(regions, photograph, class_names=class_names))
+    return str(render("answer.html", text=text, answer=answer, picture=picture))
 
 
 def _picture(regions: RegionFeatures, photograph: str | NDArray[np.uint8] | None) -> tuple[NDArray[np.uint8], str | None]:

@@ -80,7 +80,7 @@ def read_model(folder: str | Path, model: nn.Module) -> None:
     load_state(model, state, source=str(folder))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """What a path or hub id stands for.
 
@@ -103,6 +103,11 @@ class Checkpoint:
     task: str | None
     detector: RegionOrigin | None
     given: Tokenizer | None = None
+
+    def __repr__(self) -> str:
+        numbers = sum(tensor.numel() for tensor in self.model.parameters()) / 1e6
+        answers = "" if self.answers is None else f", {len(self.answers):,} answers"
+        return f"<{type(self.model).__name__} from {self.source}, {numbers:.1f} million parameters{answers}>"
 
     @property
     def body(self) -> UniterModel:

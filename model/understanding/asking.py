@@ -117,6 +117,14 @@ class Understanding:
         """
         return self._model(result).source
 
+    @property
+    def _names(self) -> dict[str, Any]:
+        return {"class_names": self.class_names}
+
+    def __repr__(self) -> str:
+        known = ", ".join(f"{one.source} ({kind.__name__})" for kind, one in self._by_kind.items()) or "no checkpoint"
+        return f"<Understanding of {known} on {self.device}>"
+
     # --- asking ------------------------------------------------------------------------------------------------------------------
 
     def match(self, image: Photograph, text: str) -> Match:
@@ -160,7 +168,7 @@ class Understanding:
         assert best[1] is not None
         order = np.argsort(-np.array(scores), kind="stable")
         probabilities = np.array([_sigmoid(score) for score in scores], dtype=np.float32)
-        return Ranking(images[int(order[0])], text, best[1], model.source, tuple(images), probabilities, order)
+        return Ranking(images[int(order[0])], text, best[1], model.source, tuple(images), probabilities, order, **self._names)
 
     @torch.no_grad()
     def match_all(self, images: Sequence[Photograph], texts: Sequence[str]) -> list[Match]:
@@ -169,7 +177,7 @@ class Understanding:
         regions = self._regions(images, texts)
         scores = self._scores(model, images, texts, regions)
         return [
-            Match(image, text, found, model.source, _sigmoid(score))
+            Match(image, text, found, model.source, _sigmoid(score), **self._names)
             for image, text, found, score in zip(images, texts, regions, scores, strict=True)
         ]
 
@@ -188,7 +196,8 @@ class Understanding:
             for values, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 named = tuple((model.answers[number], value) for number, value in zip(numbers, values, strict=True))
                 place = len(results)
-                results.append(Answer(images[place], questions[place], regions[place], model.source, *named[0], named))
+                seen = (images[place], questions[place], regions[place], model.source)
+                results.append(Answer(*seen, *named[0], named, **self._names))
         return results
 
     @torch.no_grad()
@@ -204,12 +213,12 @@ class Understanding:
             for values in predictions_of(kind, outputs):
                 seen = images[len(results)], told[len(results)], regions[len(results)], model.source
                 if kind == SCORE:
-                    results.append(Classification(*seen, (), {}, values[0]))
+                    results.append(Classification(*seen, (), {}, values[0], **self._names))
                     continue
                 assert model.answers is not None
                 named = dict(sorted(zip(model.answers, values, strict=True), key=lambda pair: -pair[1]))
                 given = {model.answers[number] for number in given_labels(values, kind)}
-                results.append(Classification(*seen, tuple(name for name in named if name in given), named, None))
+                results.append(Classification(*seen, tuple(name for name in named if name in given), named, None, **self._names))
         return results
 
     @torch.no_grad()
@@ -223,7 +232,8 @@ class Understanding:
         for image, phrase, found, scores_R in zip(images, phrases, regions, scores, strict=True):
             region = int(scores_R.argmax())
             probabilities = torch.softmax(scores_R, dim=0).numpy()
-            results.append(Grounding(image, phrase, found, model.source, region, _box(found, region), probabilities, not trained))
+            seen = (image, phrase, found, model.source)
+            results.append(Grounding(*seen, region, _box(found, region), probabilities, not trained, **self._names))
         return results
 
     @torch.no_grad()
@@ -247,7 +257,7 @@ class Understanding:
             for joint_H, words_TH, regions_RH in zip(joint_BH, words, found, strict=True):
                 place = len(results)
                 seen = (images[place], texts[place], regions[place], model.source)
-                results.append(Embedding(*seen, joint_H, words_TH.numpy(), regions_RH.numpy()))
+                results.append(Embedding(*seen, joint_H, words_TH.numpy(), regions_RH.numpy(), **self._names))
         return results
 
     # --- pictures ----------------------------------------------------------------------------------------------------------------

@@ -1,35 +1,48 @@
 """What a trained model says about a photograph, as values and in words."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.view.one_picture import answer_as_html
 
 Photograph = str | os.PathLike[str] | NDArray[np.uint8]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Seen:
-    """What all results hold: the question and what the model saw.
+    """What all results hold: the question and what the model saw. A notebook shows it with the photograph.
 
     Attributes:
         image: the photograph as it was given.
         text: the text as it was given.
         regions: R regions of the photograph.
         source: the checkpoint that said so.
+        class_names: of the detector, for what is shown; None where they are not known.
     """
 
     image: Photograph
     text: str
     regions: RegionFeatures
     source: str
+    class_names: Sequence[str] | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
+        return f"<{type(self).__name__} of {name_of(self.image)}, {text!r}: {in_words(self)}>"
+
+    def _repr_html_(self) -> str:
+        shown = self.regions.rows(np.array([self.region])) if isinstance(self, Grounding) else self.regions
+        image = self.image if isinstance(self.image, np.ndarray) else os.fspath(self.image)
+        return answer_as_html(self.text, in_words(self), shown, image, class_names=self.class_names or ())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Match(Seen):
     """Whether a text is about a photograph.
 
@@ -40,7 +53,7 @@ class Match(Seen):
     probability: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Answer(Seen):
     """The answer to a question about a photograph.
 
@@ -55,7 +68,7 @@ class Answer(Seen):
     best: tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Classification(Seen):
     """The labels of a photograph and its text, or its score.
 
@@ -70,7 +83,7 @@ class Classification(Seen):
     score: float | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Grounding(Seen):
     """Where in a photograph a phrase points.
 
@@ -87,7 +100,7 @@ class Grounding(Seen):
     zero_shot: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Embedding(Seen):
     """A text and a photograph as vectors, each in the light of the other.
 
@@ -102,7 +115,7 @@ class Embedding(Seen):
     region_vectors: NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ranking(Seen):
     """Which of several photographs a text is about; `image` and `regions` are the best one's.
 

@@ -8,9 +8,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from uniter.cli.view import main
+from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.records import encode_record
 from uniter.datasets.image_db.regions import RegionFeatures, normalised_boxes
 from uniter.datasets.image_db.writing.units import UnitStore
+from uniter.datasets.text_db import TextDB
 from uniter.datasets.text_db.building.build import build_text_db
 from uniter.datasets.text_db.caption import Caption
 from uniter.datasets.text_db.tokenizer import Tokenizer
@@ -49,6 +51,8 @@ def test_a_page_with_photographs_and_captions(tmp_path, database):
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
     assert (summary["pictures"], summary["without_photograph"], summary["with_captions"]) == (2, 1, 1)
+    assert repr(ImageDB(database)) == f"<ImageDB {database}: 2 images>"
+    assert repr(TextDB(tmp_path / "captions.db")) == f"<TextDB {tmp_path / 'captions.db'}: 1 examples>"
     assert "A cat &amp; a mat." in (tmp_path / "report/index.html").read_text()
 
 

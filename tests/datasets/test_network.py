@@ -56,7 +56,7 @@ def test_without_network_every_name_is_one_sentence_at_once(monkeypatch: pytest.
     [
         (["predict", "mach"], "did you mean 'match'?", 2),
         (["predict", "match", "--from", "run", "--image", "nowhere.jpg", "--text", "a"], "nowhere.jpg: No such file or folder", 1),
-        (["predict", "match", "--from", "run", "--image", ".", "--text", "a", "--out", "page.docx"], "page.docx", 1),
+        (["predict", "match", "--from", "run", "--image", ".", "--text", "a", "--out", "page.docx"], "page.docx", 2),
     ],
 )
 def test_what_is_written_wrong_is_said_before_anything_is_loaded(

@@ -34,6 +34,7 @@ def test_one_photograph_gives_one_record_and_a_list_a_list(fake: ModuleType, pho
     np.testing.assert_array_equal(several[1].features, wanted[1].features)
     assert one.class_names == ("cat", "dog", "tree", "house", "boat")
     assert repr(one) == f"<{len(one)} regions of {photos[0]}, features 8 wide>"
+    assert repr(wanted[0]) == f"<{len(one)} regions of {one.size[1]} x {one.size[0]} pixels, features 8 wide>"
     pixels = cv2.imread(str(photos[0]))
     assert pixels is not None
     of_array = extract_regions(pixels, fake.FakeDetector(), max_boxes=3)

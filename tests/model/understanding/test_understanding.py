@@ -308,6 +308,26 @@ def test_every_result_has_a_picture(untrained, photos, tmp_path):
         Understanding(squares.find_squares).picture(results[0])
 
 
+def test_a_notebook_shows_results_in_one_line_and_with_their_photograph(untrained, photos):
+    asked = Understanding(squares.find_squares, *(untrained[name] for name in ("pretrained", "vqa")), class_names=["square", "ground"])
+    hostile = "a <b>red</b> square"
+    for result in (
+        asked.match(photos[0], hostile),
+        asked.answer(cv2.imread(str(photos[0])), hostile),
+        asked.ground(photos[0], hostile),
+        asked.rank(photos, hostile),
+        asked.embed([photos[0]], [hostile])[0],
+    ):
+        assert repr(result).startswith(f"<{type(result).__name__} of ") and in_words(result) in repr(result) and len(repr(result)) < 300
+        page = result._repr_html_()
+        assert "a &lt;b&gt;red&lt;/b&gt; square" in page and "data:image/jpeg;base64," in page and hostile not in page
+        assert ("square" in page.partition("<table>")[2]) or "ground" in page.partition("<table>")[2]  # the detector's names
+    assert repr(asked).startswith("<Understanding of ") and repr(asked).endswith(" on cpu>") and "UniterForVqa" in repr(asked)
+    checkpoint = uniter_load(untrained["vqa"])
+    assert repr(checkpoint).startswith(f"<UniterForVqa from {untrained['vqa']}, ") and "answers>" in repr(checkpoint)
+    assert repr(result.regions).startswith(f"<{len(result.regions)} regions") and len(repr(result.regions)) < 100
+
+
 def test_pointing_draws_the_region_alone(untrained, photos):
     asked = Understanding(squares.find_squares, untrained["referring"])
     result = asked.ground(photos[0], "red")
