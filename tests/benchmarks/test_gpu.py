@@ -73,7 +73,7 @@ def dying(place):
     yield
 def hanging(place):
     yield Row("before", 2)
-    time.sleep(60)
+    time.sleep(900)
 def well(place):
     yield Row("at last", 3.5, "s")
 gpu.GRACE = 0.5
@@ -87,7 +87,7 @@ def test_a_section_costs_itself_alone(tmp_path: Path) -> None:
     words = [sys.executable, "-c", SABOTAGE, str(GPU.parent), *command(tmp_path)[3:]]
     began = time.monotonic()
     done = subprocess.run(words, capture_output=True, text=True, env=environment())
-    assert done.returncode == 1 and time.monotonic() - began < 40, done.stdout + done.stderr
+    assert done.returncode == 1 and time.monotonic() - began < 600, done.stdout + done.stderr
     sections = report(tmp_path)["sections"]
     assert [(row["what"], row["state"]) for row in sections["raising"]["rows"]] == [("before", "measured"), ("the section", "failed")]
     assert "ValueError: of no use" in sections["raising"]["rows"][1]["value"]
