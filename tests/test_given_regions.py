@@ -68,7 +68,7 @@ def test_referring_expressions_with_annotated_and_detected_boxes(world: Path) ->
         for images in ("gt.lmdb", "det.lmdb"):
             asked = ("--from", world / "refcoco", "--text", databases[part], "--images", world / images, "--device", "cpu")
             figures = done(train, "evaluate", "refcoco", *asked)
-            summary = done(train, "predict", "refcoco+", *asked, "--out", world / "boxes.json")
+            summary = done(train, "predict", "refcoco+", *asked, "--out", world / "boxes.json", "--overwrite")
             boxes = json.loads((world / "boxes.json").read_text())
             assert summary["examples"] == figures["examples"] == len(boxes) > 0
             wanted = {row["sent_id"]: row for row in _sentences(tasks, part)}

@@ -6,6 +6,7 @@ images were kept out. Published text databases are written in UNITER's layout (a
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from uniter.datasets.text_db.records import decode_text_record
 from uniter.datasets.text_db.tokenizer import Tokenizer
 
 _UNIT: Final = 512
+_COUNTED: Final = re.compile(r"of [\d,]+ images")
 
 
 _COUNTS: Final = ("format_version", "kind", "images", "regions", "failures", "units")
@@ -161,6 +163,8 @@ def shared_header(headers: Sequence[Mapping[str, Any] | None], paths: Sequence[P
     if all(one.get("box_kind") == "given" for one in made) and len({str(one.get("selection")) for one in made}) > 1:
         # Given boxes come in one file for each part of a data set; only the rule has to be the same.
         made = [{**one, "selection": {**one["selection"], "boxes_sha256": "several files"}} for one in made]
+    if len({str(one.get("lacks")) for one in made}) > 1:  # of how many images something is not known, is another number in each
+        made = [{**one, "lacks": _COUNTED.sub("of some images", str(one["lacks"]))} if "lacks" in one else one for one in made]
     first = made[0]
     for other, (_, path) in zip(made[1:], known[1:], strict=True):
         phrases = difference_in_words(first, other)

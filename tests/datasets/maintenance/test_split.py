@@ -26,6 +26,7 @@ from uniter.datasets.image_db.regions import RegionFeatures
 from uniter.datasets.maintenance.check import check_database
 from uniter.datasets.maintenance.copying import write_regions
 from uniter.datasets.maintenance.describe import describe
+from uniter.datasets.maintenance.merge import merge
 from uniter.datasets.maintenance.split import split
 from uniter.datasets.storage.claims import put_in_place
 from uniter.datasets.text_db import TextDB
@@ -189,6 +190,18 @@ def test_a_splitting_that_was_never_finished_says_so(tmp_path: Path, monkeypatch
     assert any("not all of its databases" in note for note in check_database(out).notes)
     split(source, out, by="2")
     assert seeds(out) == {1} and describe(out)["complete"] is True
+
+
+def test_databases_that_lack_something_of_other_numbers_of_images_are_merged(tmp_path: Path) -> None:
+    """What was converted from a layout without sizes says of how many images they are not known."""
+    parts = tmp_path / "parts"
+    split(regions(tmp_path / "in", 1), parts, by="2")
+    for count, folder in enumerate(sorted(parts.iterdir()), start=3):
+        header = json.loads((folder / "header.json").read_text())
+        (folder / "header.json").write_text(json.dumps({**header, "lacks": f"positions (of {count} images, whose sizes are not known)"}))
+    merge(sorted(parts.iterdir()), tmp_path / "whole")
+    header = json.loads((tmp_path / "whole" / "header.json").read_text())
+    assert header["lacks"] == "positions (of some images, whose sizes are not known)"
 
 
 def test_refused_and_failing_leaves_what_was_there(tmp_path: Path) -> None:
