@@ -45,6 +45,7 @@ def address_of(bound: socket.socket) -> str:
 
 
 def serves_this_machine_alone(bound: socket.socket) -> bool:
+    """Whether no other machine can reach this address."""
     return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
