@@ -136,12 +136,7 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, types_T: Tensor, shifts_TH: Tensor | None = None) -> Tensor:
-        """T word pieces to (T, H).
-
-        Args:
-            ids_T, positions_T, types_T: (T,) int64.
-            shifts_TH: added to the words alone, as adversarial training does.
-        """
+        """T word pieces, (T,) int64 each, to (T, H); adversarial training adds `shifts_TH` to the words alone."""
         words_TH = self.word_embeddings(ids_T)
         if shifts_TH is not None:
             words_TH = words_TH + shifts_TH

@@ -163,9 +163,8 @@ def convert(
     sources = source_names(folders) | {what: path for what, path in beside.items() if path is not None}
     settings = _settings(source, name, rule, images) | {what: said for what, said in (("key", key), ("split", split)) if said is not None}
     refuse_overlap(FORMATS[to].place(target, rule), [source, *folders])
-    known = Known(class_names=_names_of(source, name, class_names), split=split)
-    if captions is not None:
-        known.captions = captions_by_image(captions)
+    told = None if captions is None else captions_by_image(captions)
+    known = Known(class_names=_names_of(source, name, class_names), captions=told, split=split)
     with Progress(None, unit="images", label=f"{name} to {to}") as progress:
         seen = _Seen(progress)
         items: Iterable[Item] = read_items(source, selection=rule, source=name, known=known)

@@ -61,8 +61,7 @@ def list_images(
         images: a folder (searched recursively; hidden files and folders are left out), an image, a `.txt` list (a path a line) or
             `.jsonl` list (`{"image": path, "key": optional}` or a string a line), tar shards (a `.tar`, a brace or glob pattern, a folder
             of tars), tables that hold the images' bytes (`.parquet`, a folder of them, a folder of `datasets.save_to_disk`), or several
-            of one kind. Paths in a list are relative to the list's folder or, if the first is not there, to the
-            current folder.
+            of one kind. Paths in a list are relative to the list's folder or, if the first is not there, to the current folder.
         key: see `keys.key_rule`; None: `stem` for files, `path` (WebDataset's `__key__`) for tars.
         unit_images: how many images make a unit, where there are no tars.
         notes: a folder in which an earlier run has noted what the headers of tars say.

@@ -25,7 +25,6 @@ from uniter.datasets.batches.collate import PackedBatch, collate
 from uniter.datasets.batches.example import Sample, TokenSequence
 from uniter.datasets.devices import computing_in, fitting_precision, usable_device
 from uniter.datasets.errors import BadInput
-from uniter.datasets.image_db.origin import RegionOrigin
 from uniter.datasets.image_db.regions import RegionFeatures, pixel_boxes
 from uniter.datasets.progress import Progress
 from uniter.datasets.text_db.tokenizer import Tokenizer
@@ -35,10 +34,10 @@ from uniter.datasets.view.labels import label_regions
 from uniter.datasets.view.pictures import ByteImage, resized
 from uniter.model.checkpoints.load import Checkpoint, load
 from uniter.model.heads.classification import UniterForClassification
-from uniter.model.heads.downstream import UniterForReferring, UniterForRetrieval, UniterForVqa
-from uniter.model.heads.pretraining import UniterForPretraining
+from uniter.model.heads.downstream import UniterForReferring, UniterForRetrieval
 from uniter.model.tasks.own_labels import SCORE, given_labels, predictions_of
 from uniter.model.tasks.table import made_by
+from uniter.model.understanding.askable import ASKED_FOR, check_askable, check_detector, tokenizer_of
 from uniter.model.understanding.looking import attention_to_regions
 from uniter.model.understanding.pictures import SHOWN_PHOTOGRAPHS, SHOWN_REGIONS, SHOWN_WORDS, pixels
 from uniter.model.understanding.results import (
@@ -104,8 +103,8 @@ class Understanding:
         self._by_kind: dict[type, Checkpoint] = {}
         for path in checkpoints:
             found = load(os.fspath(path), tokenizer=given, answers=answers)
-            _check_askable(found)
-            _check_detector(found, getattr(regions, "origin", None), meant=other_detector)
+            check_askable(found)
+            check_detector(found, getattr(regions, "origin", None), meant=other_detector)
             found.model.to(self.device)
             self._by_kind[type(found.model)] = found
 
@@ -302,7 +301,7 @@ class Understanding:
         sequence = self._sequence(model, result.image, result.text, result.regions)
         attention_TR = attention_to_regions(model.body, collate([Sample(result.text, [sequence])]).to(self.device))
         words: list[tuple[str, list[NDArray[np.float32]]]] = []
-        for piece, row in zip(_tokenizer(model).tokens(sequence.input_ids[1:-1]), attention_TR[1:-1], strict=True):
+        for piece, row in zip(tokenizer_of(model).tokens(sequence.input_ids[1:-1]), attention_TR[1:-1], strict=True):
             if piece.startswith("##") and words:
                 words[-1] = (words[-1][0] + piece.removeprefix("##"), [*words[-1][1], row])
             else:
@@ -316,7 +315,7 @@ class Understanding:
 
     def _model(self, result: type[Seen]) -> Checkpoint:
         """The first of the kinds that give such a result which was given."""
-        kinds, able = _ASKED_FOR[result]
+        kinds, able = ASKED_FOR[result]
         for kind in kinds:
             if kind in self._by_kind:
                 return self._by_kind[kind]
@@ -386,7 +385,7 @@ class Understanding:
                 progress.update(len(samples))
 
     def _sequence(self, model: Checkpoint, image: Photograph, text: str, regions: RegionFeatures) -> TokenSequence:
-        config, tokenizer = model.config, _tokenizer(model)
+        config, tokenizer = model.config, tokenizer_of(model)
         pieces = tokenizer.encode(text)
         if not pieces and not isinstance(model.model, UniterForClassification):
             raise BadInput(f"the text {text!r} holds no words; expected a caption, a question or a phrase")
@@ -405,53 +404,6 @@ class Understanding:
             )
         ids = [tokenizer.cls_id, *pieces, tokenizer.sep_id]
         return TokenSequence(ids, np.asarray(regions.features), np.asarray(regions.norm_bb))
-
-
-_MATCHING = (UniterForRetrieval, UniterForPretraining), "match texts with photographs"
-# Result -> the kinds of models that give it, better ones first, and what that takes in words.
-_ASKED_FOR: dict[type[Seen], tuple[tuple[type, ...], str]] = {
-    Match: _MATCHING,
-    Ranking: _MATCHING,
-    Answer: ((UniterForVqa,), "answer questions"),
-    Grounding: ((UniterForReferring, UniterForPretraining), "point at what a phrase means"),
-    Classification: ((UniterForClassification,), "label photographs"),
-}
-
-
-def _check_askable(found: Checkpoint) -> None:
-    """Raise BadInput unless a checkpoint has a trained head that photographs are asked with, and all that is needed to ask it."""
-    asked = {kind for kinds, _ in _ASKED_FOR.values() for kind in kinds}
-    if type(found.model) not in asked or any(name.startswith("itm_output.") for name in found.fresh):
-        raise BadInput(
-            f"{found.source} has none of the heads that photographs are asked with (matching, retrieval, VQA, own labels, RefCOCO); "
-            f"train it further: {made_by(UniterForPretraining)} or uniter-train finetune"
-        )
-    if found.tokenizer is None:
-        raise BadInput(
-            f"{found.source} does not tell its tokenizer ({found.config.vocab_size:,} word pieces, and the texts of its run are not at "
-            "hand); name it: a vocabulary file, or the text database it was trained on"
-        )
-    if isinstance(found.model, UniterForVqa | UniterForClassification) and found.model.answer_count and found.answers is None:
-        raise BadInput(f"{found.source} does not tell the names of its {found.model.answer_count:,} answers; give its ans2label.json")
-
-
-def _check_detector(found: Checkpoint, origin: RegionOrigin | None, *, meant: bool) -> None:
-    """Raise BadInput where a model is known to have learnt from another detector's regions."""
-    if found.detector is not None and origin is not None and found.detector.is_another(origin) and not meant:
-        raise BadInput(
-            f"{found.source} learnt from the regions of {found.detector}, but these are of {origin}; use its detector, or say that another "
-            "one is meant (--other-detector)"
-        )
-    if found.detector is not None and origin is not None and (phrases := found.detector.other_selection(origin)):
-        log.warning("%s learnt from another selection of regions than is shown to it: %s", found.source, "; ".join(phrases))
-    if found.detector is None or origin is None:
-        unknown = found.source if found.detector is None else "the source of regions"
-        log.info("%s does not say of which detector its regions are; they are taken to be of one", unknown)
-
-
-def _tokenizer(model: Checkpoint) -> Tokenizer:
-    assert model.tokenizer is not None, "a model without one was refused"
-    return model.tokenizer
 
 
 def _sigmoid(score: float) -> float:
