@@ -157,7 +157,7 @@ def test_shards(run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.Monk
         (["photos", "out", "--shard", "0/2", "--overwrite"], 1, "run them with one process"),
         (["photos", "out", "--ray", "--device", "cpu"], 2, "leave --shard, --device and --devices out"),
         (["photos", "out", "--devices", "cpu,cpu", "--device", "cpu"], 2, "--devices names all devices; leave --device out"),
-        (["photos", "out", "--devices", "cpu,gpu"], 1, "'gpu': no such device; expected cpu, cuda or cuda:N"),
+        (["photos", "out", "--devices", "cpu,gpu"], 2, "'gpu': no such device; expected cpu, cuda or cuda:N"),
         (["photos", "photos/COCO_000000000000.jpg"], 1, "is a file; expected a folder"),
     ],
 )

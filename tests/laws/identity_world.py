@@ -70,9 +70,9 @@ def summary(command: str, *words: object) -> dict[str, Any]:
     return told
 
 
-def refused(result: Result, *said: str) -> None:
-    """Exit code 1, no crash, and one line that begins with "error: " and names each of `said` (any case; `a|b`: one of them)."""
-    assert result.exit_code == 1, f"exit code {result.exit_code}, expected 1\n{result.output}"
+def refused(result: Result, *said: str, code: int = 1) -> None:
+    """That exit code, no crash, and one line that begins with "error: " and names each of `said` (any case; `a|b`: one of them)."""
+    assert result.exit_code == code, f"exit code {result.exit_code}, expected {code}\n{result.output}"
     assert isinstance(result.exception, SystemExit) and "Traceback" not in result.output, f"{result.exception!r}\n{result.output}"
     sentence = result.stderr.strip().splitlines()[-1]
     assert sentence.startswith("error: "), result.output
