@@ -25,6 +25,7 @@ from uniter.extract.detector.protocol import Detector, PreparedImage, RawRegions
 from uniter.extract.images.items import ImageItem, ImageList
 from uniter.extract.run.extraction import Job, extract_listed
 from uniter.extract.run.options import Options, Work
+from uniter.extract.run.store import kind_of
 from uniter.extract.run.summary import ExtractSummary
 from uniter.extract.run.units import Tally, UnitRun, in_words
 
@@ -64,6 +65,13 @@ class DescribedDetector:
     def detect(self, images: Sequence[PreparedImage], *, boxes: Sequence[NDArray[np.floating]] | None = None) -> list[RawRegions]:
         """Never asked for here."""
         raise NotImplementedError
+
+
+def described(one: Detector) -> DescribedDetector:
+    """All that is asked of a detector by those who do not compute with it; what it computes on is said by its kind, known only there."""
+    return DescribedDetector(
+        one.name, one.feature_width, one.class_names, one.attribute_names, one.min_boxes, one.max_boxes, kind_of(one.device), one.settings()
+    )
 
 
 @dataclass(frozen=True)
@@ -108,10 +116,7 @@ class UnitWorker:
 
     def describe(self) -> DescribedDetector:
         """What the detector is."""
-        one = self._at_hand()
-        return DescribedDetector(
-            one.name, one.feature_width, one.class_names, one.attribute_names, one.min_boxes, one.max_boxes, one.device, one.settings()
-        )
+        return described(self._at_hand())
 
     def run(self, number: int, items: Sequence[ImageItem], task: Task) -> UnitReport:
         """Do a unit, or what a lost worker left of it."""

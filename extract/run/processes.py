@@ -23,7 +23,7 @@ from uniter.datasets.image_db.writing.units import UnitStore
 from uniter.datasets.storage.files import read_json_object
 from uniter.extract.detector.protocol import Detector
 from uniter.extract.images.items import ImageItem, ImageList
-from uniter.extract.run.cluster import DescribedDetector, Task
+from uniter.extract.run.cluster import DescribedDetector, Task, described
 from uniter.extract.run.extraction import Job, extract_listed
 from uniter.extract.run.options import Options
 from uniter.extract.run.summary import ExtractSummary
@@ -116,13 +116,6 @@ def _work(build: Callable[..., Detector], device: str, processes: int, line: Con
     except BaseException as error:
         with contextlib.suppress(OSError):
             say("failed", str(error) if isinstance(error, UniterError) else in_words(error))
-
-
-def described(one: Detector) -> DescribedDetector:
-    """All that is asked of a detector by those who do not compute with it."""
-    return DescribedDetector(
-        one.name, one.feature_width, one.class_names, one.attribute_names, one.min_boxes, one.max_boxes, one.device, one.settings()
-    )
 
 
 # --- in the first one ------------------------------------------------------------------------------------------------------------

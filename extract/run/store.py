@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,13 @@ def run_header(detector: Detector, work: Work) -> dict[str, Any]:
 
 
 def kind_of(device: str) -> str:
-    """What computes there, for the record: a card's name, or "cpu"."""
+    """What computes there, for the record: a card's name, or "cpu". To be asked where the device is; a kind's own kind is itself."""
     if device.startswith("cuda"):
         import torch
 
         if torch.cuda.is_available():
             return torch.cuda.get_device_name(torch.device(device))
-    return device.partition(":")[0]
+    return re.sub(r":\d+$", "", device)
 
 
 def ids_of_given(out: Path, listed: ImageList, given: GivenBoxes) -> dict[str, list[Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from uniter.datasets.errors import UniterError
+from uniter.datasets.storage.files import read_json_object
 from uniter.extract.images.decoding import decode_image
 from uniter.extract.images.items import read_bytes
 from uniter.extract.images.listing import list_images
@@ -143,6 +144,7 @@ def test_half_precision_needs_gpus_in_the_cluster(
     monkeypatch.setattr(cluster, "_connected", lambda *_: StandIn)
     monkeypatch.setattr(ray, "get_runtime_context", StandIn.get_runtime_context)
     monkeypatch.setattr("torch.cuda.is_available", lambda: bool(gpus))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "a card: at cuda")
     monkeypatch.setattr("uniter.extract.run.units.prepare_item", _on_no_real_gpu)
     listed, devices = list_images(make_photos(3)), list[str]()
 
@@ -155,6 +157,8 @@ def test_half_precision_needs_gpus_in_the_cluster(
 
     if gpus:
         assert extract().complete and hired == ["num_gpus"] and set(devices) == {"cuda"}
+        # Asked of the worker: the machine that hands out the work may have no card.
+        assert read_json_object(tmp_path / "out" / "header.json")["device"] == "a card: at cuda"
     else:
         with pytest.raises(UniterError, match=r"--precision fp16 needs a GPU, and the Ray cluster has none"):
             extract()
