@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 TYPES := build/types/uniter
 
-.PHONY: setup demo test test-slow lint types mapping docs clean
+.PHONY: setup demo test test-slow least pins lint types mapping docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -15,8 +15,13 @@ $(STAMP): pyproject.toml constraints.txt extract/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; name another with PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
-	$(BIN)/python -m uniter.extract.install
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m uniter.extract.install
 	@touch $(STAMP)
+
+# What is installed now becomes what `make setup` installs from now on. PyTorch itself says which of NVIDIA's packages it needs.
+pins: setup
+	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia|cuda|triton|detectron2)'; } > build/pins
+	mv build/pins constraints.txt
 
 demo: setup
 	$(BIN)/python demo/demo.py --out demo-output
