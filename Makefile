@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 TYPES := build/types/uniter
 
-.PHONY: setup demo test test-slow least pins lint types mapping docs clean
+.PHONY: setup demo test test-slow pins lint types mapping docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
