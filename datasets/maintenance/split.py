@@ -121,6 +121,9 @@ def _write_together(out: Path, parts: Iterable[str], maker: Maker, write: WriteP
         Whether all were there already.
     """
     out, names = plain(out), list(parts)
+    for name in names:
+        if (out / name).is_symlink():  # a swap would rename the link, which is not ours
+            raise BadInput(f"{out / name} is a link, and a part is written as a folder; remove the link, or choose another OUT")
     swapped = _swap_on(out)
     for name, source in ((name, source) for name in names for source in lists.values()):
         refuse_source_inside(out / name, source)

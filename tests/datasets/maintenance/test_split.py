@@ -204,6 +204,18 @@ def test_databases_that_lack_something_of_other_numbers_of_images_are_merged(tmp
     assert header["lacks"] == "positions (of some images, whose sizes are not known)"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_links_in_the_places_of_parts_are_refused_and_stay(tmp_path: Path, overwrite: bool) -> None:
+    first, out, real = regions(tmp_path / "first", 1), tmp_path / "out", tmp_path / "real"
+    real.mkdir()
+    out.mkdir()
+    (out / "part-1").symlink_to(real)
+    with pytest.raises(BadInput, match="part-1 is a link"):
+        split(first, out, by="2", overwrite=overwrite)
+    assert [path.name for path in out.iterdir()] == ["part-1"] and (out / "part-1").is_symlink()
+    assert not any(real.iterdir()) and not (tmp_path / "out.overwriting").exists()
+
+
 def test_refused_and_failing_leaves_what_was_there(tmp_path: Path) -> None:
     first, second = regions(tmp_path / "first", 1), regions(tmp_path / "second", 2, count=5)
     out = tmp_path / "out"
