@@ -99,7 +99,8 @@ def check(
 
     Verified are the file's pages, every record's checksum and its numbers (boxes inside the image, probabilities that sum to 1,
     finite features), the side files, and, where texts and regions are given together, that they fit; with --images also that the
-    photographs are, byte for byte, those that the regions were extracted from. Exit code 1 if anything is wrong.
+    photographs are, byte for byte, those that the regions were extracted from. Exit code 1 if anything is wrong;
+    photographs that are gone are told, and are no fault.
 
     \b
     Example:

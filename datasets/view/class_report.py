@@ -16,14 +16,13 @@ from markupsafe import Markup
 
 from uniter.datasets.errors import BadInput, UniterError, WrongUsage, unknown_name
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.records import ALL_FIELDS
 from uniter.datasets.image_db.regions import RegionFeatures, pixel_boxes
 from uniter.datasets.progress import Progress
 from uniter.datasets.view.drawing import draw_box
 from uniter.datasets.view.labels import RegionLabel, class_colour, known_classes, label_regions
 from uniter.datasets.view.page import INDEX, PICTURES, render, report_folder, write_page
-from uniter.datasets.view.photographs import photograph, refuse_if_none_is_there
+from uniter.datasets.view.photographs import Gallery, photograph, refuse_if_none_is_there
 from uniter.datasets.view.pictures import ByteImage, resized, safe_name, write_picture
 
 CUT_LONGEST = 360  # pixels of a region with what is around it
@@ -84,7 +83,7 @@ def write_class_report(
     """
     opened = ImageDB(list(databases), allow_partial=allow_partial)
     summary = ClassSummary(Path(out) / INDEX, _spelled(name, opened))
-    gallery = Photographs(photographs) if photographs is not None else None
+    gallery = Gallery(photographs, opened) if photographs is not None else None
     surest = _surest(opened, summary, limit)
     if gallery is not None and surest:
         refuse_if_none_is_there(gallery, [key for _, _, key, _ in surest])
@@ -98,6 +97,7 @@ def write_class_report(
         for key, of_image in by_image:  # each photograph is read once
             regions = opened.read(key, fields=_FIELDS)
             image, size, notes = photograph(key, regions, gallery)
+            notes = notes or (gallery.remarks(key) if gallery is not None else [])
             for _, _, _, label in of_image:
                 place = places[key, label.number]
                 file = f"{place:06d}-{safe_name(key)}.jpg"

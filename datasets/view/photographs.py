@@ -5,16 +5,35 @@ of the image that the regions are of; else the boxes stand on an empty canvas, a
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from uniter.datasets.errors import BadInput
+from uniter.datasets.image_db.database import ImageDB
 from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.regions import RegionFeatures
+from uniter.datasets.image_db.writing.noted_photographs import NotedPhotographs
+from uniter.datasets.storage.files import sha256_of
 from uniter.datasets.view.pictures import empty_canvas, read_photograph, resized
 
 PICTURE_LONGEST, THUMBNAIL_LONGEST, THUMBNAIL_BOXES = 1200, 560, 12
+
+
+class Gallery(Photographs):
+    """The photographs of a database, which may know by their checksums which files were read."""
+
+    def __init__(self, folder: str | Path, database: ImageDB) -> None:
+        super().__init__(folder)
+        self._noted = NotedPhotographs(database.folders)
+
+    def remarks(self, key: str) -> list[str]:
+        """What is to be said of the photograph of a key: that it is another file than was read, if that is known."""
+        path, as_read = self.find(key), self._noted.of(key).sha256
+        if path is None or not as_read or sha256_of(path).startswith(as_read.hex()):
+            return []
+        return [f"{path.name} is not the file that was read: changed, or another size of it? The boxes are of that one"]
 
 
 def refuse_if_none_is_there(photographs: Photographs, keys: Sequence[str]) -> None:

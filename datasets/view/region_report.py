@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from uniter.datasets.errors import UniterError, WrongUsage
 from uniter.datasets.image_db import ImageDB
-from uniter.datasets.image_db.photographs import Photographs
 from uniter.datasets.image_db.records import ALL_FIELDS
 from uniter.datasets.progress import Progress
 from uniter.datasets.storage.streams import json_lines
@@ -26,7 +25,7 @@ from uniter.datasets.view.charts import histogram
 from uniter.datasets.view.drawing import draw_regions
 from uniter.datasets.view.labels import class_colour, label_regions
 from uniter.datasets.view.page import INDEX, PICTURES, render, report_folder, write_page
-from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, photograph, refuse_if_none_is_there
+from uniter.datasets.view.photographs import THUMBNAIL_BOXES, THUMBNAIL_LONGEST, Gallery, photograph, refuse_if_none_is_there
 from uniter.datasets.view.pictures import resized, safe_name, write_picture
 
 log = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ def write_region_report(
             is in no database.
     """
     opened = ImageDB(list(databases), allow_partial=allow_partial)
-    found = Photographs(photographs) if photographs is not None else None
+    found = Gallery(photographs, opened) if photographs is not None else None
     for key in keys:
         if key not in opened:
             raise WrongUsage(f"image {key!r} is in none of the databases; keys are shown by `uniter-db info`")
@@ -168,7 +167,7 @@ def _card(
     key: str,
     number: int,
     folder: Path,
-    photographs: Photographs | None,
+    photographs: Gallery | None,
     captions: Captions | None,
     most_boxes: int | None,
     summary: ViewSummary,
@@ -185,6 +184,8 @@ def _card(
     image, size, notes = photograph(key, regions, photographs)
     if notes:
         summary.without_photograph.add(key)
+    elif photographs is not None:
+        notes = photographs.remarks(key)
     name = f"{number:06d}-{safe_name(key)}.jpg"
     whole = draw_regions(image, regions, labels, most=most_boxes, text_height=15)
     thumbnail = draw_regions(resized(image, THUMBNAIL_LONGEST), regions, labels, most=min(THUMBNAIL_BOXES, most_boxes or THUMBNAIL_BOXES))

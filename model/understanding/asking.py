@@ -389,6 +389,8 @@ class Understanding:
         pieces = tokenizer.encode(text)
         if not pieces and not isinstance(model.model, UniterForClassification):
             raise BadInput(f"the text {text!r} holds no words; expected a caption, a question or a phrase")
+        if pieces and all(piece == tokenizer.unk_id for piece in pieces):
+            raise BadInput(f"the vocabulary of {model.source} knows no word of {text[:40]!r}; ask in the language that it was trained in")
         if len(pieces) + 2 > config.max_position_embeddings:
             raise BadInput(
                 f"the text {text[:40]!r}... has {len(pieces)} word pieces, but {model.source} reads {config.max_position_embeddings - 2} "

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cv2
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -24,6 +25,8 @@ from uniter.datasets.maintenance.merge import merge
 from uniter.datasets.maintenance.split import split
 from uniter.datasets.storage.contents import content_of
 from uniter.datasets.storage.index_file import load_arrays, save_arrays
+from uniter.datasets.view.class_report import write_class_report
+from uniter.datasets.view.region_report import write_region_report
 from uniter.extract import extract_images
 from uniter.extract.run.extraction import Stopped
 
@@ -194,3 +197,22 @@ main(["check", {str(out)!r}, "--images", {str(photos)!r}])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_pages_say_that_a_photograph_is_not_the_file_that_was_read(make_photos: Photos, fake: ModuleType, tmp_path: Path) -> None:
+    photos, out = make_photos(4), tmp_path / "out"
+    fake.extract_images(photos, out, detector=fake.FakeDetector(), **OPTIONS)
+    names = sorted(photos.iterdir())
+    image = cv2.imread(str(names[1]))
+    cv2.imwrite(str(names[1]), image[:, ::-1])  # another picture of the same size
+
+    def told(page: Path) -> int:
+        return sum(path.read_text().count("is not the file that was read") for path in page.rglob("*.html"))
+
+    write_region_report([out], tmp_path / "page", photographs=photos)
+    assert told(tmp_path / "page") == 1
+    database = ImageDB(out)
+    best, known = database[names[1].stem].best_objects(), database.class_names
+    assert best is not None and known is not None
+    write_class_report([out], tmp_path / "class", known[int(best[0][0])], photographs=photos)
+    assert told(tmp_path / "class") >= 1

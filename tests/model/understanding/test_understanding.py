@@ -228,6 +228,8 @@ def test_texts_and_photographs_that_cannot_be_used(untrained, photos):
     asked = Understanding(squares.find_squares, untrained["pretrained"])
     with pytest.raises(BadInput, match="the text ' ' holds no words"):
         asked.match(photos[0], " ")
+    with pytest.raises(BadInput, match="knows no word of '猫 🐈'; ask in the language"):
+        asked.match(photos[0], "猫 🐈")
     with pytest.raises(BadInput, match=r"has 600 word pieces, but .* reads 510 at most; shorten it"):
         asked.match(photos[0], "red " * 600)
     with pytest.raises(BadInput, match="there are no photographs to rank"):
