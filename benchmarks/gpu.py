@@ -13,6 +13,7 @@ Only Linux: sections are forked, so that PyTorch is read once.
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import multiprocessing
@@ -58,64 +59,23 @@ class Section:
     needs: tuple[str, ...] = ()
 
 
-def device(place: Place) -> Iterator[Row]:
-    from on_gpu.machine import rows
-
-    yield from rows(place)
-
-
-def correctness(place: Place) -> Iterator[Row]:
-    from on_gpu.correctness import rows
-
-    yield from rows(place)
-
-
-def resume(place: Place) -> Iterator[Row]:
-    from on_gpu.databases import resume_rows
-
-    yield from resume_rows(place)
-
-
-def pretraining(place: Place) -> Iterator[Row]:
-    from on_gpu.databases import pretraining_rows
-
-    yield from pretraining_rows(place)
-
-
-def steps(place: Place) -> Iterator[Row]:
-    from on_gpu.steps import rows
-
-    yield from rows(place)
-
-
-def extraction(place: Place) -> Iterator[Row]:
-    from on_gpu.extraction import rows
-
-    yield from rows(place)
-
-
-def memory(place: Place) -> Iterator[Row]:
-    from on_gpu.memory_peaks import rows
-
-    yield from rows(place)
-
-
-def retrieval(place: Place) -> Iterator[Row]:
-    from on_gpu.databases import retrieval_rows
-
-    yield from retrieval_rows(place)
+def rows_of(module: str, name: str = "rows") -> Callable[[Place], Iterator[Row]]:
+    """A function of a module, which is imported when it is called: in the process of the section."""
+    return lambda place: getattr(importlib.import_module(module), name)(place)
 
 
 # In the order in which they are wanted most, should the time run out.
 SECTIONS = {
-    "device": Section("The machine", device, 25),
-    "correctness": Section("Correct on this device", correctness, 30),
-    "pretraining": Section("Pre-training from a database on disk, with the loader", pretraining, 170, TRAINING),
-    "extraction": Section("Extraction", extraction, 100),
-    "steps": Section("Updates on batches that lie on the device: eager and compiled", steps, 110),
-    "retrieval": Section("Scoring pairs of texts and pictures", retrieval, 35, TRAINING),
-    "memory": Section("Peak memory", memory, 25),
-    "resume": Section("Resumed equals unbroken", resume, 20, TRAINING),
+    "device": Section("The machine", rows_of("on_gpu.machine"), 25),
+    "correctness": Section("Correct on this device", rows_of("on_gpu.correctness"), 30),
+    "pretraining": Section(
+        "Pre-training from a database on disk, with the loader", rows_of("on_gpu.databases", "pretraining_rows"), 170, TRAINING
+    ),
+    "extraction": Section("Extraction", rows_of("on_gpu.extraction"), 100),
+    "steps": Section("Updates on batches that lie on the device: eager and compiled", rows_of("on_gpu.steps"), 110),
+    "retrieval": Section("Scoring pairs of texts and pictures", rows_of("on_gpu.databases", "retrieval_rows"), 35, TRAINING),
+    "memory": Section("Peak memory", rows_of("on_gpu.memory_peaks"), 25),
+    "resume": Section("Resumed equals unbroken", rows_of("on_gpu.databases", "resume_rows"), 20, TRAINING),
 }
 
 

@@ -81,25 +81,22 @@ def updates(place: Place, model: UniterForPretraining, task: str, tokens: int, b
 
 def _measured(place: Place, model: UniterForPretraining, task: str, tokens: int, backend: str | None) -> Iterator[Row]:
     name = f"{task}, {tokens:,} tokens" + (", compiled" if backend else "")
-    try:
-        model.uniter.attention_kernel = "auto"
-        update, real, pairs = updates(place, model, task, tokens, backend)
-        began = time.perf_counter()
-        update()
-        place.wait()
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        if not place.on_gpu or isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        yield Row(
-            f"{name}: attention",
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; the efficient kernel is taken",
-            state="failed",
-        )
-        model.uniter.attention_kernel = "efficient"
-        update, real, pairs = updates(place, model, task, tokens, backend)
-        began = time.perf_counter()
-        update()
-        place.wait()
+    for kernel in ("auto", "efficient"):
+        model.uniter.attention_kernel = kernel
+        try:
+            update, real, pairs = updates(place, model, task, tokens, backend)
+            began = time.perf_counter()
+            update()
+            place.wait()
+            break
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            if kernel == "efficient" or not place.on_gpu or isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            yield Row(
+                f"{name}: attention",
+                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; the efficient kernel is taken",
+                state="failed",
+            )
     if backend:
         yield Row(f"{name}: the first update", time.perf_counter() - began, "s")
     seconds = seconds_each(update, place, most=0.3 if place.small else 3.0)
