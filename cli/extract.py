@@ -137,7 +137,7 @@ def main(
     Transparent pixels are laid on white; colour profiles are left alone, as cv2.imread does; images are turned as EXIF says.
     """
     from uniter.datasets.image_db.writing.units import LISTING
-    from uniter.extract.detector.detectron import build_detector
+    from uniter.extract.detector.detectron import GPU_PRECISIONS, build_detector
     from uniter.extract.images.given_boxes import GivenBoxes
     from uniter.extract.images.listing import list_images
     from uniter.extract.install import require_detectron2
@@ -175,7 +175,7 @@ def main(
     if ray_address is None and devices is None:
         device = device or default_device(share.local_index)
         _say_idle_gpus(device, share.count)
-    needs_gpu = "--precision fp16" if precision == "fp16" else ""
+    needs_gpu = f"--precision {precision}" if precision in GPU_PRECISIONS else ""
     summary = _extracted(listed, out, options, build, device=device, devices=devices, ray_address=ray_address, needs_gpu=needs_gpu)
     _say(summary, out, alone=options.shard[1] == 1, strict=strict, as_json=as_json)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+GPU_PRECISIONS = ("tf32", "fp16")
 
 
 class Detectron2Detector:
@@ -129,10 +130,8 @@ def _checked_device(name: str, precision: str) -> torch.device:
     device = usable_device(name)
     if device.type not in ("cpu", "cuda"):
         raise UniterError(f"device {name!r}: detectors run on cpu and cuda only")
-    if precision == "tf32" and device.type == "cpu":
-        raise UniterError("precision tf32 is a way of GPUs to multiply; on a CPU use fp32, or bf16 where the processor has it")
-    if precision == "fp16" and device.type == "cpu":
-        raise UniterError("precision fp16 needs a GPU; on a CPU use fp32, or bf16 where the processor has it")
+    if precision in GPU_PRECISIONS and device.type == "cpu":
+        raise UniterError(f"precision {precision} needs a GPU; on a CPU use fp32, or bf16 where the processor has it")
     if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         log.warning("this processor has no bf16 instructions: --precision bf16 will be slower than fp32 here")
     return device
