@@ -2,12 +2,11 @@
 
 import logging
 import sys
-import webbrowser
 from typing import Any
 
 import click
 
-from uniter.cli.common import common_options, print_summary
+from uniter.cli.common import common_options, open_in_browser, print_summary
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def main(runs: tuple[str, ...], more_runs: tuple[str, ...], host: str, port: int
     print_summary({"address": address, "runs": list(runs), "detector": chosen["detector"]}, as_json=as_json, title="ready; Ctrl-C ends it")
     sys.stdout.flush()
     if open_browser:
-        webbrowser.open(address)
+        open_in_browser(address)
     server.serve_forever()
 
 

@@ -69,14 +69,10 @@ def clear_command(names: Sequence[str], yes: bool, as_json: bool) -> None:
     Example:
       uniter-db cache clear --yes
     """
-    from uniter.datasets.errors import WrongUsage, unknown_name
-    from uniter.extract.caches import USED_BY, caches, clear
+    from uniter.extract.caches import clear, kept_in
 
-    for name in names:
-        if name not in USED_BY:
-            raise WrongUsage(unknown_name("cache", name, USED_BY))
     if not yes:
-        kept = [one for name, some in caches().items() if not names or name in names for one in some]
+        kept = kept_in(names)
         size = human_bytes(sum(one.size for one in kept))
         raise click.UsageError(f"{len(kept):,} things of {size} would be deleted (uniter-db cache list shows them); say so with --yes")
     deleted, left = clear(names)

@@ -15,13 +15,17 @@ import os
 import select
 import sys
 import traceback
+import webbrowser
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import click
 
 from uniter.datasets.errors import UniterError, WrongUsage
 from uniter.datasets.stopping import Stopped
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,6 +83,17 @@ def _reader_left() -> bool:
     for stream in left:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     return bool(left)
+
+
+def open_in_browser(page: str | Path) -> None:
+    """Show a page, an address or a file, in the user's browser, or say where it is; it is there either way."""
+    page = page if isinstance(page, str) else page.resolve()
+    try:
+        opened = webbrowser.open(page if isinstance(page, str) else page.as_uri())
+    except webbrowser.Error:
+        opened = False
+    if not opened:
+        log.warning("no browser could be opened here; the page is %s", page)
 
 
 def _fail(sentence: str, show_traceback: bool, *, code: int = FAILED) -> NoReturn:

@@ -3,14 +3,13 @@ and with a region and a text database what the words of a pre-trained run look a
 """
 
 import logging
-import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
-from uniter.cli.common import common_options, print_summary
+from uniter.cli.common import common_options, open_in_browser, print_summary
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db import ImageDB
 from uniter.datasets.image_db.database import open_image_dbs
@@ -125,17 +124,7 @@ def main(
         ).as_dict()
     print_summary(summary, as_json=as_json, title=f"open {summary['page']}")
     if opens:
-        _open(Path(summary["page"]))
-
-
-def _open(page: Path) -> None:
-    """Show the page in the user's browser, or say where it is; the page is made either way."""
-    try:
-        opened = webbrowser.open(page.resolve().as_uri())
-    except webbrowser.Error:
-        opened = False
-    if not opened:
-        log.warning("no browser could be opened here; the page is %s", page.resolve())
+        open_in_browser(Path(summary["page"]))
 
 
 # What is drawn -> the options that make no difference to it.

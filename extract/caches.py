@@ -85,6 +85,18 @@ def others(folder: Path | None = None) -> list[Path]:
     return [file for file in there if file not in ours]
 
 
+def kept_in(names: Sequence[str] = (), folder: Path | None = None) -> list[Kept]:
+    """What is kept in the named caches; none: in all.
+
+    Raises:
+        WrongUsage: there is no cache of that name.
+    """
+    for name in names:
+        if name not in USED_BY:
+            raise WrongUsage(unknown_name("cache", name, USED_BY))
+    return [one for name, kept in caches(folder).items() if not names or name in names for one in kept]
+
+
 def clear(names: Sequence[str] = (), folder: Path | None = None) -> tuple[list[Kept], list[Kept]]:
     """Delete caches; what was deleted, and what was left because another process is fetching it.
 
@@ -95,10 +107,7 @@ def clear(names: Sequence[str] = (), folder: Path | None = None) -> tuple[list[K
     Raises:
         WrongUsage: there is no cache of that name.
     """
-    for name in names:
-        if name not in USED_BY:
-            raise WrongUsage(unknown_name("cache", name, USED_BY))
-    chosen = [one for name, kept in caches(folder).items() if not names or name in names for one in kept]
+    chosen = kept_in(names, folder)
     deleted = [one for one in chosen if one.delete()]
     return deleted, [one for one in chosen if one not in deleted]
 

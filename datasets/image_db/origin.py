@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Self
 
 from uniter.datasets.image_db.database import ImageDB
-from uniter.datasets.storage.files import difference_in_words
+from uniter.datasets.storage.files import difference_in_words, first_phrases
 
 _GIVEN: Final = "boxes_sha256"
 
@@ -65,6 +65,10 @@ class RegionOrigin:
             return []
         mine, theirs = ({name: value for name, value in one.items() if name != _GIVEN} for one in (self.selection, other.selection))
         return difference_in_words(mine, theirs)
+
+    def other_selection_in_words(self, other: "RegionOrigin") -> str:
+        """The first of these differences as messages show them; empty where there is none."""
+        return first_phrases(self.other_selection(other))
 
     def __str__(self) -> str:
         weights = f"weights {self.weights_sha256[:12]}" if self.weights_sha256 else "weights unknown"

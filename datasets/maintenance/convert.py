@@ -174,7 +174,7 @@ def convert(
             items = with_pixels(items, sizes, needed=FORMATS[to].needs_pixels)
         box_ids = box_ids_of(folders) if name == "lmdb" else {}
         if key is not None:
-            items = _renamed(items, key_maker(key), known.renamed if FORMATS[to].layout is not None or name == "lmdb" else None)
+            items = _renamed(items, key_maker(key), known.renamed if _asks_for_old_names(name, FORMATS[to]) else None)
             box_ids = dict(_renamed_ids(box_ids, key_maker(key)))
         watched = _not_in_vain(seen.watch(items), seen, source, name)
         if FORMATS[to].write is None:
@@ -193,6 +193,11 @@ def _refuse_pointless(to: str, captions: Path | None, split: str | None, class_n
     for given, what, option in options:
         if given is not None and what not in FORMATS[to].takes:
             raise WrongUsage(f"{option} has no meaning here, since {to} holds no {what}")
+
+
+def _asks_for_old_names(source: str, target: Format) -> bool:
+    """Whether somebody looks up what images were called: a layout's captions and parts, or photographs' checksums, ours to ours."""
+    return target.layout is not None or (source == "lmdb" and target.write is None)
 
 
 def _renamed(items: Iterable[Item], make: Callable[[str], str], renamed: dict[str, str] | None) -> Iterator[Item]:
@@ -221,12 +226,13 @@ def _names_of(source: Path, name: str, given: Path | None) -> list[str]:
     Raises:
         BadInput: both are there, or the file is no list of names.
     """
-    names = provenance_of(source).get("class_names")
-    if given is not None and names:
+    ours = name == "lmdb" and source.is_dir()
+    names = provenance_of(source).get("class_names") if ours or given is not None else None
+    if given is None:
+        return [str(one) for one in names] if ours and isinstance(names, list) else []
+    if names:
         raise BadInput(f"--class-names has no meaning here, since {source} names its {len(names):,} classes itself")
-    if given is not None:
-        return list(read_class_names(given))
-    return [str(one) for one in names] if isinstance(names, list) and name == "lmdb" and source.is_dir() else []
+    return list(read_class_names(given))
 
 
 def _as_many_classes(items: Iterable[Item], given: Path, count: int) -> Iterator[Item]:

@@ -196,6 +196,11 @@ def folders_of(source: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- texts: write some
 
 
+def are_our_texts(sources: Sequence[Path]) -> bool:
+    """Whether text databases are written as ours; else, as soon as one of them is published, in UNITER's layout."""
+    return all((source / "settings.json").exists() and (source / "vocab.txt").exists() for source in sources)
+
+
 def write_texts(
     out: Path,
     texts: Iterable[Text],
@@ -217,7 +222,7 @@ def write_texts(
     """
     refuse_overlap(out, sources)
     contents = {**source_names(sources), **(lists or {})}
-    if not all((source / "settings.json").exists() and (source / "vocab.txt").exists() for source in sources):
+    if not are_our_texts(sources):
         settings = {"made_by": made_by, "part": part}
         return write_published_texts(out, texts, sources, settings=settings, contents=contents, overwrite=overwrite)
     # Contents are compared by `contents`: the times of files in them are no setting.

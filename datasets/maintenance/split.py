@@ -15,6 +15,7 @@ from uniter.datasets.image_db.writing.noted_photographs import NotedPhotographs
 from uniter.datasets.image_db.writing.side_files import read_failures
 from uniter.datasets.image_db.writing.units import REGIONS
 from uniter.datasets.maintenance.copying import (
+    are_our_texts,
     box_ids_of,
     folders_of,
     records_of,
@@ -67,8 +68,7 @@ def split(source: Path, out: Path, *, by: str, overwrite: bool = False) -> dict[
             part = f"{name} of {len(parts)}"
             return write_texts(place, records, [source], made_by=_SPLIT, part=part, lists=lists, overwrite=overwrite)[1]
 
-        ours = (source / "settings.json").exists() and (source / "vocab.txt").exists()
-        maker = TEXTS if ours else PUBLISHED_TEXTS
+        maker = TEXTS if are_our_texts([source]) else PUBLISHED_TEXTS
         return _told(out, "text", parts, _write_together(out, parts, maker, write_part_of_texts, lists, overwrite=overwrite))
     folders = folders_of(source)
     refuse_overlap(out, [source, *folders])

@@ -225,7 +225,9 @@ class Crew:
                 self._send(worker, unit)
         if not queue and all(worker.rests for worker in self._workers):
             for worker in self._workers:
-                worker.leaves = worker.leaves or self._send(worker, None)
+                if not worker.leaves:
+                    worker.leaves = True
+                    self._send(worker, None)
 
     def _lost(self, worker: _Worker, queue: deque[int], job: Job) -> None:
         """A process ended: if it was not told to, what it had goes to another, and another takes its device."""
@@ -255,10 +257,9 @@ class Crew:
         job.tally.extracted, job.tally.failed = together.extracted, together.failed
         job.tally.regions, job.tally.fillers, job.tally.reasons = together.regions, together.fillers, together.reasons
 
-    def _send(self, worker: _Worker, what: Any) -> bool:
+    def _send(self, worker: _Worker, what: Any) -> None:
         with contextlib.suppress(OSError):  # it has died, which is noticed where it is listened to
             worker.line.send(what)
-        return True
 
     def dismiss(self) -> None:
         """End all processes; what they had begun is kept, and gone on with later."""

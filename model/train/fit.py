@@ -15,7 +15,6 @@ from uniter.datasets.batches.corpus import Corpus, check_both_kinds, special_tok
 from uniter.datasets.errors import BadInput
 from uniter.datasets.image_db.database import open_image_dbs
 from uniter.datasets.image_db.origin import RegionOrigin, origins_of
-from uniter.datasets.storage.files import first_phrases
 from uniter.datasets.text_db.tokenizer import ON_BOARD, Tokenizer
 from uniter.datasets.text_db.vocabulary_files import VOCABULARY_FILE
 from uniter.model.checkpoints.beside import DETECTOR, tokenizer_beside, told_beside
@@ -242,8 +241,8 @@ def remarks_on(corpora: Iterable[Corpus], known: RegionOrigin | None, *, source:
     for origin in found:
         if known is None or origin is None or known.is_another(origin):
             continue
-        if phrases := known.other_selection(origin):
-            remarks.append(f"{source} learnt from another selection of the regions of {origin}: {first_phrases(phrases)}")
+        if differences := known.other_selection_in_words(origin):
+            remarks.append(f"{source} learnt from another selection of the regions of {origin}: {differences}")
     for corpus in corpora:
         missing, looked_at, pictures = corpus.without_positions(LOOKED_AT)
         if missing:

@@ -49,8 +49,8 @@ def check_detector(found: Checkpoint, origin: RegionOrigin | None, *, meant: boo
             f"{found.source} learnt from the regions of {found.detector}, but these are of {origin}; use its detector, or say that another "
             "one is meant (--other-detector)"
         )
-    if found.detector is not None and origin is not None and (phrases := found.detector.other_selection(origin)):
-        log.warning("%s learnt from another selection of regions than is shown to it: %s", found.source, "; ".join(phrases))
+    if found.detector is not None and origin is not None and (differences := found.detector.other_selection_in_words(origin)):
+        log.warning("%s learnt from another selection of regions than is shown to it: %s", found.source, differences)
     if found.detector is None or origin is None:
         unknown = found.source if found.detector is None else "the source of regions"
         log.info("%s does not say of which detector its regions are; they are taken to be of one", unknown)
