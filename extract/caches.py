@@ -138,7 +138,7 @@ def _regions(folder: Path) -> list[Kept]:
             continue
         files = [file for name in ("settings.json", *KEEPER.writes) if (file := child / name).is_file()]
         detector = facts.get("detector")
-        of = detector.get("name", "?") if isinstance(detector, dict) else "?"
+        of = detector.get("detector", detector.get("name", "?")) if isinstance(detector, dict) else "?"  # ours say it so, or of their own
         found.append(Kept("regions", f"regions of {of}, {child.name}", tuple(files), sum(map(_size, files))))
     return found
 

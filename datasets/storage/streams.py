@@ -53,7 +53,7 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
                 stream.seek(0)
             yield stream
     except FileNotFoundError:
-        raise BadInput(f"{path} is not there; expected a file of captions") from None
+        raise BadInput(f"{path} is not there; expected a file, is its name right?") from None
     except IsADirectoryError:
         raise BadInput(f"{path} is a folder; expected a file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

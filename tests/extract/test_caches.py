@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from uniter.cli.db import main
 from uniter.datasets.storage.locks import file_lock
 from uniter.extract.caches import caches, clear
+from uniter.extract.detector.detectron import build_detector
 from uniter.extract.region_cache import RegionCache
 from uniter.extract.weights.cache import cache_folder
 from uniter.extract.weights.fetching import fetched_path
@@ -89,3 +90,10 @@ def test_without_a_cache_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("UNITER_CACHE", str(tmp_path / "none"))
     result = CliRunner().invoke(main, ["cache", "list"])
     assert result.exit_code == 0 and "0 bytes" in result.stdout
+
+
+def test_regions_are_called_after_the_detector_that_found_them(tmp_path: Path) -> None:
+    settings = build_detector("on-board", device="cpu").settings()
+    RegionCache(tmp_path / "regions", {"kind": "regions", "detector": settings}).put({"a": b"record"})
+    (kept,) = caches(tmp_path)["regions"]
+    assert kept.name.startswith("regions of on-board, ")
